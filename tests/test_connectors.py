@@ -1,0 +1,137 @@
+"""Every connector option keeps the contract, and starts at the scale of the LLM's own embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from vlm.connectors.linear import Linear
+from vlm.connectors.mlp import GELU_SECOND_MOMENT, MLP
+
+CONF = Path(__file__).parents[1] / "conf" / "connector"
+OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
+SIZES = {"vision_width": 48, "llm_width": 40, "grid": (3, 4), "output_rms": 1.03}
+
+
+def build(option: str, **changes: object) -> nn.Module:
+    return instantiate(OmegaConf.load(CONF / f"{option}.yaml"), _convert_="all", **{**SIZES, **changes})
+
+
+def features_like_a_convnets(n: int, patches: int, width: int) -> Tensor:
+    """Channels of different mean and scale, and patches that look like each other."""
+    generator = torch.Generator().manual_seed(0)
+    scale, shift = torch.rand(2, width, generator=generator) * 5
+    image = torch.randn(n, 1, width, generator=generator)
+    return (image + torch.randn(n, patches, width, generator=generator)) * scale + shift
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_contract(option: str) -> None:
+    connector = build(option)
+    visual = connector(torch.randn(2, 12, 48))
+    assert connector.fusion in ("tokens", "layers")
+    assert visual.shape == (2, connector.num_tokens, 40)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients_reach_every_parameter(option: str) -> None:
+    connector = build(option)
+    connector(torch.randn(2, 12, 48)).square().sum().backward()
+    assert [name for name, p in connector.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_batch_without_images_gives_no_tokens_and_zero_gradients(option: str) -> None:
+    connector = build(option)
+    visual = connector(torch.randn(0, 12, 48))
+    assert visual.shape == (0, connector.num_tokens, 40)
+    visual.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in connector.parameters())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("output_rms", [1.03, 0.05])
+def test_visual_tokens_start_at_the_scale_of_the_embeddings(option: str, output_rms: float) -> None:
+    torch.manual_seed(0)
+    connector = build(option, vision_width=320, llm_width=256, grid=(7, 7), output_rms=output_rms)
+    visual = connector(features_like_a_convnets(8, 49, 320))
+    assert visual.square().mean().sqrt().item() == pytest.approx(output_rms, rel=0.15)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_features_of_a_narrower_type_are_taken(option: str) -> None:
+    assert build(option)(torch.randn(2, 12, 48, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_gelu_second_moment() -> None:
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
+    assert torch.trapezoid(nn.functional.gelu(z).square() * density, z).item() == pytest.approx(GELU_SECOND_MOMENT)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_scale_holds_at_any_depth(depth: int) -> None:
+    torch.manual_seed(0)
+    connector = MLP(vision_width=320, llm_width=256, grid=(7, 7), output_rms=0.7, depth=depth, hidden_width=512)
+    assert connector(features_like_a_convnets(8, 49, 320)).square().mean().sqrt().item() == pytest.approx(0.7, rel=0.15)
+
+
+def test_parameter_counts() -> None:
+    # Written out for Dv=48, D=40, P=12: matrices and biases, the norm's 2·Dv, the positions' P·D.
+    assert count(build("linear")) == 48 * 40 + 40 + 2 * 48 + 12 * 40
+    assert count(build("linear", norm=False, position=False)) == 48 * 40 + 40
+    assert count(build("mlp")) == 48 * 40 + 40 * 40 + 2 * 40 + 2 * 48 + 12 * 40
+    assert count(build("mlp", norm=False, position=False)) == 48 * 40 + 40 * 40 + 2 * 40
+    assert (
+        count(build("mlp", depth=3, hidden_width=7, norm=False, position=False)) == 48 * 7 + 7 * 7 + 7 * 40 + 7 + 7 + 40
+    )
+
+
+def test_position_is_added_per_visual_token() -> None:
+    connector = build("mlp")
+    features = torch.randn(2, 12, 48)
+    before = connector(features)
+    with torch.no_grad():
+        connector.position.copy_(torch.arange(12.0)[:, None].expand(12, 40))
+    torch.testing.assert_close(connector(features) - before, torch.arange(12.0)[None, :, None].expand(2, 12, 40))
+
+
+def test_mlp_without_additions_is_llavas_projector() -> None:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=48, num_attention_heads=4),
+        text_config=LlamaConfig(hidden_size=40, num_attention_heads=4),
+    )
+    reference = LlavaMultiModalProjector(config)
+    connector = build("mlp", norm=False, position=False)
+    renamed = {
+        key.replace("linear_1", "layers.0").replace("linear_2", "layers.1"): v
+        for key, v in reference.state_dict().items()
+    }
+    connector.load_state_dict(renamed)
+    features = torch.randn(2, 12, 48)
+    torch.testing.assert_close(connector(features), reference(features), atol=1e-6, rtol=0)
+
+
+def test_linear_without_additions_is_one_matrix_with_pytorchs_initialisation() -> None:
+    torch.manual_seed(5)
+    connector = Linear(**SIZES, norm=False, position=False)
+    torch.manual_seed(5)
+    reference = nn.Linear(48, 40)
+    features = torch.randn(2, 12, 48)
+    assert torch.equal(connector(features), reference(features))
+
+
+def test_mlp_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="connector.depth=0 leaves no layer; set it to 1 or more"):
+        MLP(**SIZES, depth=0)

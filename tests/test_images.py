@@ -1,0 +1,246 @@
+"""Image files nobody has vouched for: what is decoded, and the one sentence for what is not."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.data.images import load_image, pad_to_square
+from vlm.schema import BadSample
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def picture(size: tuple[int, int] = (6, 4)) -> Image.Image:
+    """Green, with a red pixel at the top left."""
+    image = Image.new("RGB", size, GREEN)
+    image.putpixel((0, 0), RED)
+    return image
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing: what a decompression bomb looks like from outside."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 99))]
+    body = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in [*chunks, (b"IEND", b"")]
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def refusal(path: str | Path, root: Path, **limits: int) -> str:
+    with pytest.raises(BadSample) as caught:
+        load_image(path, root=root, **limits)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "jpg"])
+def test_every_allowed_format_opens_as_rgb(tmp_path: Path, suffix: str) -> None:
+    Image.new("RGB", (6, 4), GREEN).save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    image = load_image(f"a.{suffix}", root=tmp_path)
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    assert max(abs(a - b) for a, b in zip(image.getpixel((3, 2)), GREEN, strict=True)) <= (2 if suffix == "jpg" else 0)
+
+
+def test_absolute_path_and_dots_inside_the_root_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png"), "x/../a.png", "link.png"):
+        assert load_image(path, root=tmp_path).getpixel((0, 0)) == RED
+
+
+def test_a_root_that_is_itself_a_symlink(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    picture().save(tmp_path / "real" / "a.png")
+    (tmp_path / "root").symlink_to("real")
+    assert load_image("a.png", root=tmp_path / "root").size == (6, 4)
+
+
+def test_nothing_outside_the_root_is_read(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "root2").mkdir()  # shares the root's name as a prefix
+    for place in (tmp_path, tmp_path / "root2"):
+        picture().save(place / "secret.png")
+    (root / "file.png").symlink_to(tmp_path / "secret.png")
+    (root / "folder").symlink_to(tmp_path)
+    for path in (
+        "../secret.png",
+        "sub/../../secret.png",
+        str(tmp_path / "secret.png"),
+        "../root2/secret.png",
+        "file.png",
+        "folder/secret.png",
+    ):
+        assert refusal(path, root) == (
+            f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder"
+        )
+
+
+def test_what_is_not_there_or_not_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert refusal("gone.png", tmp_path) == (
+        f"image 'gone.png' does not exist under '{tmp_path}'; add the file or remove its sample"
+    )
+    for name in ("folder.png", "pipe.png"):
+        assert "is not a regular file; replace it with an image file" in refusal(name, tmp_path)
+    refusal("loop.png", tmp_path)
+    with pytest.raises(BadSample, match="is not a usable path"):
+        load_image("a\0.png", root=tmp_path)
+    assert "File name too long" in refusal("a" * 300, tmp_path)
+
+
+def test_too_many_bytes(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.bmp")
+    size = (tmp_path / "a.bmp").stat().st_size
+    assert load_image("a.bmp", root=tmp_path, max_bytes=size).size == (6, 4)
+    assert refusal("a.bmp", tmp_path, max_bytes=size - 1) == (
+        f"image 'a.bmp' has {size} bytes, more than the limit of {size - 1}; make it smaller"
+    )
+
+
+@pytest.mark.parametrize("pillow_limit", [None, 10**12])
+def test_a_bomb_is_refused_from_its_header_whatever_pillow_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pillow_limit: int | None
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded before the size was checked"))
+    (tmp_path / "bomb.png").write_bytes(png_header(50_000, 40_000))
+    assert refusal("bomb.png", tmp_path) == (
+        "image 'bomb.png' has 2,000,000,000 pixels (50000 x 40000), more than the limit of 67,108,864; make it smaller"
+    )
+
+
+def test_a_bomb_past_pillows_own_limit(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png_header(50_000, 40_000))
+    message = refusal("bomb.png", tmp_path)
+    assert message.startswith("image 'bomb.png' has too many pixels (Image size (2000000000 pixels) exceeds limit")
+    assert message.endswith("; make it smaller")
+
+
+def test_the_pixel_limit_itself_is_allowed(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    assert load_image("a.png", root=tmp_path, max_pixels=24).size == (6, 4)
+    assert "has 24 pixels (6 x 4), more than the limit of 23;" in refusal("a.png", tmp_path, max_pixels=23)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
+def test_truncated_files_are_errors(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / f"whole.{suffix}")
+    data = (tmp_path / f"whole.{suffix}").read_bytes()
+    (tmp_path / f"a.{suffix}").write_bytes(data[: len(data) * 2 // 3])
+    message = refusal(f"a.{suffix}", tmp_path)
+    assert message.endswith(("; replace the file", "; convert it to one of them"))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("empty.png", b""),
+        ("text.png", b"hello"),
+        ("page.ps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+        ("old.ppm", b"P6 1 1 255\n\0\0\0"),
+        ("drawing.svg", b"<svg/>"),
+    ],
+)
+def test_other_formats_are_refused(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert refusal(name, tmp_path) == (
+        f"image '{name}' is none of JPEG, PNG, WEBP, GIF, BMP, TIFF; convert it to one of them"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+@pytest.mark.parametrize(
+    ("orientation", "corner"),  # where the red corner of the stored pixels is meant to be seen; from the EXIF standard
+    [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (4, (0, 1)), (5, (0, 0)), (6, (1, 0)), (7, (1, 1)), (8, (0, 1))],
+)
+def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int, corner: tuple[int, int]) -> None:
+    image = Image.new("RGB", (32, 16), GREEN)
+    image.paste(RED, (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"a.{suffix}", exif=exif)
+    seen = load_image(f"a.{suffix}", root=tmp_path)
+    assert seen.size == ((16, 32) if orientation >= 5 else (32, 16))
+    red, green, _ = seen.getpixel((corner[0] * (seen.width - 1), corner[1] * (seen.height - 1)))
+    assert red > 200 > 100 > green
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
+    assert load_image("a.png", root=tmp_path).getpixel((0, 0)) == RED
+
+
+def test_transparency_goes_on_white(tmp_path: Path) -> None:
+    rgba = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    rgba.putpixel((1, 0), (255, 0, 0, 128))
+    rgba.save(tmp_path / "rgba.png")
+    assert list(load_image("rgba.png", root=tmp_path).get_flattened_data()) == [WHITE, (255, 127, 127)]
+
+    Image.new("LA", (1, 1), (0, 0)).save(tmp_path / "la.png")
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([*RED, *GREEN])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    Image.new("RGB", (1, 1), GREEN).save(tmp_path / "key.png", transparency=GREEN)
+    assert load_image("la.png", root=tmp_path).getpixel((0, 0)) == WHITE
+    assert load_image("key.png", root=tmp_path).getpixel((0, 0)) == WHITE
+    for name in ("palette.png", "palette.gif"):
+        assert list(load_image(name, root=tmp_path).get_flattened_data()) == [WHITE, GREEN]
+
+
+def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
+    values = Image.fromarray(np.array([[0, 0x8001, 0xFFFF]], dtype=np.uint16))
+    for name in ("a.png", "a.tiff"):
+        values.save(tmp_path / name)
+        assert [pixel[0] for pixel in load_image(name, root=tmp_path).get_flattened_data()] == [0, 128, 255]
+    values.save(tmp_path / "key.png", transparency=0)
+    assert [pixel[0] for pixel in load_image("key.png", root=tmp_path).get_flattened_data()] == [255, 128, 255]
+
+
+def test_other_modes(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    red, green, blue = load_image("cmyk.jpg", root=tmp_path).getpixel((4, 4))
+    assert red > 250 > 5 > max(green, blue)
+    Image.new("1", (2, 2), 1).save(tmp_path / "bit.png")
+    assert load_image("bit.png", root=tmp_path).getpixel((0, 0)) == WHITE
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tiff")
+    assert refusal("float.tiff", tmp_path) == (
+        "image 'float.tiff' holds 32-bit values (mode F), of which none is known to be white; save it with 8 or 16 bits"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_first_frame_of_what_moves(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    red, green, _ = load_image(f"a.{suffix}", root=tmp_path).getpixel((4, 4))
+    assert red > 240 > 10 > green
+
+
+def test_pad_to_square() -> None:
+    padded = pad_to_square(Image.new("RGB", (1, 4), RED))
+    assert padded.size == (4, 4)
+    assert list(padded.crop((0, 0, 4, 1)).get_flattened_data()) == [WHITE, RED, WHITE, WHITE]
+    padded = pad_to_square(Image.new("RGB", (3, 1), RED), fill=GREEN)
+    assert list(padded.crop((0, 0, 1, 3)).get_flattened_data()) == [GREEN, RED, GREEN]
+
+
+def test_a_strip_is_not_padded_to_a_bomb() -> None:
+    with pytest.raises(ValueError, match=r"^1 x 60000 pixels padded to a square are 3,600,000,000 pixels, more than"):
+        pad_to_square(Image.new("RGB", (1, 60_000)))

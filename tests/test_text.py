@@ -1,0 +1,495 @@
+"""Labels follow the characters of the rendered conversation, for every template and kind of tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vlm.schema import IGNORE, BadSample, Message
+from vlm.text.encode import Encoded, TextEncoder
+from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+END_MARK = {"plain": "<eos>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
+CORPUS = [
+    "A red circle and two blue squares.\n\nWhere is the star?  In the top left corner.",
+    "How many triangles are there?\n\n\nThere are three triangles, one of them green.",
+    "赤い丸が二つあります。青い星はどこですか。",
+    "緑の三角は左上にあります。\n\nいくつありますか。三つです。",
+] * 4
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """Also adds bos when asked to encode with special tokens, so that a doubled one would show."""
+    bos = backend.token_to_id("<bos>")
+    # Trims the spaces off the offsets, as GPT-2's and Llama 3's do.
+    backend.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)]),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=[]
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: special tokens 0 to 6, then the 256 letters of the byte alphabet in sorted order."""
+    words = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    return _wrap(backend)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges, over spaces and newlines and parts of Japanese letters too."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return _wrap(backend)
+
+
+@pytest.fixture(scope="module")
+def bytes_only() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def merging() -> PreTrainedTokenizerFast:
+    return merging_tokenizer()
+
+
+def say(role: str, *contents: str | None) -> Message:
+    """A message of texts; None is an image."""
+    items = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in contents]
+    return Message(role=role, content=items)
+
+
+def encoder(tokenizer, template: str | None, *, num_image_tokens: int = 3, max_length: int = 4096) -> TextEncoder:
+    return TextEncoder(
+        tokenizer=tokenizer, num_image_tokens=num_image_tokens, max_length=max_length, chat_template=template
+    )
+
+
+ONE_TURN = [say("user", None, "Hi"), say("assistant", "no")]
+
+
+# --- exact rows, by hand ---------------------------------------------------------------------------------------------
+
+
+# Bytes of the printable letters count from "!" at 7; "\n" is the 11th byte without a printable form: 7 + 188 + 10.
+USER, ASSISTANT, MODEL = [91, 89, 75, 88], [71, 89, 89, 79, 89, 90, 71, 84, 90], [83, 85, 74, 75, 82]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ids", "num_supervised", "num_unsupervised_after"),
+    [
+        ("plain", "<bos>@Hi\n{no<eos>}", [1, 0, 0, 0, 46, 79, 205, 84, 85, 2], 3, 0),
+        (
+            "chatml",
+            "<bos><|im_start|>user\n@Hi<|im_end|>\n<|im_start|>assistant\n{no<|im_end|>}\n",
+            [1, 3, *USER, 205, 0, 0, 0, 46, 79, 4, 205, 3, *ASSISTANT, 205, 84, 85, 4, 205],
+            3,
+            1,
+        ),
+        (
+            "gemma",
+            "<bos><start_of_turn>user\n@Hi<end_of_turn>\n<start_of_turn>model\n{no<end_of_turn>}\n",
+            [1, 5, *USER, 205, 0, 0, 0, 46, 79, 6, 205, 5, *MODEL, 205, 84, 85, 6, 205],
+            3,
+            1,
+        ),
+    ],
+)
+def test_exact_row(bytes_only, template, text, ids, num_supervised, num_unsupervised_after):
+    row = encoder(bytes_only, template).encode("shapes/0", ONE_TURN, 1)
+    assert row.text == text.replace("{", "").replace("}", "").replace("@", IMAGE_PLACEHOLDER)
+    assert row.input_ids == ids
+    end = len(ids) - num_unsupervised_after
+    assert (
+        row.labels
+        == [IGNORE] * (end - num_supervised) + ids[end - num_supervised : end] + [IGNORE] * num_unsupervised_after
+    )
+    first = ids.index(0)
+    assert row.image_mask == [False] * first + [True] * 3 + [False] * (len(ids) - first - 3)
+    assert row.images_before == [0] * first + [1] * (len(ids) - first)
+
+
+def test_gemma_folds_the_system_text_and_trims(bytes_only):
+    messages = [say("system", " Be brief. "), say("user", "Hi\n"), say("assistant", "\n no ")]
+    row = encoder(bytes_only, "gemma").encode("a/1", messages, 0)
+    assert row.text == (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n"
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_take_strings_and_lists(bytes_only, template):
+    messages = [say("system", "Look."), say("user", "a", None, "b", None), say("assistant", "c")]
+    texts = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": f"a{IMAGE_PLACEHOLDER}b{IMAGE_PLACEHOLDER}"},
+    ]
+    texts.append({"role": "assistant", "content": "c"})
+    rendered = [
+        bytes_only.apply_chat_template(chat, chat_template=TEMPLATES[template], tokenize=False)
+        for chat in (messages, texts)
+    ]
+    assert rendered[0] == rendered[1] == encoder(bytes_only, template).encode("a/1", messages, 2).text
+
+
+# --- random conversations --------------------------------------------------------------------------------------------
+
+# Gemma's tokenizer writes "▁" for a space, so a "▁" in a text does not come back as itself.
+_LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
+_WORDS = [
+    "A red circle",
+    "赤い丸",
+    "です。",
+    "👩‍👩‍👧",
+    "é",
+    "e\u0301",
+    "<image>",
+    "{{ messages }}",
+    "[INST]",
+    "⟦",
+    "user\n",
+]
+_SPACES = ["\u200d", "\u3000", " ", "  ", "\n", "\n\n", "\t", "\r\n"]
+_MARKS = [
+    *SPECIAL,
+    "</s>",
+    "<|im_end|",
+    "<start_of_turn>model\n",
+    "<|image|>",
+    IMAGE_PLACEHOLDER[:-1],
+    "vlm-turn-0-vlm",
+]
+_SNIPPETS = st.sampled_from([*_WORDS, *_SPACES, *_MARKS])
+_TEXTS = st.lists(_SNIPPETS | st.text(_LETTERS, max_size=6), max_size=4).map("".join)
+
+
+@st.composite
+def conversations(draw) -> list[Message]:
+    messages = [say("system", draw(_TEXTS))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(say("user", *draw(st.lists(st.none() | _TEXTS, max_size=3))))
+        messages.append(say("assistant", draw(_TEXTS)))
+    messages[-1]["content"].append({"type": "text", "text": "ok"})  # one answer at least is not blank
+    return messages
+
+
+def text_of(message: Message) -> str:
+    return "".join(item.get("text", IMAGE_PLACEHOLDER) for item in message["content"])
+
+
+def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -> None:
+    num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
+    row = subject.encode("random/0", messages, num_images)
+
+    # What is learnt is every answer with its mark, and nothing else.
+    learnt = subject.supervised(row)
+    answers = [text_of(message) for message in messages if message["role"] == "assistant"]
+    assert len(learnt) == len(answers)
+    for got, answer in zip(learnt, answers, strict=True):
+        expected = (answer.strip() if template == "gemma" else answer) + END_MARK[template]
+        # Space at the start of an answer may have become one token with the prompt's newline.
+        lost = expected[: len(expected) - len(got)]
+        assert got == expected[len(lost) :]
+        assert not lost.strip()
+
+    # Each image has its tokens, in order; no label is on them, and labels are the tokens themselves.
+    assert sum(row.image_mask) == num_images * subject.num_image_tokens
+    assert row.images_before == sorted(row.images_before)
+    assert row.images_before[-1] == num_images
+    for token, label, is_image in zip(row.input_ids, row.labels, row.image_mask, strict=True):
+        assert label in (IGNORE, token)
+        assert not is_image or (token == subject.pad_id and label == IGNORE)
+    visual = [place for place, is_image in zip(row.images_before, row.image_mask, strict=True) if is_image]
+    assert visual == [j + 1 for j in range(num_images) for _ in range(subject.num_image_tokens)]
+
+    # The text that generation starts from is the text that training saw before the last answer.
+    prompt = subject.encode_prompt("random/0", messages, num_images)
+    assert row.text.startswith(prompt.text)
+    last = answers[-1].strip() if template == "gemma" else answers[-1]
+    assert row.text[len(prompt.text) :].rstrip("\n") == last + END_MARK[template]
+    assert set(prompt.labels) == {IGNORE}
+
+
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@pytest.mark.parametrize("num_image_tokens", [0, 3])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["bytes_only", "merging"])
+def test_labels_of_random_conversations(kind, template, num_image_tokens, request):
+    subject = encoder(request.getfixturevalue(kind), template, num_image_tokens=num_image_tokens)
+
+    @few
+    @given(conversations())
+    @example([say("user", "Hi"), say("assistant", "\n\nok")])
+    @example([say("user", "Hi"), say("assistant", ""), say("user", ""), say("assistant", " ok ")])
+    def check(messages):
+        check_labels(subject, template, messages)
+
+    check()
+
+
+def test_labels_with_the_gemma_tokenizer(gemma_tokenizer):
+    size = len(gemma_tokenizer)
+    for template in ("gemma", "plain"):
+        subject = encoder(gemma_tokenizer, template)
+
+        @few
+        @given(conversations(), st.just(subject), st.just(template))
+        def check(messages, subject, template):
+            check_labels(subject, template, messages)
+
+        check()
+    assert len(gemma_tokenizer) == size
+    with pytest.raises(ValueError, match=r"followed by '<\|im_end\|>"):
+        encoder(gemma_tokenizer, "chatml")
+
+
+def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
+    subject = encoder(gemma_tokenizer, "gemma")
+    row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "日本 🫥")], 1)
+    assert row.input_ids[:7] == [2, 105, 2364, 107, 0, 0, 0]  # <bos> <start_of_turn> user \n, then the image
+    assert row.labels[-2:] == [106, IGNORE]  # <end_of_turn> is learnt, the newline after it is not
+    assert subject.supervised(row) == ["日本 🫥<end_of_turn>"]
+    # The tokenizer itself is as it was, and splits the same text alike.
+    assert gemma_tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == gemma_tokenizer.unk_token_id
+    assert (
+        row.input_ids[:4] + row.input_ids[7:]
+        == gemma_tokenizer(row.text.replace(IMAGE_PLACEHOLDER, ""), add_special_tokens=False).input_ids
+    )
+
+
+# --- tokens on the border --------------------------------------------------------------------------------------------
+
+
+def border_tokenizer() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like tokenizer with "▁yes", ":)" and a double newline as single tokens, and byte fallback."""
+    words = ["<pad>", "<eos>", "▁", "y", "e", "s", "ye", "yes", "▁yes", ":", ")", ":)", "\n", "\n\n"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes"), (":", ")"), ("\n", "\n")]
+    vocab = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def own_template(tokenizer: PreTrainedTokenizerFast, before: str, after: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with a chat template of its own that writes `before` and `after` around each answer."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}{{ '" + before + "' + m.content + '" + after + "' }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("before", "answer", "supervised"),
+    [
+        (": ", "yes", [" yes<eos>"]),  # the prompt's space belongs to the answer's first word
+        ("\\n", "\nyes", ["yes<eos>"]),  # two newlines in one token stay the prompt's
+        (":", ")yes", ["yes<eos>"]),  # so does a token that holds a letter of the prompt
+        (":", "🫥", ["🫥<eos>"]),  # four byte tokens share one character
+    ],
+)
+def test_token_that_joins_prompt_and_answer(before, answer, supervised):
+    subject = encoder(own_template(border_tokenizer(), before, "<eos>"), None)
+    row = subject.encode("a/1", [say("user", "s"), say("assistant", answer)], 0)
+    assert subject.supervised(row) == supervised
+
+
+def test_space_before_the_end_mark_is_learnt():
+    subject = encoder(own_template(border_tokenizer(), ":", " <eos>"), None)
+    row = subject.encode("a/1", [say("user", "s"), say("assistant", "yes")], 0)
+    assert subject.supervised(row) == ["yes <eos>"]
+
+
+def test_spaces_keep_their_places_where_the_tokenizer_trims_offsets(bytes_only):
+    subject = encoder(own_template(byte_tokenizer(), "Answer: ", "<eos>"), None)
+    row = subject.encode("a/1", [say("user", "s"), say("assistant", " yes ")], 0)
+    assert subject.supervised(row) == [" yes <eos>"]
+
+
+# --- images, runs, prompts -------------------------------------------------------------------------------------------
+
+
+def test_images_before_and_display(bytes_only):
+    messages = [say("user", "a", None, None), say("assistant", "b"), say("user", None, "c"), say("assistant", "d")]
+    subject = encoder(bytes_only, "plain", num_image_tokens=2)
+    row = subject.encode("a/1", messages, 3)
+    assert row.images_before == [0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert subject.display(row) == "<bos>a<image×2><image×2>\n⟦b<eos>⟧<image×2>c\n⟦d<eos>⟧"
+    layers = encoder(bytes_only, "plain", num_image_tokens=0)
+    row = layers.encode("a/1", messages, 3)
+    assert row.images_before == [0, 0, 2, 2, 2, 3, 3, 3, 3]
+    assert row.image_mask == [False] * 9
+    assert layers.display(row) == "<bos>a<image×0><image×0>\n⟦b<eos>⟧<image×0>c\n⟦d<eos>⟧"
+
+
+def test_prompt(bytes_only):
+    subject = encoder(bytes_only, "chatml")
+    prompt = subject.encode_prompt("a/1", ONE_TURN, 1)
+    expected = f"<bos><|im_start|>user\n{IMAGE_PLACEHOLDER}Hi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.text == expected
+    assert prompt == subject.encode_prompt("a/1", ONE_TURN[:1], 1)
+    row = subject.encode("a/1", ONE_TURN, 1)
+    assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_bos_is_not_doubled_and_pad_falls_back_to_eos(bytes_only):
+    assert encoder(bytes_only, "plain").encode("a/1", ONE_TURN, 1).input_ids.count(1) == 1
+    smol = byte_tokenizer()
+    smol.bos_token = "<|im_start|>"
+    smol.pad_token = None
+    row = encoder(smol, "chatml").encode("a/1", ONE_TURN, 1)
+    assert row.text.startswith("<|im_start|>user\n")
+    assert [token for token, is_image in zip(row.input_ids, row.image_mask, strict=True) if is_image] == [2, 2, 2]
+
+
+def test_the_tokenizer_is_left_alone(bytes_only):
+    before = bytes_only.backend_tokenizer.to_str()
+    encoder(bytes_only, "gemma").encode("a/1", ONE_TURN, 1)
+    assert bytes_only.backend_tokenizer.to_str() == before
+
+
+def test_a_template_for_lists_only(bytes_only):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for item in m.content %}{{ item['text'] }}{% endfor %}<eos>{% endfor %}"
+    )
+    assert encoder(tokenizer, None).encode("a/1", ONE_TURN, 1).text == f"{IMAGE_PLACEHOLDER}Hi<eos>no<eos>"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_images", "error"),
+    [
+        (
+            ONE_TURN,
+            2,
+            "sample 'coco/000123' holds 2 images but its text has 1 image placeholder; add or remove an <image>",
+        ),
+        (
+            [say("user", None, None), say("assistant", "no")],
+            1,
+            "sample 'coco/000123' holds 1 image but its text has 2 image placeholders; add or remove an <image>",
+        ),
+        (
+            [say("user", IMAGE_PLACEHOLDER[:5], IMAGE_PLACEHOLDER[5:]), say("assistant", "no")],
+            0,
+            "sample 'coco/000123' has the reserved <|vlm:image|> in its text; remove it",
+        ),
+        (
+            [say("user", "a"), say("user", "b"), say("assistant", "no")],
+            0,
+            "sample 'coco/000123' has 'user' as message 2 where 'assistant' is due; after an optional system "
+            "message, user and assistant must take turns",
+        ),
+        (
+            [say("user", "a"), say("system", "b"), say("assistant", "no")],
+            0,
+            "sample 'coco/000123' has 'system' as message 2 where 'assistant' is due; after an optional system "
+            "message, user and assistant must take turns",
+        ),
+        (
+            [say("user", "a")],
+            0,
+            "sample 'coco/000123' ends with 'user' but must end with 'assistant'; add or remove a message",
+        ),
+        ([], 0, "sample 'coco/000123' has no message but must end with 'assistant'; add or remove a message"),
+        (
+            [say("user", "a"), say("assistant", " \n")],
+            0,
+            "sample 'coco/000123' has no supervised token: its assistant messages are empty; remove it",
+        ),
+        (
+            [say("user", None, "a" * 40), say("assistant", "no")],
+            1,
+            "sample 'coco/000123' takes 48 tokens but data.max_length is 20, which would cut 0 image tokens and "
+            "3 supervised tokens; set data.max_length=48 or more",
+        ),
+        (
+            [say("user", "a" * 18, None), say("assistant", "no")],
+            1,
+            "sample 'coco/000123' takes 26 tokens but data.max_length is 20, which would cut 2 image tokens and "
+            "3 supervised tokens; set data.max_length=26 or more",
+        ),
+    ],
+)
+def test_bad_sample(bytes_only, messages, num_images, error):
+    subject = encoder(bytes_only, "plain", max_length=20)
+    with pytest.raises(BadSample) as caught:
+        subject.encode("coco/000123", messages, num_images)
+    assert str(caught.value) == error
+
+
+def test_half_a_surrogate_pair_is_a_bad_sample(bytes_only):
+    with pytest.raises(BadSample, match="sample 'a/1' has text that is not valid Unicode"):
+        encoder(bytes_only, "plain").encode("a/1", [say("user", "\ud83d"), say("assistant", "no")], 0)
+
+
+def test_an_image_in_a_dropped_answer_is_missed_by_the_prompt(bytes_only):
+    messages = [say("user", "draw"), say("assistant", None, "done")]
+    subject = encoder(bytes_only, "plain")
+    assert subject.supervised(subject.encode("a/1", messages, 1)) == ["done<eos>"]
+    with pytest.raises(BadSample, match="holds 1 image but its text has 0 image placeholders"):
+        subject.encode_prompt("a/1", messages, 1)
+
+
+def test_unknown_or_missing_template(bytes_only):
+    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of chatml, gemma, plain"):
+        encoder(bytes_only, "gema")
+    with pytest.raises(ValueError, match=r"no chat template of its own; set llm\.chat_template= to one of chatml"):
+        encoder(bytes_only, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        # Only the last turn is kept; texts are changed; the end of turn is no special token; nothing ends the turn.
+        ("{{ messages[-1].content }}<eos>", "rewrites the turns"),
+        ("{% for m in messages %}{{ m.content | title }}<eos>{% endfor %}", "rewrites the turns"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", "followed by '</s>'"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", r"followed by '\\n'"),
+        ("{{ raise_exception('no chat') }}", "refuses the conversation .no chat."),
+    ],
+)
+def test_template_that_cannot_be_used(template, error):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"{error}.*set llm.chat_template="):
+        encoder(tokenizer, None)
+
+
+def test_template_that_fails_on_one_sample_names_it():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
+        "{% if m.content != 'stop' %}<eos>{% endif %}{% endfor %}"
+    )
+    subject = encoder(tokenizer, None)
+    assert isinstance(subject.encode("a/1", [say("user", "a"), say("assistant", "b")], 0), Encoded)
+    for answer in ("x</think>b", "stop"):
+        with pytest.raises(ValueError, match="sample 'a/2': the chat template rewrites the turns") as caught:
+            subject.encode("a/2", [say("user", "a"), say("assistant", answer)], 0)
+        assert not isinstance(caught.value, BadSample)  # it is the template's fault

@@ -1,0 +1,153 @@
+"""Annotation files to rows, each with the place it came from, and a compact store for what is kept of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """One record of a file. `problem` says why it cannot be used; it is empty where nothing speaks against it."""
+
+    place: str  # "file.jsonl:12", or "file.json[3]" in a JSON list
+    record: dict[str, Any]
+    problem: str = ""
+
+
+class Records:
+    """JSON values in one block of bytes.
+
+    A list of a million dictionaries costs gigabytes, and again in every worker process: counting references writes to
+    the memory that the processes share.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        buffer = bytearray()
+        self._ends = array("Q", [0])
+        for value in values:
+            buffer += json.dumps(value).encode()
+            self._ends.append(len(buffer))
+        self._buffer = bytes(buffer)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        index = range(len(self))[index]
+        return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]])
+
+
+def existing_file(path: str | Path, *, option: str) -> Path:
+    """The path, once it is known to be a file; else a `ValueError` that names the option to set."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"there is no file '{file}'; set data.{option}= to the annotation file")
+    return file
+
+
+def existing_folder(path: str | Path, *, option: str) -> Path:
+    """The path, once it is known to be a folder; else a `ValueError` that names the option to set."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder '{folder}'; set data.{option}= to the folder that holds the images")
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any] | list[Row]:
+    """A `.json` file: its one object, or the rows of its list. JSON lines under this name are read as such.
+
+    Raises `ValueError` naming file and line where the text is not JSON.
+    """
+    text = _text(file)
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and _is_json(text.split("\n", 1)[0]):
+            return list(read_jsonl(file))
+        raise _not_json(file, error.lineno, error.msg) from error
+    except (RecursionError, ValueError) as error:  # lists nested too deep, a number of thousands of digits
+        raise ValueError(f"'{file}' is JSON that cannot be read ({error}); simplify it") from error
+    if isinstance(document, dict):
+        return document
+    if not isinstance(document, list):
+        raise ValueError(f"'{file}' holds {_kind(document)}; give a list of samples or an object that holds them")
+    return [_row(f"{file.name}[{index}]", record) for index, record in enumerate(document)]
+
+
+def read_jsonl(file: Path) -> Iterator[Row]:
+    """One JSON value a line, empty lines left out. Raises `ValueError` naming file and line where one is not JSON."""
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _not_json(file, number, error.msg) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"'{file}' line {number} is JSON that cannot be read ({error}); simplify it") from error
+        yield _row(f"{file.name}:{number}", record)
+
+
+def read_csv(file: Path, *, columns: tuple[str, ...]) -> Iterator[Row]:
+    """Comma-separated rows under a header that has at least `columns`. Raises `ValueError` where it has not."""
+    reader = csv.reader(StringIO(_text(file), newline=""), skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise ValueError(
+                f"'{file}' has no column '{missing[0]}' in its first line ({', '.join(header) or 'empty'}); "
+                f"write {','.join(columns)} there"
+            )
+        line = reader.line_num + 1
+        for values in reader:
+            place, line = f"{file.name}:{line}", reader.line_num + 1
+            problem = (
+                ""
+                if len(values) == len(header)
+                else (
+                    f"has {len(values)} fields under a header of {len(header)}; put quotes around a caption with commas"
+                )
+            )
+            if values:
+                yield Row(place, dict(zip(header, values, strict=False)), problem)
+    except csv.Error as error:
+        raise ValueError(f"'{file}' line {line} is not CSV ({error}); correct that line") from error
+
+
+def _row(place: str, record: Any) -> Row:
+    if isinstance(record, dict):
+        return Row(place, record)
+    return Row(place, {}, f"is {_kind(record)} where an object is needed; write it as {{...}}")
+
+
+def _text(file: Path) -> str:
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"'{file}' line {line} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (RecursionError, ValueError):
+        return False
+    return True
+
+
+def _not_json(file: Path, line: int, reason: str) -> ValueError:
+    return ValueError(f"'{file}' line {line} is not JSON ({reason}); correct that line")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

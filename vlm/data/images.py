@@ -1,0 +1,134 @@
+"""Image files, which nobody has vouched for, to plain RGB pictures: every way to fail ends in one `BadSample`."""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vlm.schema import BadSample
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also reads EPS (runs Ghostscript), FITS, PSD, ...
+MAX_BYTES = 2**26  # 64 MiB
+MAX_PIXELS = 2**26  # 8192 x 8192, which is 192 MiB as RGB
+WHITE = (255, 255, 255)
+
+_ORIENTATION = 0x0112  # the EXIF tag; its values and the turns that undo them are those of ImageOps.exif_transpose
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(
+    path: str | Path, *, root: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """The file's picture as RGB: upright (EXIF), on white where it is transparent, the first frame where it moves.
+
+    `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. The
+    number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
+    Raises `BadSample`, naming the file, what is wrong and the remedy.
+    """
+    data = _read(path, root=root, max_bytes=max_bytes)
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadSample(
+                    f"image '{path}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
+                    f"{max_pixels:,}; make it smaller"
+                )
+            image.load()
+            return _to_rgb(_upright(image), path)
+    except BadSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # past Pillow's own limit: no size
+        raise BadSample(f"image '{path}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise BadSample(f"image '{path}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
+    except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadSample(f"image '{path}' cannot be decoded ({reason}); replace the file") from error
+
+
+def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
+    """The image in the middle of a square of colour `fill`.
+
+    Raises `ValueError` where the square would hold more than `MAX_PIXELS`: a strip of 1 x 60,000 pixels passes for a
+    small image until it is padded.
+    """
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    if side * side > MAX_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels padded to a square are {side * side:,} pixels, more than the limit of "
+            f"{MAX_PIXELS:,}; make the image smaller"
+        )
+    square = Image.new(image.mode, (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
+    try:
+        home = root.resolve()
+        file = (home / path).resolve()
+        if not file.is_relative_to(home):
+            raise BadSample(
+                f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder"
+            )
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
+            raise BadSample(f"image '{path}' under '{root}' is not a regular file; replace it with an image file")
+        if status.st_size > max_bytes:
+            raise BadSample(
+                f"image '{path}' has {status.st_size:,} bytes, more than the limit of {max_bytes:,}; make it smaller"
+            )
+        with file.open("rb") as handle:
+            return handle.read(max_bytes)
+    except BadSample:
+        raise
+    except FileNotFoundError as error:
+        raise BadSample(f"image '{path}' does not exist under '{root}'; add the file or remove its sample") from error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise BadSample(f"image '{path}' cannot be read ({reason}); replace the file") from error
+    except (ValueError, RuntimeError) as error:  # a null byte or half a surrogate pair in the name; a loop of symlinks
+        raise BadSample(f"image {str(path)!r} is not a usable path ({error}); rename the file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF around sound pixels is common, and then nothing says that they need turning
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise BadSample(
+            f"image '{path}' holds 32-bit values (mode {image.mode}), of which none is known to be white; "
+            "save it with 8 or 16 bits"
+        )
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which makes most of the picture white
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey)
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        image = Image.new("RGB", seen.size, WHITE)
+        image.paste(seen, mask=seen.getchannel("A"))
+    return image.convert("RGB")

@@ -1,0 +1,87 @@
+"""A look at some samples of a split before step 0: is there something to learn, and does every image have its place?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlm.schema import IGNORE, BadSample, Source
+from vlm.text.encode import TextEncoder
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What some rows of one split hold, in tokens; `num_tokens` counts all, visual ones included."""
+
+    name: str
+    num_samples: int  # read and encoded
+    num_unreadable: int  # left to the loader's quarantine
+    num_tokens: int
+    num_supervised_tokens: int
+    num_visual_tokens: int
+    longest_row: int
+    shown: list[str]  # the first rows decoded, the supervised part between ⟦ and ⟧
+
+
+def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: int, show: int) -> PreflightReport:
+    """Takes `num_samples` samples, evenly spread over the split `name`, through tokenizer and chat template.
+
+    Raises ValueError on the first sample that `TextEncoder.encode` refuses (no supervised token, a missing end of turn,
+    cut image tokens, images and placeholders that differ), and where no sample can be had at all. A sample that cannot
+    be read is counted only.
+    """
+    taken = min(num_samples, len(source))
+    if taken < 1:
+        raise ValueError(
+            f"preflight of '{name}' has {len(source)} samples to look at; set data.root= or preflight.samples="
+        )
+    rows, shown, unreadable = [], [], []
+    for index in range(taken):
+        try:
+            sample = source[index * len(source) // taken]
+        except BadSample as error:
+            unreadable.append(error)
+            continue
+        try:
+            row = encoder.encode(sample.id, sample.messages, len(sample.images))
+        except ValueError as error:
+            raise ValueError(f"preflight of '{name}': {error}") from error
+        rows.append(row)
+        if len(shown) < show:
+            shown.append(encoder.display(row))
+    if not rows:
+        raise ValueError(
+            f"preflight of '{name}' could read none of {taken} samples; repair the data, first: {unreadable[0]}"
+        ) from unreadable[0]
+    return PreflightReport(
+        name=name,
+        num_samples=len(rows),
+        num_unreadable=len(unreadable),
+        num_tokens=sum(len(row.input_ids) for row in rows),
+        num_supervised_tokens=sum(label != IGNORE for row in rows for label in row.labels),
+        num_visual_tokens=sum(sum(row.image_mask) for row in rows),
+        longest_row=max(len(row.input_ids) for row in rows),
+        shown=shown,
+    )
+
+
+def render(reports: Sequence[PreflightReport]) -> str:
+    """A text table of the splits, followed by the rows that each report shows."""
+    from rich.console import Console  # only the main process draws tables
+    from rich.table import Table
+
+    table = Table(title="Preflight", title_justify="left")
+    table.add_column("split")
+    for heading in ("samples", "unreadable", "supervised", "total", "share", "visual", "longest row"):
+        table.add_column(heading, justify="right")
+    for report in reports:
+        counts = (report.num_samples, report.num_unreadable, report.num_supervised_tokens, report.num_tokens)
+        share = f"{report.num_supervised_tokens / report.num_tokens:.1%}"
+        tail = (share, f"{report.num_visual_tokens:,}", f"{report.longest_row:,}")
+        table.add_row(report.name, *(f"{count:,}" for count in counts), *tail)
+    text = io.StringIO()
+    Console(file=text, width=100).print(table)
+    lines = [text.getvalue().rstrip()]
+    lines += [f"{report.name} {index}: {row}" for report in reports for index, row in enumerate(report.shown)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,134 @@
+"""Tux Paint's stamps: photographs and drawings with one-line captions in many languages (Debian, GPL-2)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from vlm.data.images import load_image, pad_to_square
+from vlm.data.split import check_split, in_split
+from vlm.schema import BadSample, Sample, Split
+
+PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
+
+_TRANSLATION = re.compile(r"(?P<code>[\w@-]+)\.utf8=(?P<text>.*)")
+_VARIANT = re.compile(r"(_mirror|_flip)+$")  # what Tux Paint shows when it turns a stamp: no picture of its own
+
+
+class Stamps:
+    """`NAME.png` with `NAME.txt`, whose first line is the English caption and whose lines `ja.utf8=...` translate it.
+
+    The split is by a hash of the path under `root`, the same in every language; byte-identical files (there are some)
+    stay together. What is left out is counted over both splits: `num_symbols`, `num_svg_only`, `num_variants` (mirrored
+    copies with no text of their own), `num_without_caption`.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        root: str | Path = "/usr/share/tuxpaint/stamps",
+        language: str = "en",
+        symbols: bool = False,
+        val_fraction: float = 0.15,
+        prompt: str | None = None,
+    ) -> None:
+        check_split(split=split, val_fraction=val_fraction)
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise ValueError(
+                f"there is no folder '{self.root}'; run apt-get install tuxpaint-stamps-default, or set data.root= to "
+                "the folder that holds the stamps"
+            )
+        self.prompt = prompt or PROMPTS.get(language, PROMPTS["en"])
+
+        found = _names(self.root, "*.png")
+        names = [name for name in found if symbols or not _is_symbol(name)]
+        drawings = [name for name in _names(self.root, "*.svg") if symbols or not _is_symbol(name)]
+        captions = {name: _captions(self.root / name) for name in names}
+        items = [(name, captions[name][language]) for name in names if language in captions[name]]
+        if not items:
+            codes = sorted({code for texts in captions.values() for code in texts})
+            raise ValueError(
+                f"none of the {len(names)} stamps under '{self.root}' has a caption in language '{language}'; choose "
+                f"one of {', '.join(codes) or '(no caption found: set data.root=)'}"
+            )
+        self.num_symbols = len(found) - len(names)
+        self.num_svg_only = len(
+            {name.removesuffix(".svg") for name in drawings} - {n.removesuffix(".png") for n in found}
+        )
+        self.num_variants = sum(not captions[name] and _is_variant(name, captions) for name in names)
+        self.num_without_caption = len(names) - len(items) - self.num_variants
+
+        keys = _split_keys(self.root, names)
+        self.items = [item for item in items if in_split(keys[item[0]], split=split, val_fraction=val_fraction)]
+        if not self.items:
+            raise ValueError(
+                f"none of the {len(items)} stamps under '{self.root}' falls into {split} with val_fraction "
+                f"{val_fraction}; set data.val_fraction= to another share"
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Sample:
+        name, caption = self.items[index]
+        if "\ufffd" in caption:
+            raise BadSample(f"stamp '{name}' has a caption that is not UTF-8; save its .txt file as UTF-8")
+        image = load_image(name, root=self.root)
+        try:
+            image = pad_to_square(image)
+        except ValueError as error:
+            raise BadSample(f"stamp '{name}' cannot be used: {error}") from error
+        return Sample(
+            id=name,
+            images=[image],
+            messages=[
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
+                {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+            ],
+            meta={"image": name},
+        )
+
+
+def _names(root: Path, pattern: str) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob(pattern))
+
+
+def _is_symbol(name: str) -> bool:
+    return name.startswith("symbols/")
+
+
+def _is_variant(name: str, names: dict[str, dict[str, str]]) -> bool:
+    stem = name.removesuffix(".png")
+    original = _VARIANT.sub("", stem)
+    return original != stem and f"{original}.png" in names
+
+
+def _captions(image: Path) -> dict[str, str]:
+    """Captions by language code. Bytes that are not UTF-8 become U+FFFD, by which the sample is refused when read."""
+    file = image.with_suffix(".txt")
+    if not file.is_file():
+        return {}
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    matches = [_TRANSLATION.match(line.strip()) for line in lines]
+    captions = {match["code"]: match["text"].strip() for match in matches if match}
+    if matches[0] is None:
+        captions["en"] = lines[0].strip()
+    return {code: text for code, text in captions.items() if text}
+
+
+def _split_keys(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """The path that each stamp is split by: its own, or that of the first stamp with the same bytes."""
+    sizes = {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
+    num_of_size = Counter(sizes.values())
+    first: dict[bytes, str] = {}
+    keys = {}
+    for name in names:
+        keys[name] = name
+        if num_of_size[sizes.get(name, -1)] > 1:  # only files of one size can be equal: a few are read, not all
+            keys[name] = first.setdefault(blake2b((root / name).read_bytes()).digest(), name)
+    return keys

@@ -1,0 +1,53 @@
+"""Which samples are for validation: decided by a hash of a name, so that it holds over runs, machines and new files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from vlm.schema import Split
+
+
+def check_split(*, split: Split, val_fraction: float) -> None:
+    """Raise `ValueError` unless `split` is one of the two and `val_fraction` lies in [0, 1)."""
+    if split not in ("train", "val"):
+        raise ValueError(f"split is '{split}'; choose train or val")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction is {val_fraction}; choose a number from 0 up to, and without, 1")
+
+
+def in_split(key: str, *, split: Split, val_fraction: float) -> bool:
+    """Whether what `key` names belongs to `split`. Python's own `hash` would differ from process to process."""
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    is_val = int.from_bytes(digest, "big") < val_fraction * 2**64
+    return is_val == (split == "val")
+
+
+def image_key(name: str, *, root: Path) -> str:
+    """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
+    if os.path.isabs(name):
+        name = os.path.relpath(name, root)
+    return Path(os.path.normpath(name)).as_posix()
+
+
+def group_keys(names: Sequence[Sequence[str]]) -> list[str]:
+    """A key for every item, equal for items that share a name, directly or through other items.
+
+    The key is the smallest name in the group. Split by it, train and val have no name in common, also where one
+    sample shows several images.
+    """
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    for group in names:
+        roots = sorted(find(name) for name in group)
+        for root in roots[1:]:
+            parent[root] = roots[0]
+    return [find(group[0]) for group in names]

@@ -1,0 +1,151 @@
+"""Vision towers of Transformers that cut the image into patches: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343), …
+
+Axes: N images, P patches per image, Dv encoder width; L tokens of the tower: P and its class and register tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+from vlm.encoders.hub import look_up
+from vlm.encoders.layers import resolve_layers
+from vlm.encoders.transform import Transform
+
+
+class HFEncoder(nn.Module):
+    """pixels [N,3,H,W] -> features [N,P,Dv], with no class or register token, and no layer that they do not need.
+
+        pixels ──► tower ──► hidden_states[layer] [N,L,·] each ──► first tokens dropped, joined ──► features
+
+    Args:
+        pretrained: hub id or local folder of the weights (safetensors).
+        config: architecture facts of the vision tower (Transformers' names, with `model_type`), enough to build it with
+            no network; pretrained weights that say otherwise are refused.
+        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
+        layer: index into Transformers' `hidden_states`: n is the output of block n, from 1; -1 is the last block, -2
+            the one before (LLaVA's choice, arXiv 2304.08485). A list joins several on the feature axis.
+        image_size: side in pixels; None is the tower's own. Position embeddings are interpolated.
+        drop_tokens: how many tokens come before the patches (class and registers): CLIP 1, SigLIP 0.
+        mean, std, interpolation: what the weights were trained with.
+    """
+
+    def __init__(
+        self,
+        *,
+        pretrained: str,
+        config: dict[str, Any],
+        weights: Literal["pretrained", "random", "meta"] = "pretrained",
+        layer: int | list[int] = -2,
+        image_size: int | None = None,
+        drop_tokens: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+    ) -> None:
+        super().__init__()
+        facts = dict(config)
+        architecture = AutoConfig.for_model(facts.pop("model_type"), **facts)
+        size, patch = image_size or architecture.image_size, architecture.patch_size
+        if size % patch:
+            raise ValueError(
+                f"encoder.image_size={size} is no multiple of the patch size {patch}; try {size // patch * patch}"
+            )
+        self.image_size = (size, size)
+        self.grid = (size // patch, size // patch)
+        self.transform = Transform(size=self.image_size, mean=mean, std=std, interpolation=interpolation)
+        self._interpolate = size != architecture.image_size
+        self._drop = drop_tokens
+        self._layers = resolve_layers(layer, first=1, last=architecture.num_hidden_layers)
+        self.width = architecture.hidden_size * len(self._layers)
+
+        with torch.device("meta"):
+            skeleton = AutoModel.from_config(architecture)
+        self._check_tokens(skeleton)
+        if weights == "meta":
+            self.tower = skeleton
+        elif weights == "random":
+            self.tower = AutoModel.from_config(architecture)
+        else:
+            self.tower = _pretrained(type(skeleton), pretrained, config)
+        self._blocks_name = _truncate(self.tower, depth=architecture.num_hidden_layers, keep=max(self._layers))
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks that are run, in order."""
+        return list(self.tower.get_submodule(self._blocks_name).children())
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+            return self(pixels.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
+        states = self._hidden_states(self.tower, pixels.to(self.tower.dtype))  # each N L ·
+        return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._drop :]  # N P Dv
+
+    def _hidden_states(self, tower: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, ...]:
+        # Towers with rotary or no positions have no such argument, so it is given only where it is needed.
+        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
+        return tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states
+
+    def _check_tokens(self, skeleton: PreTrainedModel) -> None:
+        """Raise where `drop_tokens` would leave another number of tokens than there are patches."""
+        tokens = self._hidden_states(skeleton, torch.empty(1, 3, *self.image_size, device="meta"))[-1].shape[1]
+        patches = self.grid[0] * self.grid[1]
+        if tokens - self._drop != patches:
+            raise ValueError(
+                f"encoder.drop_tokens={self._drop} leaves {tokens - self._drop} of {tokens} tokens, but the grid has "
+                f"{patches} patches; set encoder.drop_tokens={tokens - patches}"
+            )
+
+
+def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any]) -> PreTrainedModel:
+    """The tower with the weights of a folder or hub id; a whole CLIP holds its vision tower as one part."""
+    try:
+        look_up(pretrained)
+        whole = AutoConfig.from_pretrained(pretrained)
+        architecture = getattr(whole, "vision_config", whole)
+        _check_facts(architecture, config, pretrained)
+        loaded: Any = tower.from_pretrained(
+            pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except OSError as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"no weights for the encoder: looked for the folder or hub id {pretrained!r} with its safetensors "
+            f"({cause}); download it and set encoder.pretrained=<folder>, or encoder.weights=random"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{pretrained!r} lacks {len(missing)} of the encoder's tensors, the first {missing[0]!r}; "
+            "set encoder.pretrained to weights of this architecture"
+        )
+    return model
+
+
+def _check_facts(architecture: PretrainedConfig, config: dict[str, Any], pretrained: str) -> None:
+    for key, ours in config.items():
+        theirs = getattr(architecture, key, None)
+        if theirs != ours:
+            raise ValueError(
+                f"encoder.config.{key}={ours!r}, but the weights of {pretrained!r} have {theirs!r}; "
+                f"set encoder.config.{key}={theirs} or choose other weights"
+            )
+
+
+def _truncate(tower: PreTrainedModel, *, depth: int, keep: int) -> str:
+    """Drop the blocks after `keep` and all that follows the blocks (last norm, pooler); the name of the list of blocks.
+
+    None of it can reach the features: kept, it would cost time and hold parameters that never get a gradient.
+    """
+    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    name, blocks = next((name, module) for name, module in lists if len(module) == depth)
+    del blocks[keep:]
+    children = [child for child, _ in tower.named_children()]
+    for child in children[children.index(name.partition(".")[0]) + 1 :]:
+        setattr(tower, child, nn.Identity())
+    return name

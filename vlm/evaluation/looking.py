@@ -1,0 +1,48 @@
+"""Does the model look? The same texts with the right image, with another sample's, and with none to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from vlm.schema import Batch
+
+
+def with_images(batch: Batch) -> Batch | None:
+    """The rows that have an image, or None where no row has."""
+    rows = (batch.num_images > 0).nonzero().flatten()
+    if len(rows) == len(batch.ids):
+        return batch
+    if len(rows) == 0:
+        return None
+    columns = ("input_ids", "attention_mask", "positions", "image_mask", "images_before", "labels", "num_images")
+    chosen = {name: getattr(batch, name)[rows] for name in columns}
+    return replace(batch, **chosen, ids=[batch.ids[int(row)] for row in rows])
+
+
+def shuffled(batch: Batch) -> Batch | None:
+    """Every image in the place of one of another row that looks different, or None where the batch has no such one.
+
+    Images are handed on by the shift that leaves the fewest unchanged; two captions of one picture do not count as
+    two pictures.
+    """
+    num = len(batch.pixels)
+    owner = torch.repeat_interleave(torch.arange(len(batch.num_images)), batch.num_images.cpu()).tolist()
+    look = [hash(image.numpy().tobytes()) for image in batch.pixels.cpu()]
+    unchanged = {
+        shift: sum(owner[i] == owner[i - shift] or look[i] == look[i - shift] for i in range(num))
+        for shift in range(1, num)
+    }
+    if not unchanged or min(unchanged.values()) == num:
+        return None
+    return replace(batch, pixels=batch.pixels.roll(min(unchanged, key=lambda shift: unchanged[shift]), dims=0))
+
+
+def blank(batch: Batch) -> Batch:
+    """Every image painted over with the encoder's mean colour, which is zero once normalised."""
+    return replace(batch, pixels=torch.zeros_like(batch.pixels))
+
+
+CONDITIONS: dict[str, Callable[[Batch], Batch | None]] = {"shuffled": shuffled, "blank": blank}

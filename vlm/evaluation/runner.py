@@ -1,0 +1,51 @@
+"""Let a model answer held-out prompts in batches, and score the answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.data.datamodule import VLMDataModule
+from vlm.evaluation.exact_match import exact_match, references
+
+
+def answer(
+    model: nn.Module,
+    data: VLMDataModule,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    device: torch.device,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """One record a sample: id, type, prompt, prediction, reference, correct."""
+    records = []
+    for start in range(0, len(indices), batch_size):
+        batch = data.prompts(indices[start : start + batch_size]).to(device)
+        ids = model.generate(batch, stop_ids=data.text.stop_ids, max_new_tokens=max_new_tokens)
+        predictions = data.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for sample, prediction in zip(batch.samples, predictions, strict=True):
+            records.append(
+                {
+                    "id": sample.id,
+                    "type": sample.meta.get("type"),
+                    "prompt": "".join(c.get("text", "") for c in sample.messages[-2]["content"]),
+                    "prediction": prediction.strip(),
+                    "reference": references(sample)[0],
+                    "correct": exact_match(prediction, sample),
+                }
+            )
+    return records
+
+
+def score(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of right answers, over all and by type where the source tells types."""
+    by_type: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        by_type[record["type"]].append(record["correct"])
+    result = {"exact_match": sum(r["correct"] for r in records) / len(records)}
+    return result | {f"accuracy/{kind}": sum(v) / len(v) for kind, v in sorted(by_type.items(), key=str) if kind}

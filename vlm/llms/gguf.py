@@ -1,0 +1,60 @@
+"""LLM weights that come as a Python package: a GGUF file, converted once into a folder that loads in a second.
+
+Reading GGUF costs most of a minute for a vocabulary of 262,144, so the result is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def cache_folder() -> Path:
+    """Where converted weights live: `$VLM_CACHE`, else the user's cache folder."""
+    root = os.environ.get("VLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm"
+    return Path(root)
+
+
+def convert_package(package: str) -> Path | None:
+    """Folder with the package's model in Transformers' own layout (safetensors, bfloat16), or None if not installed.
+
+    The package offers `assemble(path)`, which joins its parts and checks their SHA-256, and `EXPECTED_SHA256`. The
+    folder appears by renaming when it is complete, so a conversion that was cut off is never read.
+    """
+    if importlib.util.find_spec(package) is None:
+        return None
+    weights = importlib.import_module(package)
+    folder = cache_folder() / f"{package}-{weights.EXPECTED_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Converting the weights of {package} for the first time (about a minute) into {folder}")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        _convert(weights.assemble(Path(work) / "model.gguf"), Path(work) / "done")
+        try:
+            (Path(work) / "done").rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from safetensors.torch import save_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    del model.config.quantization_config  # the weights are plain now
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

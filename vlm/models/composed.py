@@ -1,0 +1,63 @@
+"""Encoder, connector and LLM in a row: the picture enters the LLM as visual tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vlm.schema import Batch
+
+
+class Composed(nn.Module):
+    """A vision-language model made of three parts.
+
+        pixels [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
+                                                                               │
+        input_ids [B,T] ── llm.embed ──► embeds [B,T,D] ◄── placeholders ──────┘  fusion "tokens"
+                                              │          or decoder layers ◄───┘  fusion "layers"
+                                              ▼
+                                             llm ──► logits [M,V] at the positions before supervised tokens
+    """
+
+    def __init__(self, *, encoder: nn.Module, connector: nn.Module, llm: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.connector, self.llm = encoder, connector, llm
+        if connector.fusion == "layers":
+            connector.attach(llm.layers())
+
+    def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
+        visual = self.connector(self.encoder(batch.pixels))  # N K D
+        embeds = self.llm.embed(batch.input_ids)  # B T D
+        if self.connector.fusion == "tokens":
+            embeds = place(visual, embeds, batch)  # B T D
+            return self.llm(embeds, batch.attention_mask, batch.positions, batch.keep)  # M V
+        with self.connector.looking_at(visual, batch):
+            return self.llm(embeds, batch.attention_mask, batch.positions, batch.keep)  # M V
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
+        """Ids of the answers to a batch of left-padded prompts."""
+        visual = self.connector(self.encoder(batch.pixels))  # N K D
+        embeds = self.llm.embed(batch.input_ids)  # B T D
+        if self.connector.fusion == "tokens":
+            embeds = place(visual, embeds, batch)  # B T D
+            return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
+        with self.connector.looking_at(visual, batch):
+            return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
+
+
+def place(visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch) -> Float[Tensor, "b t d"]:
+    """The embeddings with the visual tokens, in order, where the placeholders are.
+
+    Raises ValueError if there are not as many placeholders as visual tokens.
+    """
+    placeholders, tokens = int(batch.image_mask.sum()), visual.shape[0] * visual.shape[1]
+    if placeholders != tokens:
+        raise ValueError(
+            f"the batch has {placeholders} image placeholders but {visual.shape[0]} images of {visual.shape[1]} visual "
+            f"tokens = {tokens}; tell the data the connector's num_tokens (samples {', '.join(batch.ids[:4])})"
+        )
+    return embeds.masked_scatter(batch.image_mask[..., None], visual.to(embeds.dtype))

@@ -1,0 +1,93 @@
+"""The run directory: what is written where, and where the code came from."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from vlm.artifact import write_json
+from vlm.optim import PARTS
+
+CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
+
+
+def claim(run_dir: Path) -> None:
+    """Make the directory of a new run. Raises ValueError where another run has left something."""
+    if (run_dir / "config.yaml").exists():
+        raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the code that made a run."""
+    root = Path(__file__).parents[1]
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    packages = ("torch", "lightning", "transformers", "peft", "timm", "hydra-core")
+    return {"git": git.stdout.strip() or None, "packages": {name: version(name) for name in packages}}
+
+
+def native_precision(accelerator: str) -> str:
+    """`bf16-mixed` where the machine multiplies bfloat16 matrices natively, else `32-true`."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32-true"
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Parameters per part, total and trainable; a tied one counts once."""
+    return {
+        part: {
+            "total": sum(p.numel() for p in getattr(model, part).parameters()),
+            "trainable": sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
+        }
+        for part in PARTS
+    }
+
+
+def print_parts(model: nn.Module, options: dict[str, str], states: dict[str, Any]) -> None:
+    """What trains: one line a part."""
+    table = Table(title="What trains")
+    for heading in ("part", "option", "state", "trainable", "total"):
+        table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
+    for part, numbers in count_parameters(model).items():
+        state = states[part] if isinstance(states[part], str) else f"last {states[part]['last_n']}"
+        table.add_row(part, options[part], state, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
+    CONSOLE.print(table)
+
+
+def finish(run_dir: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    """Write the final figures and print them with a few held-out pictures."""
+    write_json(run_dir / "metrics.json", metrics)
+    table = Table(title="Result")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.3f}")
+    CONSOLE.print(table)
+    print_samples(samples)
+    CONSOLE.print(f"Run directory: {run_dir}", soft_wrap=True)
+
+
+def print_samples(samples: list[dict[str, Any]], num: int = 6) -> None:
+    """A few held-out pictures with what the model said and what was right."""
+    if not samples:
+        return
+    table = Table(title="Held-out pictures")
+    for heading in ("picture", "prediction", "reference", ""):
+        table.add_column(heading)
+    for sample in samples[:num]:
+        mark = "[green]right[/]" if sample["correct"] else "[red]wrong[/]"
+        table.add_row(*(_plain(sample[key]) for key in ("id", "prediction", "reference")), mark)
+    CONSOLE.print(table)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,117 @@
+"""The words that the parts share: what a source yields, what a batch holds, what an objective returns.
+
+Axes, everywhere in this project:
+
+    B  rows in a batch          N  images in a batch (a tile counts as an image)   P  patches per image
+    T  tokens per row           K  visual tokens per image                          V  vocabulary
+    D  LLM width                Dv encoder width                                    M  supervised positions in a batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, NotRequired, Protocol, TypedDict
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not supervised; PyTorch's cross-entropy default
+
+Split = Literal["train", "val"]
+
+
+class Content(TypedDict):
+    """One piece of a message: some text, or the place of the sample's next image."""
+
+    type: Literal["text", "image"]
+    text: NotRequired[str]
+
+
+class Message(TypedDict):
+    """One turn, in the chat form that Transformers' templates take."""
+
+    role: Literal["system", "user", "assistant"]
+    content: list[Content]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every source yields: a conversation and the images it speaks of, in order of their placeholders.
+
+    `id` is stable over runs and names the sample in every error; `meta` is what a scorer needs (e.g. `question_type`).
+    """
+
+    id: str
+    images: list[Image.Image]
+    messages: list[Message]
+    meta: dict[str, str] = field(default_factory=dict)
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used; the message names the sample, what is wrong and the remedy."""
+
+
+class Source(Protocol):
+    """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class VisualSpec:
+    """All that data has to know about the model's eye.
+
+    `num_tokens` is the number of placeholders that one image takes in a row of text: K where the visual tokens enter
+    the LLM's input, 0 where the LLM's layers attend to them.
+    """
+
+    num_tokens: int
+    image_size: tuple[int, int]  # height, width in pixels
+    transform: Callable[[Image.Image], Tensor]  # one PIL image -> [3, H, W], deterministic
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of text with their images. Images lie in the order of their rows, then of their placeholders."""
+
+    pixels: Float[Tensor, "n 3 h w"]
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Bool[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    image_mask: Bool[Tensor, "b t"]  # True where visual tokens go
+    images_before: Int[Tensor, "b t"]  # how many of the row's images start before this token
+    labels: Int[Tensor, "b t"]  # the token itself where it is supervised, else IGNORE
+    num_images: Int[Tensor, " b"]
+    ids: list[str]
+    samples: list[Sample] = field(default_factory=list)  # kept for scoring where the loader is asked to
+
+    @property
+    def keep(self) -> Bool[Tensor, "b t"]:
+        """Positions whose logits are needed: those before a supervised token."""
+        return torch.nn.functional.pad(self.labels[:, 1:] != IGNORE, (0, 1), value=False)
+
+    @property
+    def targets(self) -> Int[Tensor, " m"]:
+        """The supervised tokens, in the order of the logits at `keep`."""
+        return self.labels[:, 1:][self.labels[:, 1:] != IGNORE]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()})
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Named sums and what each was summed over, so that accumulated batches and several ranks add up exactly.
+
+    The total is the sum of `sums[name] / counts[name]` over the names that end in `_loss`; other names are only logged.
+    """
+
+    sums: Mapping[str, Float[Tensor, ""]]
+    counts: Mapping[str, int]
