@@ -180,6 +180,7 @@ def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int, corner:
     assert red > 200 > 100 > green
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
     assert load_image("a.png", root=tmp_path).getpixel((0, 0)) == RED

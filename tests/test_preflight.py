@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from tests.test_text import byte_tokenizer, encoder, own_template, say
+from tests.chat import byte_tokenizer, encoder, own_template, say
 from vlm.data.preflight import PreflightReport, preflight, render
 from vlm.schema import BadSample, Message, Sample
 

@@ -160,7 +160,7 @@ def test_what_stamps_refuse(stamps: Path, tmp_path: Path) -> None:
 
 
 def test_one_bad_stamp(stamps: Path) -> None:
-    (stamps / "animals" / "00.txt").write_bytes(b"Caf\xe9.\n")
+    (stamps / "animals" / "00.txt").write_bytes(b"\xe9t\xe9.\n")
     (stamps / "animals" / "01.png").write_bytes((stamps / "animals" / "01.png").read_bytes()[:45])
     picture(stamps / "animals" / "02.png", size=(1, 60_000))
     source = Stamps(split="train", root=stamps, val_fraction=0.0)

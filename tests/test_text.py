@@ -5,59 +5,24 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm.schema import IGNORE, BadSample, Message
-from vlm.text.encode import Encoded, TextEncoder
+from tests.chat import (
+    ONE_TURN,
+    SPECIAL,
+    border_tokenizer,
+    byte_tokenizer,
+    encoder,
+    merging_tokenizer,
+    own_template,
+    say,
+    text_of,
+)
+from vlm.schema import IGNORE, Message
+from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 END_MARK = {"plain": "<eos>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
-CORPUS = [
-    "A red circle and two blue squares.\n\nWhere is the star?  In the top left corner.",
-    "How many triangles are there?\n\n\nThere are three triangles, one of them green.",
-    "赤い丸が二つあります。青い星はどこですか。",
-    "緑の三角は左上にあります。\n\nいくつありますか。三つです。",
-] * 4
-
-
-def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """Also adds bos when asked to encode with special tokens, so that a doubled one would show."""
-    bos = backend.token_to_id("<bos>")
-    # Trims the spaces off the offsets, as GPT-2's and Llama 3's do.
-    backend.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)]),
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", additional_special_tokens=[]
-    )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: special tokens 0 to 6, then the 256 letters of the byte alphabet in sorted order."""
-    words = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    return _wrap(backend)
-
-
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges, over spaces and newlines and parts of Japanese letters too."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    return _wrap(backend)
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +33,6 @@ def bytes_only() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def merging() -> PreTrainedTokenizerFast:
     return merging_tokenizer()
-
-
-def say(role: str, *contents: str | None) -> Message:
-    """A message of texts; None is an image."""
-    items = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in contents]
-    return Message(role=role, content=items)
-
-
-def encoder(tokenizer, template: str | None, *, num_image_tokens: int = 3, max_length: int = 4096) -> TextEncoder:
-    return TextEncoder(
-        tokenizer=tokenizer, num_image_tokens=num_image_tokens, max_length=max_length, chat_template=template
-    )
-
-
-ONE_TURN = [say("user", None, "Hi"), say("assistant", "no")]
 
 
 # --- exact rows, by hand ---------------------------------------------------------------------------------------------
@@ -190,10 +140,6 @@ def conversations(draw) -> list[Message]:
     return messages
 
 
-def text_of(message: Message) -> str:
-    return "".join(item.get("text", IMAGE_PLACEHOLDER) for item in message["content"])
-
-
 def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -> None:
     num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
     row = subject.encode("random/0", messages, num_images)
@@ -279,28 +225,6 @@ def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
 # --- tokens on the border --------------------------------------------------------------------------------------------
 
 
-def border_tokenizer() -> PreTrainedTokenizerFast:
-    """A SentencePiece-like tokenizer with "▁yes", ":)" and a double newline as single tokens, and byte fallback."""
-    words = ["<pad>", "<eos>", "▁", "y", "e", "s", "ye", "yes", "▁yes", ":", ")", ":)", "\n", "\n\n"]
-    words += [f"<0x{byte:02X}>" for byte in range(256)]
-    merges = [("y", "e"), ("ye", "s"), ("▁", "yes"), (":", ")"), ("\n", "\n")]
-    vocab = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-
-
-def own_template(tokenizer: PreTrainedTokenizerFast, before: str, after: str) -> PreTrainedTokenizerFast:
-    """The tokenizer with a chat template of its own that writes `before` and `after` around each answer."""
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
-        "{% else %}{{ '" + before + "' + m.content + '" + after + "' }}{% endif %}{% endfor %}"
-    )
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     ("before", "answer", "supervised"),
     [
@@ -376,120 +300,3 @@ def test_a_template_for_lists_only(bytes_only):
         "{% for m in messages %}{% for item in m.content %}{{ item['text'] }}{% endfor %}<eos>{% endfor %}"
     )
     assert encoder(tokenizer, None).encode("a/1", ONE_TURN, 1).text == f"{IMAGE_PLACEHOLDER}Hi<eos>no<eos>"
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("messages", "num_images", "error"),
-    [
-        (
-            ONE_TURN,
-            2,
-            "sample 'coco/000123' holds 2 images but its text has 1 image placeholder; add or remove an <image>",
-        ),
-        (
-            [say("user", None, None), say("assistant", "no")],
-            1,
-            "sample 'coco/000123' holds 1 image but its text has 2 image placeholders; add or remove an <image>",
-        ),
-        (
-            [say("user", IMAGE_PLACEHOLDER[:5], IMAGE_PLACEHOLDER[5:]), say("assistant", "no")],
-            0,
-            "sample 'coco/000123' has the reserved <|vlm:image|> in its text; remove it",
-        ),
-        (
-            [say("user", "a"), say("user", "b"), say("assistant", "no")],
-            0,
-            "sample 'coco/000123' has 'user' as message 2 where 'assistant' is due; after an optional system "
-            "message, user and assistant must take turns",
-        ),
-        (
-            [say("user", "a"), say("system", "b"), say("assistant", "no")],
-            0,
-            "sample 'coco/000123' has 'system' as message 2 where 'assistant' is due; after an optional system "
-            "message, user and assistant must take turns",
-        ),
-        (
-            [say("user", "a")],
-            0,
-            "sample 'coco/000123' ends with 'user' but must end with 'assistant'; add or remove a message",
-        ),
-        ([], 0, "sample 'coco/000123' has no message but must end with 'assistant'; add or remove a message"),
-        (
-            [say("user", "a"), say("assistant", " \n")],
-            0,
-            "sample 'coco/000123' has no supervised token: its assistant messages are empty; remove it",
-        ),
-        (
-            [say("user", None, "a" * 40), say("assistant", "no")],
-            1,
-            "sample 'coco/000123' takes 48 tokens but data.max_length is 20, which would cut 0 image tokens and "
-            "3 supervised tokens; set data.max_length=48 or more",
-        ),
-        (
-            [say("user", "a" * 18, None), say("assistant", "no")],
-            1,
-            "sample 'coco/000123' takes 26 tokens but data.max_length is 20, which would cut 2 image tokens and "
-            "3 supervised tokens; set data.max_length=26 or more",
-        ),
-    ],
-)
-def test_bad_sample(bytes_only, messages, num_images, error):
-    subject = encoder(bytes_only, "plain", max_length=20)
-    with pytest.raises(BadSample) as caught:
-        subject.encode("coco/000123", messages, num_images)
-    assert str(caught.value) == error
-
-
-def test_half_a_surrogate_pair_is_a_bad_sample(bytes_only):
-    with pytest.raises(BadSample, match="sample 'a/1' has text that is not valid Unicode"):
-        encoder(bytes_only, "plain").encode("a/1", [say("user", "\ud83d"), say("assistant", "no")], 0)
-
-
-def test_an_image_in_a_dropped_answer_is_missed_by_the_prompt(bytes_only):
-    messages = [say("user", "draw"), say("assistant", None, "done")]
-    subject = encoder(bytes_only, "plain")
-    assert subject.supervised(subject.encode("a/1", messages, 1)) == ["done<eos>"]
-    with pytest.raises(BadSample, match="holds 1 image but its text has 0 image placeholders"):
-        subject.encode_prompt("a/1", messages, 1)
-
-
-def test_unknown_or_missing_template(bytes_only):
-    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of chatml, gemma, plain"):
-        encoder(bytes_only, "gema")
-    with pytest.raises(ValueError, match=r"no chat template of its own; set llm\.chat_template= to one of chatml"):
-        encoder(bytes_only, None)
-
-
-@pytest.mark.parametrize(
-    ("template", "error"),
-    [
-        # Only the last turn is kept; texts are changed; the end of turn is no special token; nothing ends the turn.
-        ("{{ messages[-1].content }}<eos>", "rewrites the turns"),
-        ("{% for m in messages %}{{ m.content | title }}<eos>{% endfor %}", "rewrites the turns"),
-        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", "followed by '</s>'"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", r"followed by '\\n'"),
-        ("{{ raise_exception('no chat') }}", "refuses the conversation .no chat."),
-    ],
-)
-def test_template_that_cannot_be_used(template, error):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(ValueError, match=f"{error}.*set llm.chat_template="):
-        encoder(tokenizer, None)
-
-
-def test_template_that_fails_on_one_sample_names_it():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
-        "{% if m.content != 'stop' %}<eos>{% endif %}{% endfor %}"
-    )
-    subject = encoder(tokenizer, None)
-    assert isinstance(subject.encode("a/1", [say("user", "a"), say("assistant", "b")], 0), Encoded)
-    for answer in ("x</think>b", "stop"):
-        with pytest.raises(ValueError, match="sample 'a/2': the chat template rewrites the turns") as caught:
-            subject.encode("a/2", [say("user", "a"), say("assistant", answer)], 0)
-        assert not isinstance(caught.value, BadSample)  # it is the template's fault

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm.schema import IGNORE, BadSample, Source
-from vlm.text.encode import TextEncoder
+from vlm.text.encode import Encoded, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: i
         raise ValueError(
             f"preflight of '{name}' has {len(source)} samples to look at; set data.root= or preflight.samples="
         )
-    rows, shown, unreadable = [], [], []
+    rows: list[Encoded] = []
+    shown: list[str] = []
+    unreadable: list[BadSample] = []
     for index in range(taken):
         try:
             sample = source[index * len(source) // taken]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -63,9 +63,7 @@ class TextEncoder:
         self.template = _resolve(chat_template, tokenizer)
         self._private = _with_placeholder(tokenizer)
         self._image_id = self._private.token_to_id(IMAGE_PLACEHOLDER)
-        added = tokenizer.added_tokens_decoder.items()
-        # A blank one (Gemma has "\n") ends a line, not a turn.
-        self._marks = {token.content: index for index, token in added if token.content.strip()}
+        self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._form = self._probe()
 
     def encode(self, sample_id: str, messages: Sequence[Message], num_images: int) -> Encoded:
@@ -134,7 +132,9 @@ class TextEncoder:
         return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in self.runs(encoded))
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def _probe(self) -> Callable[[str], object]:
         """The form of a message's content that the template takes: a string, or a list of items.
@@ -157,13 +157,17 @@ class TextEncoder:
     ) -> str:
         from jinja2 import TemplateError  # slow to import, and Transformers imports it here anyway
 
-        chat = [{"role": role, "content": form(text)} for role, text in zip(roles, texts, strict=True)]
+        chat: list[dict[str, Any]] = [
+            {"role": role, "content": form(text)} for role, text in zip(roles, texts, strict=True)
+        ]
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 chat, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses the conversation ({error}); set llm.chat_template=") from error
+        assert isinstance(text, str)
+        return text
 
     def _spans(
         self, roles: Sequence[str], texts: Sequence[str], rendered: str, form: Callable[[str], object]

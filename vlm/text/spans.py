@@ -17,12 +17,12 @@ class Span(NamedTuple):
 def pieces_between(skeleton: str, sentinels: Sequence[str]) -> list[str]:
     """What a template writes before, between and after the texts, from a rendering with sentinels in their place.
 
-    Empty unless every sentinel is there once, in order.
+    Empty unless every sentinel is there, in order.
     """
     pieces = []
     for sentinel in sentinels:
         piece, found, skeleton = skeleton.partition(sentinel)
-        if not found or sentinel in skeleton:
+        if not found:
             return []
         pieces.append(piece)
     return [*pieces, skeleton]
@@ -31,7 +31,9 @@ def pieces_between(skeleton: str, sentinels: Sequence[str]) -> list[str]:
 def answer_spans(
     rendered: str, *, pieces: Sequence[str], roles: Sequence[str], texts: Sequence[str], marks: Mapping[str, int]
 ) -> list[Span]:
-    """The assistant's turns in `rendered`, each with the mark in `marks` (special token -> id) that ends it.
+    """The assistant's turns in `rendered`, each with the mark in `marks` (added token -> id) that ends it.
+
+    A blank mark (Gemma has "\\n" as a token) ends a line, not a turn, and is never taken.
 
     Raises ValueError where pieces and texts do not rebuild `rendered` exactly, and for a turn that no mark ends.
     """
