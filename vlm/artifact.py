@@ -27,6 +27,10 @@ FORMAT_VERSION = 1
 SAMPLE = 1024  # values a tensor that enter its fingerprint
 
 
+class SaveError(ValueError):
+    """The disk did not take what should be saved; what was saved before is intact."""
+
+
 def fingerprint(module: nn.Module) -> str:
     """A hash of a part's tensor names, shapes and evenly spaced values, the same for float32 and bfloat16 copies.
 
@@ -49,7 +53,7 @@ def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
 
 
 def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: list[str], step: int) -> None:
-    """Write an artefact. Raises ValueError, leaving the previous one as it was, where the disk does not take it."""
+    """Write an artefact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
     tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,7 @@ def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: 
         for left in folder.glob("*.tmp"):
             left.unlink()
         before = "the artefact saved before is intact" if (folder / "weights.safetensors").exists() else "none was saved"
-        raise ValueError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
+        raise SaveError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

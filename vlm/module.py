@@ -113,6 +113,11 @@ class VLMModule(pl.LightningModule):
         for loss in (key for key in output.sums if key.endswith("_loss")):
             self._seen[name] += torch.tensor([output.sums[loss].item(), output.counts[loss]], dtype=torch.float64)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen tensors out: they are the base models'."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
         return self.trainer.strategy.reduce(values, reduce_op="sum")

@@ -1,0 +1,223 @@
+"""Config -> parts: the only file that knows Hydra, checks options and instantiates."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from beartype.door import is_bearable
+from beartype.roar import BeartypeException
+from omegaconf import DictConfig, OmegaConf
+
+from vlm.artifact import fingerprint
+from vlm.data.datamodule import VLMDataModule
+from vlm.module import VLMModule
+from vlm.optim import set_trainable
+from vlm.run import native_precision
+from vlm.schema import VisualSpec
+
+ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
+RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
+STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
+SECTIONS = {
+    "checkpoint": {"every_n_steps"},
+    "preflight": {"samples", "show"},
+    "answers": {"num_samples", "batch_size", "max_new_tokens"},
+    "stage": STAGE_KEYS,  # and the arguments of VLMModule
+}
+GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
+VALUES = ("seed", "ckpt", "run_dir", "checkpoint", "preflight", "answers")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain dictionaries and lists."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the choices, where a file or the command line has a key or a value that nothing takes."""
+    _known("", cfg, {*GROUPS, *VALUES})
+    for section, keys in SECTIONS.items():
+        extra = _parameters(VLMModule) if section == "stage" else {}
+        _known(section, cfg[section], keys | (extra.keys() - {"model"}))
+    _typed("stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule)
+    for section in ("checkpoint", "preflight", "answers"):
+        for key, value in cfg[section].items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{section}.{key}={value!r} is not a whole number")
+    loader, source = split_data(cfg["data"])
+    _typed("data", loader, VLMDataModule)
+    bind("data", source, derived={"split": "train"})
+    bind("encoder", cfg["encoder"])
+    bind("connector", cfg["connector"], derived=dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms")))
+    bind("llm", cfg["llm"], derived={"dtype": "float32"})
+    bind("trainer", cfg["trainer"], derived={"callbacks": None, "logger": None})
+
+
+def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the loader, which every source shares, and those of the source."""
+    shared = _parameters(VLMDataModule).keys()
+    loader = {key: value for key, value in options.items() if key in shared}
+    return loader, {key: value for key, value in options.items() if key not in shared}
+
+
+def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+    """The call that makes one part, its options checked against the constructor.
+
+    Raises ValueError for a target outside the allowed packages, an unknown option (naming the choices), a missing one,
+    or a value of the wrong type.
+    """
+    arguments = dict(options)
+    target = arguments.pop("_target_", None)
+    if not isinstance(target, str) or not target.startswith(ALLOWED):
+        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
+    module, _, attribute = target.rpartition(".")
+    try:
+        constructor = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+    derived = dict(derived or {})
+    parameters = _parameters(constructor)
+    _known(name, arguments, parameters.keys() - derived.keys())
+    missing = [
+        key for key, p in parameters.items() if p.default is p.empty and key not in arguments and key not in derived
+    ]
+    if missing:
+        raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
+    _typed(name, arguments, constructor)
+    return partial(constructor, **arguments, **derived)
+
+
+def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The model on its pretrained bases, and the manifest that says which they are."""
+    bf16 = "bf16" in precision(cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        encoder = bind("encoder", cfg["encoder"])().requires_grad_(False)
+        llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
+    bases = {
+        part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
+        for part, module in (("encoder", encoder), ("llm", llm))
+    }
+    if bf16:
+        encoder.to(torch.bfloat16)
+    torch.manual_seed(cfg["seed"])
+    derived = {
+        "vision_width": encoder.width,
+        "grid": tuple(encoder.grid),
+        "llm_width": llm.width,
+        "output_rms": llm.embed_rms,
+    }
+    connector = bind("connector", cfg["connector"], derived)()
+    model = bind("model", cfg["model"], {"encoder": encoder, "connector": connector, "llm": llm})()
+    manifest = {
+        "parts": {
+            "connector": dict(cfg["connector"]),
+            "encoder": {key: cfg["encoder"].get(key) for key in ("_target_", "image_size", "layer")},
+        },
+        "bases": bases,
+        "chat_template": cfg["llm"]["chat_template"] or "the tokenizer's own",
+        "num_image_tokens": placeholders(connector),
+    }
+    return model, manifest
+
+
+def placeholders(connector: torch.nn.Module) -> int:
+    """How many places an image takes in a row of text."""
+    return connector.num_tokens if connector.fusion == "tokens" else 0
+
+
+def build_data(cfg: Mapping[str, Any], model: torch.nn.Module, run_dir: Path | None) -> VLMDataModule:
+    """The data, told what a picture and a word are to the model."""
+    loader, source = split_data(cfg["data"])
+    make = bind("data", source, derived={"split": "train"})
+    data = VLMDataModule(
+        source=lambda split: make(split=split),
+        bad_samples_file=run_dir / "bad_samples.jsonl" if run_dir else None,
+        **loader,
+    )
+    spec = VisualSpec(
+        num_tokens=placeholders(model.connector),
+        image_size=model.encoder.image_size,
+        transform=model.encoder.transform,
+    )
+    data.connect(spec=spec, tokenizer=model.llm.tokenizer, chat_template=cfg["llm"]["chat_template"])
+    return data
+
+
+def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
+    """The training module of a stage, its trainable parameters set."""
+    stage = cfg["stage"]
+    set_trainable(model, {part: stage[part] for part in ("encoder", "connector", "llm")}, stage["lora"])
+    options = {key: value for key, value in stage.items() if key in _parameters(VLMModule) and key != "objective"}
+    return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)
+
+
+def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:
+    """Lightning's Trainer with the configured callbacks and loggers, and `extra` callbacks."""
+    callbacks = [bind(f"callbacks.{name}", options)() for name, options in cfg["callbacks"].items()]
+    options = {**cfg["trainer"], "precision": precision(cfg)}
+    derived = {
+        "callbacks": [*callbacks, *extra],
+        "logger": [bind("logger", cfg["logger"])()] if cfg["logger"] else False,
+        "default_root_dir": str(run_dir),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": True,
+    }
+    return bind("trainer", options, derived)()
+
+
+def precision(cfg: Mapping[str, Any]) -> str:
+    """The precision to compute in; `auto` asks the machine."""
+    asked = cfg["trainer"]["precision"]
+    return native_precision(cfg["trainer"]["accelerator"]) if asked == "auto" else str(asked)
+
+
+def _parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a constructor takes by name."""
+    signature = inspect.signature(constructor)
+    return {name: p for name, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+
+
+def _known(name: str, given: Mapping[str, Any], choices: Any) -> None:
+    for key in given:
+        if key not in choices:
+            raise ValueError(unknown_key(f"{name}.{key}" if name else str(key), choices))
+
+
+def unknown_key(full_key: str, choices: Any) -> str:
+    """What to say of a key that does not exist."""
+    close = get_close_matches(full_key.rpartition(".")[2], list(map(str, choices)), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"there is no option {full_key}; {hint}choose one of {', '.join(sorted(map(str, choices)))}"
+
+
+def _typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
+    """Raise on a value that the constructor's annotation does not allow; hints that cannot be read are not checked."""
+    target = constructor.__init__ if inspect.isclass(constructor) else constructor
+    try:
+        hints = get_type_hints(target)
+    except (NameError, TypeError):  # names imported for type checkers only
+        return
+    for key, value in arguments.items():
+        if key not in hints or value is None or key == "objective":
+            continue
+        values = {value, float(value)} if isinstance(value, int) and not isinstance(value, bool) else [value]
+        values = [*values, tuple(value)] if isinstance(value, list) else list(values)
+        try:
+            fits = any(is_bearable(each, hints[key]) for each in values)
+        except BeartypeException:
+            continue
+        if not fits:
+            wanted = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
+            raise ValueError(f"{name}.{key}={value!r} is a {type(value).__name__}, but it takes {wanted}")

@@ -1,0 +1,31 @@
+"""metrics.jsonl: one JSON object a log step, with its `step` in optimiser steps from 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+class MetricsFile(pl.Callback):
+    """Appends the train metrics at every logged step and the val metrics at every validation of a fit."""
+
+    _last = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step > self._last and step % trainer.log_every_n_steps == 0:
+            self._last = step
+            self._write(trainer, ("train/", "perf/"))
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._write(trainer, ("val/",))
+
+    def _write(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> None:
+        if trainer.is_global_zero:
+            values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
+            with open(Path(trainer.default_root_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")

@@ -1,0 +1,61 @@
+"""A progress bar in optimiser steps: loss, tokens a second, time left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vlm.run import CONSOLE
+
+
+class Progress(pl.Callback):
+    """Draws on a terminal; elsewhere writes a line at every logged step."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=CONSOLE,
+            disable=not CONSOLE.is_terminal,
+        )
+        total = int(trainer.estimated_stepping_batches)
+        self._task = self._bar.add_task("training", total=total, figures="")
+        self._last = 0
+        self._bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.is_global_zero or trainer.global_step == self._last:
+            return
+        self._last = trainer.global_step
+        figures = f"loss {trainer.callback_metrics['train/loss']:.3f}"
+        speed = trainer.callback_metrics.get("perf/tokens_per_second")
+        if speed is not None:
+            figures += f"  {speed:,.0f} tokens/s"
+        self._bar.update(self._task, completed=trainer.global_step, figures=figures)
+        if self._bar.disable and trainer.global_step % trainer.log_every_n_steps == 0:
+            left = self._bar.tasks[0].time_remaining
+            wait = "" if left is None else f"  {left:.0f} s left"
+            CONSOLE.print(f"step {trainer.global_step}/{self._bar.tasks[0].total:.0f}  {figures}{wait}")
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            seen = trainer.callback_metrics
+            loss, gain = seen["val/loss"], seen["val/visual_gain"]
+            CONSOLE.print(f"step {trainer.global_step}: val/loss {loss:.3f}, val/visual_gain {gain:.3f} nats/token")
+
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            self._bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        if trainer.is_global_zero and hasattr(self, "_bar"):
+            self._bar.stop()

@@ -1,0 +1,68 @@
+"""How fast a run is: tokens and samples a second over the last logged steps, seconds a step, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from vlm.schema import Batch
+
+
+class Throughput(pl.Callback):
+    """Logs `perf/*` at every logged step and keeps the sums over the whole fit; validation time does not count.
+
+    Tokens are those of the rows, visual ones and prompts included, padding not; per process.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._start = time.perf_counter()
+        self._seconds = self._tokens = self._samples = self._steps = 0.0
+        self._mark: float | None = None
+        self._window = [0.0, 0.0, 0.0]  # seconds, tokens, samples
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+        if self._mark is None:  # the wait for the batch counts, but not that for the first
+            self._mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        now = time.perf_counter()
+        spent, self._mark = now - (self._mark or now), now
+        tokens, samples = int(batch.attention_mask.sum()), len(batch.ids)
+        self._window = [a + b for a, b in zip(self._window, (spent, tokens, samples), strict=True)]
+        self._seconds, self._tokens, self._samples = self._seconds + spent, self._tokens + tokens, self._samples + samples
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._steps += 1
+            if trainer.global_step % trainer.log_every_n_steps == 0:
+                seconds, tokens, samples = self._window
+                module.log("perf/tokens_per_second", tokens / seconds)
+                module.log("perf/samples_per_second", samples / seconds)
+                self._window = [0.0, 0.0, 0.0]
+
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._mark = None
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._mark = time.perf_counter()
+
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        seconds = max(self._seconds, 1e-9)
+        self.totals = {
+            "perf/tokens_per_second": self._tokens / seconds,
+            "perf/samples_per_second": self._samples / seconds,
+            "perf/step_seconds": seconds / max(1.0, self._steps),
+            "perf/peak_memory_gb": peak_memory_gb(),
+            "time/fit_seconds": time.perf_counter() - self._start,
+        }
+
+
+def peak_memory_gb() -> float:
+    """The most that the GPU held, or the process where there is none, in units of 10⁹ bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
