@@ -103,7 +103,7 @@ def test_unknown_or_missing_template(bytes_only):
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        # Only the last turn is kept; texts are doubled, changed; the end of turn is no special token; nothing ends the turn.
+        # Turns are dropped, texts doubled or changed; the end of turn is no special token; nothing ends the turn.
         ("{{ messages[-1].content }}<eos>", "rewrites the turns"),
         ("{% for m in messages %}{{ m.content * 2 }}<eos>{% endfor %}", "rewrites the turns"),
         ("{% for m in messages %}{{ m.content | title }}<eos>{% endfor %}", "rewrites the turns"),

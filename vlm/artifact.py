@@ -70,6 +70,7 @@ def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: 
 
 def write_json(path: Path, content: Any) -> None:
     """Write aside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(aside, path)

@@ -57,7 +57,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     bind("encoder", cfg["encoder"])
     bind("connector", cfg["connector"], derived=dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms")))
     bind("llm", cfg["llm"], derived={"dtype": "float32"})
-    bind("trainer", cfg["trainer"], derived={"callbacks": None, "logger": None})
+    bind("trainer", {**cfg["trainer"], "precision": precision(cfg)}, derived={"callbacks": None, "logger": None})
 
 
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

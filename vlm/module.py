@@ -29,7 +29,7 @@ class VLMModule(pl.LightningModule):
         *,
         model: nn.Module,
         objective: Any,
-        lr: dict[str, float],
+        lr: dict[str, float | None],
         weight_decay: float = 0.0,
         warmup_share: float = 0.03,
         lr_floor: float = 0.05,
@@ -42,10 +42,11 @@ class VLMModule(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
+        self.validated_step = -1  # the optimiser steps behind the validation figures
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(self.betas), fused=True)
+        optimizer = torch.optim.AdamW(groups, betas=tuple(self.betas))
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = cosine(optimizer, warmup=round(steps * self.warmup_share), steps=steps, floor=self.lr_floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -107,6 +108,7 @@ class VLMModule(pl.LightningModule):
                 "val/visual_gain": means["shuffled"] - means["correct"],
             }
         )
+        self.validated_step = self.global_step
 
     def _see(self, name: str, output: LossOutput) -> None:
         """Add an output's losses to the sums of one condition."""

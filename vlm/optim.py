@@ -50,7 +50,7 @@ def lora_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters() if re.search(r"\.lora_[A-Za-z_]+\.", name)]
 
 
-def parameter_groups(model: nn.Module, *, lr: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, lr: Mapping[str, float | None], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups a part, with and without weight decay; each carries its `name` and peak learning rate.
 
     Only matrices decay: biases, norms, gates, and the vectors that a connector learns per token do not.

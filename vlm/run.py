@@ -66,14 +66,19 @@ def print_parts(model: nn.Module, options: dict[str, str], states: dict[str, Any
 def finish(run_dir: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
     """Write the final figures and print them with a few held-out pictures."""
     write_json(run_dir / "metrics.json", metrics)
+    print_figures(metrics)
+    print_samples(samples)
+    CONSOLE.print(f"Run directory: {run_dir}", soft_wrap=True)
+
+
+def print_figures(metrics: dict[str, float]) -> None:
+    """A figure a line."""
     table = Table(title="Result")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.3f}")
     CONSOLE.print(table)
-    print_samples(samples)
-    CONSOLE.print(f"Run directory: {run_dir}", soft_wrap=True)
 
 
 def print_samples(samples: list[dict[str, Any]], num: int = 6) -> None:

@@ -114,7 +114,8 @@ class TimmEncoder(nn.Module):
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
         if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
             return self(pixels.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
-        pixels = pixels.to(next(self.model.parameters()).dtype)  # N 3 H W
+        # Channels last: a ConvNet then runs about twice as fast on a CPU. The weights keep the layout that files have.
+        pixels = pixels.to(next(self.model.parameters()).dtype, memory_format=torch.channels_last)  # N 3 H W
         maps = _read(self.model, self._layers, pixels)  # each N C R S
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,3 +51,10 @@ def score(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         by_type[record["type"]].append(record["correct"])
     result = {"exact_match": sum(r["correct"] for r in records) / len(records)}
     return result | {f"accuracy/{kind}": sum(v) / len(v) for kind, v in sorted(by_type.items(), key=str) if kind}
+
+
+def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")

@@ -103,6 +103,13 @@ class TextEncoder:
         ids = self._private.encode(text, add_special_tokens=False).ids
         return self._row(sample_id, text, ids, [False] * len(ids))
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids after which an answer is over: the end-of-turn mark that the labels hold, and the end of text."""
+        turns = [{"role": r, "content": [{"type": "text", "text": "a"}]} for r in ("user", "assistant")]
+        learnt = [label for label in self.encode("stop", turns, 0).labels if label != IGNORE]
+        return sorted({learnt[-1], *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])})
+
     def runs(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """The row decoded in runs of one kind: (text, whether it is supervised); an image reads `<image×K>`."""
         runs: list[tuple[str, bool]] = []

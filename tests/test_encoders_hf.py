@@ -1,0 +1,103 @@
+"""HFEncoder against Transformers' own hidden states, on small random towers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from vlm.encoders.hf import HFEncoder
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+SMALL_CLIP = {"model_type": "clip_vision_model", **SMALL, "image_size": 32, "patch_size": 8}
+HALF = [0.5, 0.5, 0.5]
+
+
+def build_clip(**changes: object) -> HFEncoder:
+    options = {"pretrained": "none", "config": SMALL_CLIP, "weights": "random", "drop_tokens": 1}
+    return HFEncoder(**{**options, "mean": HALF, "std": HALF, **changes}).eval()
+
+
+def pixels_for(encoder: nn.Module, n: int = 2) -> Tensor:
+    return torch.randn(n, 3, *encoder.image_size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layer", [-3, -2, -1, 1, 3, [-2, -1], [3, 1]])
+def test_clip_layers_are_transformers_hidden_states(layer: int | list[int]) -> None:
+    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
+    reference = CLIPVisionModel(CLIPVisionConfig(**facts)).eval()
+    encoder = build_clip(layer=layer)
+    assert set(encoder.tower.state_dict()) < set(reference.state_dict())
+    encoder.tower.load_state_dict(copy.deepcopy(reference.state_dict()), strict=False)
+    pixels = pixels_for(encoder)
+    with torch.no_grad():
+        states = reference(pixels, output_hidden_states=True).hidden_states
+        expected = torch.cat([states[n] for n in ([layer] if isinstance(layer, int) else layer)], dim=-1)[:, 1:]
+        torch.testing.assert_close(encoder(pixels), expected)
+    assert encoder.width == expected.shape[-1]
+
+
+def test_siglip_has_no_class_token() -> None:
+    facts = {**SMALL, "image_size": 32, "patch_size": 8}
+    reference = SiglipVisionModel(SiglipVisionConfig(**facts)).eval()
+    encoder = build_clip(config={"model_type": "siglip_vision_model", **facts}, drop_tokens=0)
+    encoder.tower.load_state_dict(reference.state_dict(), strict=False)
+    assert {name.split(".")[0] for name, _ in encoder.tower.named_parameters()} == {"embeddings", "encoder"}
+    pixels = pixels_for(encoder)
+    expected = reference(pixels, output_hidden_states=True).hidden_states[-2]
+    assert expected.shape == (2, 16, 32)
+    torch.testing.assert_close(encoder(pixels), expected)
+
+
+def test_a_wrong_number_of_dropped_tokens_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"drop_tokens=0 leaves 17 of 17 tokens, but the grid has 16 patches; .*drop_tokens=1$"
+    ):
+        build_clip(drop_tokens=0)
+    with pytest.raises(ValueError, match=r"encoder.image_size=30 is no multiple of the patch size 8; try 24"):
+        build_clip(image_size=30)
+
+
+def test_clip_interpolates_positions_as_transformers_does() -> None:
+    encoder = build_clip(image_size=48, layer=-1)
+    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
+    reference = CLIPVisionModel(CLIPVisionConfig(**facts)).eval()
+    encoder.tower.load_state_dict(reference.state_dict(), strict=False)
+    pixels = pixels_for(encoder)
+    expected = reference(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    assert expected.shape == (2, 36, 32)
+    torch.testing.assert_close(encoder(pixels), expected)
+
+
+def test_vision_tower_is_read_from_a_whole_clip(tmp_path: Path) -> None:
+    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
+    whole = CLIPModel(CLIPConfig(vision_config=facts, text_config=SMALL)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = build_clip(weights="pretrained", pretrained=str(tmp_path))
+    pixels = pixels_for(encoder)
+    expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(encoder(pixels), expected)
+    with pytest.raises(ValueError, match=r"encoder.config.num_hidden_layers=2, but the weights of .* have 3"):
+        build_clip(weights="pretrained", pretrained=str(tmp_path), config={**SMALL_CLIP, "num_hidden_layers": 2})
+
+
+def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
+    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
+    tower = CLIPVisionModel(CLIPVisionConfig(**facts))
+    state = {key: value for key, value in tower.state_dict().items() if "layers.1.mlp.fc1" not in key}
+    tower.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 2 of the encoder's tensors, the first '.*layers.1.mlp.fc1.bias'"):
+        build_clip(weights="pretrained", pretrained=str(tmp_path))
+
+
+def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("vlm.encoders.hub.try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(
+        ValueError, match=r"hub id 'openai/clip'.*set encoder.pretrained=<folder>, or encoder.weights=ran"
+    ):
+        build_clip(weights="pretrained", pretrained="openai/clip")

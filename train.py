@@ -1,0 +1,83 @@
+"""Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlm.cli.entry import start
+
+
+def train(cfg: Any) -> None:
+    """One run, from the config to the figures in its run directory."""
+    # Imported here: a misspelt option should be told before a second's worth of libraries.
+    import lightning.pytorch as pl
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from vlm import artifact, build, run
+    from vlm.callbacks.save import Save
+    from vlm.callbacks.stop import StopOnInterrupt
+    from vlm.callbacks.throughput import Throughput
+    from vlm.data.preflight import render
+    from vlm.evaluation.runner import answer, score, write_samples
+
+    hydra = HydraConfig.get().runtime
+    settings = build.plain(cfg)
+    build.check(settings)
+    run_dir = Path(hydra.output_dir)
+    run.claim(run_dir)
+    OmegaConf.save(OmegaConf.create({**settings, "run_dir": str(run_dir)}), run_dir / "config.yaml")
+    pl.seed_everything(settings["seed"], verbose=False)
+
+    model, manifest = build.build_model(settings)
+    lineage, inherited = [], []
+    if settings["ckpt"]:
+        earlier = artifact.load(settings["ckpt"], model=model, manifest=manifest)
+        lineage, inherited = earlier["stages"], earlier["tensors"]
+        manifest["lora"] = earlier["lora"]
+    module = build.build_module(settings, model)
+    stage = settings["stage"]
+    manifest |= {
+        "lora": stage["lora"] if stage["llm"] == "lora" else manifest.get("lora"),
+        "stages": [*lineage, {"name": stage["name"], "run": str(run_dir), "options": dict(hydra.choices)}],
+        "code": run.provenance(),
+    }
+    data = build.build_data(settings, model, run_dir)
+    run.print_parts(model, hydra.choices, stage)
+    checks = settings["preflight"]
+    run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
+
+    every = settings["checkpoint"]["every_n_steps"]
+    save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, every_n_steps=every)
+    trainer = build.build_trainer(settings, run_dir, [save])
+    trainer.fit(module, datamodule=data)
+    by_type = {type(callback): callback for callback in trainer.callbacks}
+    interrupted = StopOnInterrupt in by_type and by_type[StopOnInterrupt].interrupted
+    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name in ("train/loss",)}
+    records: list[dict[str, Any]] = []
+    if not interrupted:
+        if module.validated_step != trainer.global_step:
+            trainer.validate(module, datamodule=data, verbose=False)
+        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        with trainer.precision_plugin.forward_context():
+            answers = dict(settings["answers"])
+            indices = data.val_indices(answers.pop("num_samples"))
+            records = answer(model.eval(), data, indices, device=module.device, **answers)
+        metrics |= {f"val/{name}": value for name, value in score(records).items()}
+    if trainer.is_global_zero:
+        if Throughput in by_type:
+            metrics |= by_type[Throughput].totals
+        counts = run.count_parameters(model).values()
+        metrics |= {f"params/{kind}": sum(part[kind] for part in counts) for kind in ("trainable", "total")}
+        write_samples(run_dir / "samples.jsonl", records)
+        run.finish(run_dir, metrics, records)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.finalize("success")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    start(train, config_name="train")
