@@ -42,7 +42,8 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta and tensor.numel():
             flat = tensor.detach().flatten()
-            chosen = flat[torch.linspace(0, len(flat) - 1, min(SAMPLE, len(flat)), device=flat.device).long()]
+            num = min(SAMPLE, len(flat))
+            chosen = flat[torch.arange(num, device=flat.device) * (len(flat) - 1) // max(1, num - 1)]
             digest.update(chosen.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -64,7 +65,9 @@ def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: 
     except (OSError, SafetensorError) as error:
         for left in folder.glob("*.tmp"):
             left.unlink()
-        before = "the artefact saved before is intact" if (folder / "weights.safetensors").exists() else "none was saved"
+        before = (
+            "the artefact saved before is intact" if (folder / "weights.safetensors").exists() else "none was saved"
+        )
         raise SaveError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
 
 

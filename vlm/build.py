@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -41,12 +42,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the choices, where a file or the command line has a key or a value that nothing takes."""
+    """Raise ValueError, naming the choices, where a file or the command line has a key or value that nothing takes."""
     _known("", cfg, {*GROUPS, *VALUES})
     for section, keys in SECTIONS.items():
         extra = _parameters(VLMModule) if section == "stage" else {}
         _known(section, cfg[section], keys | (extra.keys() - {"model"}))
-    _typed("stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule)
+    _typed(
+        "stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule
+    )
     for section in ("checkpoint", "preflight", "answers"):
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
@@ -161,6 +164,7 @@ def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:
     """Lightning's Trainer with the configured callbacks and loggers, and `extra` callbacks."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its small talk; importing it had set INFO
     callbacks = [bind(f"callbacks.{name}", options)() for name, options in cfg["callbacks"].items()]
     options = {**cfg["trainer"], "precision": precision(cfg)}
     derived = {

@@ -66,13 +66,13 @@ def parameter_groups(model: nn.Module, *, lr: Mapping[str, float | None], weight
             if parameters:
                 if lr.get(part) is None:
                     raise ValueError(f"the stage trains the {part} but gives it no learning rate; set stage.lr.{part}")
-                groups.append(
-                    {"name": f"{part}/{kind}", "params": parameters, "lr": lr[part], "weight_decay": decayed}
-                )
+                groups.append({"name": f"{part}/{kind}", "params": parameters, "lr": lr[part], "weight_decay": decayed})
     return groups
 
 
-def cosine(optimizer: torch.optim.Optimizer, *, warmup: int, steps: int, floor: float) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, *, warmup: int, steps: int, floor: float
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over `warmup` steps, then half a cosine from the peak down to `floor` times the peak."""
 
     def factor(step: int) -> float:

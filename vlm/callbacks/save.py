@@ -13,7 +13,7 @@ from vlm import artifact
 
 
 class Save(pl.Callback):
-    """Writes `artifact/` and `checkpoints/last.ckpt` every `every_n_steps` optimiser steps, at the end and on a failure.
+    """Writes `artifact/` and `checkpoints/last.ckpt` every `every_n_steps` steps, at the end and on a failure.
 
     The weights in memory are always those of a good step: a step that is not finite stops before its update.
     """
@@ -38,9 +38,7 @@ class Save(pl.Callback):
         step = self._saved = trainer.global_step
         names = artifact.trained_names(module.model, self.inherited)
         if trainer.is_global_zero:
-            artifact.save(
-                self.run_dir / "artifact", model=module.model, manifest=self.manifest, names=names, step=step
-            )
+            artifact.save(self.run_dir / "artifact", model=module.model, manifest=self.manifest, names=names, step=step)
         file = self.run_dir / "checkpoints" / "last.ckpt"
         file.parent.mkdir(exist_ok=True)
         try:
@@ -49,4 +47,6 @@ class Save(pl.Callback):
                 os.replace(file.with_suffix(".tmp"), file)
         except (OSError, RuntimeError) as error:
             file.with_suffix(".tmp").unlink(missing_ok=True)
-            raise artifact.SaveError(f"could not write {file} at step {step}: {error}; the artefact is saved") from error
+            raise artifact.SaveError(
+                f"could not write {file} at step {step}: {error}; the artefact is saved"
+            ) from error

@@ -34,7 +34,11 @@ class Throughput(pl.Callback):
         spent, self._mark = now - (self._mark or now), now
         tokens, samples = int(batch.attention_mask.sum()), len(batch.ids)
         self._window = [a + b for a, b in zip(self._window, (spent, tokens, samples), strict=True)]
-        self._seconds, self._tokens, self._samples = self._seconds + spent, self._tokens + tokens, self._samples + samples
+        self._seconds, self._tokens, self._samples = (
+            self._seconds + spent,
+            self._tokens + tokens,
+            self._samples + samples,
+        )
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
             if trainer.global_step % trainer.log_every_n_steps == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,7 @@ class EvenBatches(Sampler[list[int]]):
     def __init__(self, indices: Sequence[int], *, batch_size: int) -> None:
         num = -(-len(indices) // batch_size)
         bounds = [i * len(indices) // num for i in range(num + 1)]
-        self.batches = [list(indices[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.batches = [list(indices[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

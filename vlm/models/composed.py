@@ -14,12 +14,12 @@ from vlm.schema import Batch
 class Composed(nn.Module):
     """A vision-language model made of three parts.
 
-        pixels [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
-                                                                               │
-        input_ids [B,T] ── llm.embed ──► embeds [B,T,D] ◄── placeholders ──────┘  fusion "tokens"
-                                              │          or decoder layers ◄───┘  fusion "layers"
-                                              ▼
-                                             llm ──► logits [M,V] at the positions before supervised tokens
+    pixels [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
+                                                                           │
+    input_ids [B,T] ── llm.embed ──► embeds [B,T,D] ◄── placeholders ──────┘  fusion "tokens"
+                                          │          or decoder layers ◄───┘  fusion "layers"
+                                          ▼
+                                         llm ──► logits [M,V] at the positions before supervised tokens
     """
 
     def __init__(self, *, encoder: nn.Module, connector: nn.Module, llm: nn.Module) -> None:

@@ -1,0 +1,130 @@
+"""Tiny parts and batches for tests: a two-block eye, a two-layer LLM, rows of token ids with or without pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlm.connectors.mlp import MLP
+from vlm.data.collate import Row, collate
+from vlm.encoders.timm import TimmEncoder
+from vlm.llms.causal import CausalLM
+from vlm.models.composed import Composed
+from vlm.module import VLMModule
+from vlm.objectives.language_modeling import LanguageModeling
+from vlm.optim import set_trainable
+from vlm.schema import IGNORE, Batch, Sample, VisualSpec
+from vlm.text.encode import Encoded
+
+IMAGE = None  # in a prompt: the place of the next image
+SIDE, NUM_TOKENS, VOCABULARY = 16, 4, 320
+SPEC = VisualSpec(num_tokens=NUM_TOKENS, image_size=(SIDE, SIDE), transform=lambda image: torch.zeros(3, SIDE, SIDE))
+FACTS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # logits that differ
+}
+LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+STATES = {"encoder": "frozen", "connector": "full", "llm": "frozen"}
+
+
+def tiny_llm(model_type: str = "llama", *, seed: int = 0, dtype: Any = "float32", **facts: Any) -> CausalLM:
+    torch.manual_seed(seed)
+    config = {"model_type": model_type, **FACTS, **facts}
+    return CausalLM(pretrained=None, config=config, weights="random", chat_template="chatml", dtype=dtype)
+
+
+def tiny_encoder(*, seed: int = 1) -> TimmEncoder:
+    torch.manual_seed(seed)
+    small = {"patch_size": SIDE // 2, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    return TimmEncoder(name="vit_tiny_patch16_224", weights="random", image_size=SIDE, model_args=small)
+
+
+def tiny_model(*, llm: CausalLM | None = None, connector: nn.Module | None = None, seed: int = 2) -> Composed:
+    encoder, llm = tiny_encoder(), llm or tiny_llm()
+    torch.manual_seed(seed)
+    facts = {"vision_width": encoder.width, "llm_width": llm.width, "grid": encoder.grid, "output_rms": llm.embed_rms}
+    return Composed(encoder=encoder, connector=connector or MLP(**facts), llm=llm)
+
+
+class Gated(nn.Module):
+    """The least connector with fusion "layers": adds the mean of a row's visual tokens, times a gate, to each layer."""
+
+    fusion: ClassVar[str] = "layers"
+    num_tokens = NUM_TOKENS
+
+    def __init__(self, *, vision_width: int = 24, llm_width: int = 32) -> None:
+        super().__init__()
+        self.project = nn.Linear(vision_width, llm_width)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self._seen: Tensor | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.project(features)  # N K D
+
+    def attach(self, layers: Sequence[nn.Module]) -> None:
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda _, args: (args[0] + self.gate * self._seen, *args[1:]))
+
+    @contextmanager
+    def looking_at(self, visual: Tensor, batch: Batch) -> Any:
+        rows = torch.repeat_interleave(torch.arange(len(batch.ids)), batch.num_images)
+        sums = torch.zeros(len(batch.ids), visual.shape[2]).index_add(0, rows, visual.mean(1))
+        self._seen = sums[:, None]  # B 1 D
+        yield
+        self._seen = None
+
+
+def pictures(num: int, *, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(num, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)))
+
+
+def make_batch(
+    *rows: tuple[list[int | None], list[int]],
+    images: Sequence[Tensor] | None = None,
+    num_tokens: int = NUM_TOKENS,
+    side: Any = "right",
+    first_id: int = 0,
+) -> Batch:
+    """Rows of (prompt, answer): the answer is supervised; `IMAGE` in the prompt takes the next of `images`."""
+    left = list(images if images is not None else pictures(sum(prompt.count(IMAGE) for prompt, _ in rows)))
+    made = []
+    for number, (prompt, answer) in enumerate(rows):
+        ids, mask, before, labels = [], [], [], []
+        seen = 0
+        for token in [*prompt, *answer]:
+            seen += token is IMAGE
+            width = num_tokens if token is IMAGE else 1
+            ids += [0 if token is IMAGE else token] * width
+            mask += [token is IMAGE] * width
+            before += [seen] * width
+        labels = [IGNORE] * (len(ids) - len(answer)) + answer
+        encoded = Encoded(input_ids=ids, image_mask=mask, images_before=before, labels=labels, text="")
+        sample = Sample(id=f"sample/{first_id + number}", images=[Image.new("RGB", (1, 1))] * seen, messages=[])
+        made.append(Row(sample, encoded, [left.pop(0) for _ in range(seen)]))
+    assert not left, "more images than places"
+    return collate(made, spec=SPEC, pad_id=0, side=side)
+
+
+def make_module(model: Composed | None = None, *, states: Any = None, objective: Any = None, **options: Any) -> VLMModule:
+    model = model or tiny_model()
+    set_trainable(model, {**STATES, **(states or {})}, LORA)
+    rates = {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3}
+    return VLMModule(model=model, objective=objective or LanguageModeling(), **{"lr": rates, **options})
+
+
+def make_trainer(folder: Any, **options: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    where = {"accelerator": "cpu", "devices": 1, "default_root_dir": str(folder), "num_sanity_val_steps": 0}
+    return pl.Trainer(**{**quiet, **where, "log_every_n_steps": 1, "max_steps": 1, **options})

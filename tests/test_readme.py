@@ -1,0 +1,40 @@
+"""The README says what works: its commands run as they stand, and its table names what the folders hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_commands_run_as_they_stand(tmp_path: Path) -> None:
+    assert len(commands()) == 4
+    for script, *arguments in commands():
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{script} {arguments}: {done.stderr[-2000:]}"
+    results = json.loads((tmp_path / "runs" / "second" / "eval" / "results.json").read_text())
+    assert results["num_samples"] == 8
+    assert [stage["name"] for stage in results["stages"]] == ["align", "instruct"]
+    assert len(list(tmp_path.glob("multirun/*/*/metrics.json"))) == 2
+
+
+def test_table_names_every_option() -> None:
+    for group in ("encoder", "connector", "llm", "data", "stage", "trainer", "logger", "debug"):
+        row = re.search(rf"^\| `{group}=` \| (.*) \|$", README, flags=re.MULTILINE)
+        assert row is not None, f"the README's table has no row for {group}"
+        options = {path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")}
+        assert set(re.findall(r"`([a-z0-9_]+)`", row[1])) == options
