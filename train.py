@@ -36,6 +36,11 @@ def train(cfg: Any) -> None:
         earlier = artifact.load(settings["ckpt"], model=model, manifest=manifest)
         lineage, inherited = earlier["stages"], earlier["tensors"]
         manifest["lora"] = earlier["lora"]
+        if settings["stage"]["llm"] == "lora" and earlier["lora"] not in (None, settings["stage"]["lora"]):
+            raise ValueError(
+                f"ckpt={settings['ckpt']} has an adapter with {earlier['lora']}, stage.lora is "
+                f"{settings['stage']['lora']}; use the same, one adapter is trained on"
+            )
     module = build.build_module(settings, model)
     stage = settings["stage"]
     manifest |= {
@@ -51,6 +56,8 @@ def train(cfg: Any) -> None:
     every = settings["checkpoint"]["every_n_steps"]
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, every_n_steps=every)
     trainer = build.build_trainer(settings, run_dir, [save])
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
     trainer.fit(module, datamodule=data)
     by_type = {type(callback): callback for callback in trainer.callbacks}
     interrupted = StopOnInterrupt in by_type and by_type[StopOnInterrupt].interrupted

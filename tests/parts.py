@@ -22,6 +22,8 @@ from vlm.optim import set_trainable
 from vlm.schema import IGNORE, Batch, Sample, VisualSpec
 from vlm.text.encode import Encoded
 
+torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
+
 IMAGE = None  # in a prompt: the place of the next image
 SIDE, NUM_TOKENS, VOCABULARY = 16, 4, 320
 SPEC = VisualSpec(num_tokens=NUM_TOKENS, image_size=(SIDE, SIDE), transform=lambda image: torch.zeros(3, SIDE, SIDE))
@@ -42,7 +44,9 @@ STATES = {"encoder": "frozen", "connector": "full", "llm": "frozen"}
 def tiny_llm(model_type: str = "llama", *, seed: int = 0, dtype: Any = "float32", **facts: Any) -> CausalLM:
     torch.manual_seed(seed)
     config = {"model_type": model_type, **FACTS, **facts}
-    return CausalLM(pretrained=None, config=config, weights="random", chat_template="chatml", dtype=dtype)
+    attention = "eager" if model_type == "gemma2" else "sdpa"  # it caps its attention logits, which sdpa cannot
+    options: dict[str, Any] = {"weights": "random", "chat_template": "chatml", "attention": attention, "dtype": dtype}
+    return CausalLM(pretrained=None, config=config, **options)
 
 
 def tiny_encoder(*, seed: int = 1) -> TimmEncoder:
@@ -74,8 +78,11 @@ class Gated(nn.Module):
         return self.project(features)  # N K D
 
     def attach(self, layers: Sequence[nn.Module]) -> None:
+        def look(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return None if self._seen is None else (args[0] + self.gate * self._seen, *args[1:])
+
         for layer in layers:
-            layer.register_forward_pre_hook(lambda _, args: (args[0] + self.gate * self._seen, *args[1:]))
+            layer.register_forward_pre_hook(look)
 
     @contextmanager
     def looking_at(self, visual: Tensor, batch: Batch) -> Any:
@@ -117,7 +124,9 @@ def make_batch(
     return collate(made, spec=SPEC, pad_id=0, side=side)
 
 
-def make_module(model: Composed | None = None, *, states: Any = None, objective: Any = None, **options: Any) -> VLMModule:
+def make_module(
+    model: Composed | None = None, *, states: Any = None, objective: Any = None, **options: Any
+) -> VLMModule:
     model = model or tiny_model()
     set_trainable(model, {**STATES, **(states or {})}, LORA)
     rates = {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3}
@@ -125,6 +134,11 @@ def make_module(model: Composed | None = None, *, states: Any = None, objective:
 
 
 def make_trainer(folder: Any, **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     where = {"accelerator": "cpu", "devices": 1, "default_root_dir": str(folder), "num_sanity_val_steps": 0}
     return pl.Trainer(**{**quiet, **where, "log_every_n_steps": 1, "max_steps": 1, **options})

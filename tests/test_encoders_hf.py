@@ -96,7 +96,7 @@ def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
 
 def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("vlm.encoders.hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("vlm.hub.try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(
         ValueError, match=r"hub id 'openai/clip'.*set encoder.pretrained=<folder>, or encoder.weights=ran"
     ):

@@ -225,7 +225,7 @@ def test_package_of_another_shape_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("vlm.encoders.hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("vlm.hub.try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(
         ValueError, match=r"looked for the package 'no_such_package' \(pip install .*then the folder or hub"
     ):

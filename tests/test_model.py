@@ -1,4 +1,4 @@
-"""The model against the bare LLM of Transformers on random weights: same logits, same words, pictures in their places."""
+"""The model against the bare LLM of Transformers on random weights: same logits, same words, pictures in place."""
 
 from __future__ import annotations
 

@@ -49,8 +49,10 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
-    """Parameters that this stage trains or an earlier one has trained."""
-    return [name for name, p in model.named_parameters() if p.requires_grad or name in set(inherited)]
+    """Parameters that this stage trains or an earlier one has trained, also where an adapter has renamed them since."""
+    earlier = {name.replace(".base_layer.", ".") for name in inherited}
+    parameters = model.named_parameters()
+    return [name for name, p in parameters if p.requires_grad or name.replace(".base_layer.", ".") in earlier]
 
 
 def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: list[str], step: int) -> None:

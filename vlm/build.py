@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,7 @@ from vlm.run import native_precision
 from vlm.schema import VisualSpec
 
 ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
+TYPES = BeartypeConf(is_pep484_tower=True)  # a whole number is also a float
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
 STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
 SECTIONS = {
@@ -60,7 +62,13 @@ def check(cfg: Mapping[str, Any]) -> None:
     bind("encoder", cfg["encoder"])
     bind("connector", cfg["connector"], derived=dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms")))
     bind("llm", cfg["llm"], derived={"dtype": "float32"})
+    bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
+    bind("stage.objective", cfg["stage"]["objective"])
     bind("trainer", {**cfg["trainer"], "precision": precision(cfg)}, derived={"callbacks": None, "logger": None})
+    for name, options in cfg["callbacks"].items():
+        bind(f"callbacks.{name}", options)
+    if cfg["logger"]:
+        bind("logger", cfg["logger"])
 
 
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,7 +95,9 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
         raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
     derived = dict(derived or {})
     parameters = _parameters(constructor)
-    _known(name, arguments, parameters.keys() - derived.keys())
+    kinds = {p.kind for p in inspect.signature(constructor).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:  # W&B's logger passes what it does not know on to wandb.init
+        _known(name, arguments, parameters.keys() - derived.keys())
     missing = [
         key for key, p in parameters.items() if p.default is p.empty and key not in arguments and key not in derived
     ]
@@ -199,9 +209,9 @@ def _known(name: str, given: Mapping[str, Any], choices: Any) -> None:
             raise ValueError(unknown_key(f"{name}.{key}" if name else str(key), choices))
 
 
-def unknown_key(full_key: str, choices: Any) -> str:
-    """What to say of a key that does not exist."""
-    close = get_close_matches(full_key.rpartition(".")[2], list(map(str, choices)), n=1)
+def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
+    """What to say of a key that does not exist; `asked` is the word that was misspelt, the key's last by default."""
+    close = get_close_matches(asked or full_key.rpartition(".")[2], list(map(str, choices)), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"there is no option {full_key}; {hint}choose one of {', '.join(sorted(map(str, choices)))}"
 
@@ -214,12 +224,14 @@ def _typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., A
     except (NameError, TypeError):  # names imported for type checkers only
         return
     for key, value in arguments.items():
-        if key not in hints or value is None or key == "objective":
+        if key not in hints or key == "objective":
             continue
-        values = {value, float(value)} if isinstance(value, int) and not isinstance(value, bool) else [value]
-        values = [*values, tuple(value)] if isinstance(value, list) else list(values)
+        # beartype looks at one entry of a dictionary, so each is given alone; YAML knows no tuples.
+        values = [{k: v} for k, v in value.items()] if isinstance(value, dict) and value else [value]
+        if isinstance(value, list) and not is_bearable(value, hints[key], conf=TYPES):
+            values = [tuple(value)]
         try:
-            fits = any(is_bearable(each, hints[key]) for each in values)
+            fits = all(is_bearable(each, hints[key], conf=TYPES) for each in values)
         except BeartypeException:
             continue
         if not fits:

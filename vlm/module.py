@@ -73,7 +73,7 @@ class VLMModule(pl.LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        if not torch.isfinite(norm):
+        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
             self._stop(f"the gradient norm is {norm.item()}")
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
@@ -88,6 +88,10 @@ class VLMModule(pl.LightningModule):
         """The same rows with their own images, with others' and with blank ones."""
         output = self.objective(self.model, batch)
         self._see("loss", output)
+        if batch_index == 0 and len(batch.pixels):  # visual tokens far louder or softer than words learn slowly
+            visual = self.model.connector(self.model.encoder(batch.pixels))
+            self.log("val/visual_rms", visual.float().square().mean().sqrt(), batch_size=1)
+            self.log("val/embed_rms", self.model.llm.embed_rms, batch_size=1)
         pictured = with_images(batch)
         changed = {name: change(pictured) for name, change in CONDITIONS.items()} if pictured is not None else {}
         if changed and None not in changed.values():

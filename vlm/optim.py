@@ -18,7 +18,7 @@ def set_trainable(model: nn.Module, states: Mapping[str, str | Mapping[str, int]
     """Freeze every parameter, then free those that the stage names for each part.
 
     `frozen` and `full` speak for themselves; `lora` adds an adapter to the LLM, unless it has one from an earlier
-    stage, and frees that alone; `{last_n: N}` frees the last N blocks of a part.
+    stage, and frees that alone; `{last_n: N}` frees the last N blocks of the encoder or layers of the LLM.
     """
     model.requires_grad_(False)
     for part in PARTS:
@@ -30,7 +30,7 @@ def set_trainable(model: nn.Module, states: Mapping[str, str | Mapping[str, int]
                 module.add_lora(**lora)
             for name in lora_names(module):
                 module.get_parameter(name).requires_grad_(True)
-        elif isinstance(state, Mapping) and set(state) == {"last_n"}:
+        elif isinstance(state, Mapping) and set(state) == {"last_n"} and part != "connector":
             blocks = list(module.blocks() if hasattr(module, "blocks") else module.layers())
             if not 1 <= state["last_n"] <= len(blocks):
                 raise ValueError(f"stage.{part}.last_n={state['last_n']} but the {part} has {len(blocks)} blocks")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,6 +54,7 @@ class BadSample(ValueError):
     """A sample that cannot be used; the message names the sample, what is wrong and the remedy."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read."""
 

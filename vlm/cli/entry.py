@@ -65,7 +65,7 @@ def config_error(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         choices = [name for name in error.options if not name.startswith("_")]
-        return unknown_key(f"{group}={option}", choices)
+        return unknown_key(f"{group}={option}", choices, asked=option)
     if isinstance(error, MissingMandatoryValue) or isinstance(cause, MissingMandatoryValue):
         key = getattr(error, "full_key", None) or getattr(cause, "full_key", "")
         return f"{key} must be given; set {key}=<value>"

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from vlm.encoders.hub import look_up
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
+from vlm.hub import look_up
 
 
 class HFEncoder(nn.Module):

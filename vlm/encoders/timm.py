@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import safetensors.torch
 import timm
@@ -20,9 +20,9 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vlm.encoders.hub import look_up
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
+from vlm.hub import look_up
 
 
 class TimmEncoder(nn.Module):
@@ -99,7 +99,7 @@ class TimmEncoder(nn.Module):
         stages = [self.model.get_submodule(info["module"]) for info in self.model.feature_info]
         return [stage for stage in stages if any(True for _ in stage.parameters())]
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> TimmEncoder:
         """Training mode, but for batch norm, which always uses its running statistics.
 
         A batch holds few images, so its own statistics are noise, and they would tie the features of one image to the

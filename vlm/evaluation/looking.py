@@ -25,19 +25,25 @@ def with_images(batch: Batch) -> Batch | None:
 def shuffled(batch: Batch) -> Batch | None:
     """Every image in the place of one of another row that looks different, or None where the batch has no such one.
 
-    Images are handed on by the shift that leaves the fewest unchanged; two captions of one picture do not count as
-    two pictures.
+    Equal pictures are put side by side, then all are handed on by the shift that leaves the fewest unchanged; two
+    captions of one picture do not count as two pictures.
     """
     num = len(batch.pixels)
     owner = torch.repeat_interleave(torch.arange(len(batch.num_images)), batch.num_images.cpu()).tolist()
     look = [hash(image.numpy().tobytes()) for image in batch.pixels.cpu()]
+    order = sorted(range(num), key=lambda i: look.index(look[i]))
     unchanged = {
-        shift: sum(owner[i] == owner[i - shift] or look[i] == look[i - shift] for i in range(num))
+        shift: sum(
+            owner[i] == owner[j] or look[i] == look[j] for i, j in zip(order, order[-shift:] + order, strict=False)
+        )
         for shift in range(1, num)
     }
     if not unchanged or min(unchanged.values()) == num:
         return None
-    return replace(batch, pixels=batch.pixels.roll(min(unchanged, key=lambda shift: unchanged[shift]), dims=0))
+    shift = min(unchanged, key=lambda shift: unchanged[shift])
+    pixels = torch.empty_like(batch.pixels)
+    pixels[order] = batch.pixels[order[-shift:] + order[:-shift]]
+    return replace(batch, pixels=pixels)
 
 
 def blank(batch: Batch) -> Batch:

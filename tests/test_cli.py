@@ -1,0 +1,300 @@
+"""The command line: what a run leaves behind, what follows from it, and what a user reads who slips."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train as training
+from vlm.cli.entry import start
+
+ROOT = Path(__file__).parents[1]
+TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "debug=fast"]
+QUICK = [
+    *TINY,
+    "encoder.image_size=32",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "data.num_val_samples=2",
+    "answers.num_samples=2",
+    "answers.max_new_tokens=2",
+    "preflight.samples=2",
+]
+METRICS = {
+    "train/loss",
+    "val/loss",
+    "val/loss_shuffled",
+    "val/loss_blank",
+    "val/visual_gain",
+    "perf/tokens_per_second",
+    "perf/samples_per_second",
+    "perf/step_seconds",
+    "perf/peak_memory_gb",
+    "params/trainable",
+    "params/total",
+    "time/fit_seconds",
+}
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.json",
+    "samples.jsonl",
+    "artifact/weights.safetensors",
+    "artifact/manifest.json",
+    "checkpoints/last.ckpt",
+}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def call(job: Callable, config_name: str, *arguments: str) -> int:
+    """The program, in this process; its exit code."""
+    before = sys.argv, dict(os.environ)
+    sys.argv = ["program", *arguments]
+    try:
+        start(job, config_name=config_name)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before[0]
+        os.environ.clear()
+        os.environ.update(before[1])
+    return 0
+
+
+def train(*arguments: str) -> int:
+    return call(training.train, "train", *arguments)
+
+
+def evaluate(*arguments: str) -> int:
+    return call(evaluation.evaluate, "eval", *arguments)
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What the program wrote to stderr: one line."""
+
+    def read() -> str:
+        error = capfd.readouterr().err.strip()
+        assert error.startswith("Error: ")
+        assert "\n" not in error
+        return error
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of the first stage by the command of the README, in a folder with a space."""
+    run = tmp_path_factory.mktemp("a run") / "first one"
+    command = [sys.executable, "train.py", "llm=tiny", "encoder=tiny", "debug=fast", f"run_dir={run}"]
+    return run, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_what_the_design_says(aligned) -> None:
+    run, done = aligned
+    assert done.returncode == 0, done.stderr
+    assert files(run) == FILES
+    metrics = json.loads((run / "metrics.json").read_text())
+    extra = {name for name in metrics.keys() - METRICS if not name.startswith(("val/exact_match", "val/accuracy/"))}
+    assert metrics.keys() >= METRICS
+    assert extra == set()
+    assert metrics["val/visual_gain"] == pytest.approx(metrics["val/loss_shuffled"] - metrics["val/loss"], abs=1e-6)
+    assert metrics["params/total"] > metrics["params/trainable"] > 0
+    for words in ("What trains", "Preflight", "val/visual_gain", "Held-out pictures"):
+        assert words in done.stdout
+    assert str(run) in done.stdout.splitlines()[-1]
+
+
+def test_metrics_are_logged_from_step_1(aligned) -> None:
+    lines = read(aligned[0] / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]
+    final = json.loads((aligned[0] / "metrics.json").read_text())
+    last = [line for line in lines if "val/loss" in line][-1]
+    assert {name: final[name] for name in last if name != "step"} == {k: v for k, v in last.items() if k != "step"}
+
+
+def test_samples_and_manifest_say_what_they_are_of(aligned) -> None:
+    run, _ = aligned
+    samples = read(run / "samples.jsonl")
+    assert [sample["id"] for sample in samples] == [f"shapes/0/val/{i}" for i in (0, 64, 128, 192)]
+    assert all({"prompt", "prediction", "reference"} <= sample.keys() for sample in samples)
+    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    assert manifest["stages"][0]["name"] == "align"
+    assert manifest["tensors"]
+    assert all(name.startswith("connector.") for name in manifest["tensors"])
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.fixture(scope="session")
+def instructed(aligned, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second stage from the first, LoRA on the LLM."""
+    run = tmp_path_factory.mktemp("runs") / "second"
+    arguments = [*TINY, "stage=instruct", f"ckpt={aligned[0]}", f"run_dir={run}", "trainer.max_steps=2"]
+    assert train(*arguments, "answers.num_samples=2", "data.num_val_samples=2") == 0
+    return run
+
+
+def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
+    manifest = json.loads((instructed / "artifact" / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == ["align", "instruct"]
+    assert manifest["lora"]["r"] == 16
+    assert {name.split(".")[0] for name in manifest["tensors"]} == {"connector", "llm"}
+    assert all("lora_" in name for name in manifest["tensors"] if name.startswith("llm."))
+    assert files(instructed) == FILES
+    assert {record["type"] for record in read(instructed / "samples.jsonl")} <= {
+        "count", "existence", "colour", "position", "comparison", "relation"
+    }  # fmt: skip
+
+
+def test_evaluation_of_a_run(instructed: Path) -> None:
+    assert evaluate(f"ckpt={instructed}", "trainer=cpu", "num_samples=6", "batch_size=3", "max_new_tokens=2") == 0
+    results = json.loads((instructed / "eval" / "results.json").read_text())
+    names = results["metrics"].keys()
+    assert {"val/loss", "val/visual_gain", "val/exact_match"} <= names
+    assert any(name.startswith("val/accuracy/") for name in names)
+    assert results["num_samples"] == len(read(instructed / "eval" / "samples.jsonl")) == 6
+
+
+def test_evaluation_repeats_the_figures_of_the_run(aligned) -> None:
+    run, _ = aligned
+    assert evaluate(f"ckpt={run}", "num_samples=4", "batch_size=2", "max_new_tokens=2") == 0
+    ours = json.loads((run / "eval" / "results.json").read_text())["metrics"]
+    theirs = json.loads((run / "metrics.json").read_text())
+    for name in ("val/loss", "val/loss_shuffled", "val/loss_blank"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def test_a_directory_holds_one_run(aligned, told) -> None:
+    before = {path: path.stat().st_mtime_ns for path in aligned[0].rglob("*")}
+    assert train(*QUICK, f"run_dir={aligned[0]}") == 2
+    assert "already holds a run; choose another directory" in told()
+    assert {path: path.stat().st_mtime_ns for path in aligned[0].rglob("*")} == before
+
+
+@pytest.mark.parametrize("program", [train, evaluate])
+def test_a_checkpoint_that_is_no_run(tmp_path: Path, program, told) -> None:
+    options = [*QUICK, f"run_dir={tmp_path / 'new'}"] if program is train else ["trainer=cpu"]
+    assert program(*options, f"ckpt={tmp_path / 'none'}") == 2
+    assert f"ckpt={tmp_path / 'none'} is no run directory" in told()
+
+
+def test_evaluation_needs_a_run(told) -> None:
+    assert evaluate() == 2
+    assert told() == "Error: ckpt must be given; set ckpt=<value>"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "values"),
+    [
+        ("llm.config.hidden_size=32", "bases.llm.fingerprint", []),
+        ("encoder.model_args.depth=1", "bases.encoder.fingerprint", []),
+        ("connector=linear", "parts.connector", ["vlm.connectors.linear.Linear", "vlm.connectors.mlp.MLP"]),
+        ("llm.chat_template=plain", "chat_template", ["chatml", "plain"]),
+    ],
+)
+def test_a_checkpoint_of_other_parts(aligned, tmp_path: Path, change: str, field: str, values: list, told) -> None:
+    assert train(*TINY, change, f"ckpt={aligned[0]}", f"run_dir={tmp_path / 'new'}") == 2
+    line = told()
+    assert field in line
+    assert all(value in line for value in values)
+
+
+def test_a_slip_is_one_line(tmp_path: Path, told) -> None:
+    assert train(*QUICK, f"run_dir={tmp_path / 'new'}", "connector=foo") == 2
+    assert told().endswith("choose one of linear, mlp")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_slip_leaves_no_directory(tmp_path: Path, told) -> None:
+    assert train(*QUICK, f"run_dir={tmp_path / 'new'}", "data.batch_size=abc") == 2
+    assert "data.batch_size='abc'" in told()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> list[str]:
+    """Twenty captions, one of them of a truncated picture."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for index in range(20):
+        Image.new("RGB", (40, 30), (12 * index, 99, 200)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "caption": f"colour number {index}"}) + "\n")
+    whole = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "val.jsonl").write_text("".join(lines[4:10]))
+    names = ("annotations=train.jsonl", "val_annotations=val.jsonl", "images=pictures")
+    options = [f"data.{key}={tmp_path / value}" for key, value in (name.split("=") for name in names)]
+    return [*QUICK, "data=captions", *options, "trainer.max_steps=10", "trainer.val_check_interval=10"]
+
+
+def test_a_bad_sample_is_named_and_the_run_goes_on(captions: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(*captions, f"run_dir={run}", "data.max_bad_share=0.06", "logger=csv") == 0
+    (line,) = read(run / "bad_samples.jsonl")
+    assert line["index"] == 3
+    assert "3.png" in line["error"]
+    assert files(run) - FILES == {"bad_samples.jsonl", "csv/metrics.csv", "csv/hparams.yaml"}
+
+
+def test_a_bad_sample_stops_the_run_that_wants_it(captions: list[str], tmp_path: Path, told) -> None:
+    assert train(*captions, f"run_dir={tmp_path / 'run'}", "data.on_bad_sample=raise") == 2
+    line = told()
+    assert "3.png" in line
+    assert "1 bad samples of 20, 0 allowed" in line
+
+
+def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    assert train("-m", "connector=linear,mlp", *QUICK, "logger=csv", f"hydra.sweep.dir={sweep}") == 0
+    runs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [sorted(set(run.name.split(",")) & {"connector=linear", "connector=mlp"}) for run in runs] == [
+        ["connector=linear"],
+        ["connector=mlp"],
+    ]
+    for run in runs:
+        assert files(run) >= FILES | {"csv/metrics.csv"}
+        assert str(run) in (run / "config.yaml").read_text()
+
+
+def test_an_interrupt_ends_with_the_artefact(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [*QUICK, "trainer.max_steps=100000", "trainer.val_check_interval=100000", f"run_dir={run}"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stdout=out, stderr=out)
+        try:
+            until = time.monotonic() + 120
+            while not ((run / "metrics.jsonl").exists() and read(run / "metrics.jsonl")):
+                assert process.poll() is None, (tmp_path / "out").read_text()
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            code = process.wait(timeout=60)
+        finally:
+            process.kill()
+    text = (tmp_path / "out").read_text()
+    assert code == 130, text
+    assert "Traceback" not in text
+    assert {"artifact/weights.safetensors", "artifact/manifest.json", "metrics.json"} <= files(run)
+    assert json.loads((run / "artifact" / "manifest.json").read_text())["tensors"]

@@ -1,0 +1,192 @@
+"""Every option of every group composes and fits its constructor; a slip ends in a line that names the choices."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from vlm import build
+from vlm.cli.entry import CONF, config_error
+
+GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
+TINY = ["llm=tiny", "encoder=tiny", "run_dir=x"]
+FILES = ["data.annotations=a.json", "data.images=b"]
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml") if not path.name.startswith("_"))
+
+
+OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        yield
+
+
+def settings(*overrides: str) -> dict:
+    """The composed config of `overrides` as train.py sees it."""
+    return build.plain(compose("train", [*TINY, *overrides]))
+
+
+def needs(group: str, option: str) -> list[str]:
+    return FILES if (group, option) in (("data", "captions"), ("data", "instruct")) else []
+
+
+def refusal(*overrides: str) -> str:
+    """What a user reads who gives these on the command line."""
+    try:
+        build.check(settings(*overrides))
+    except ValueError as error:
+        return str(error)
+    except Exception as error:
+        return config_error(error)
+    raise AssertionError(f"{overrides} were taken")
+
+
+def test_groups_are_the_ones_that_are_documented() -> None:
+    assert set(GROUPS) <= {*build.GROUPS, "debug", "experiment", "benchmark", "hydra"}
+    assert {"linear", "mlp"} <= set(options("connector"))
+    assert {"tiny", "gemma3_270m"} <= set(options("llm"))
+    assert {"captions", "instruct", "shapes", "stamps"} <= set(options("data"))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
+def test_every_option_composes_and_binds(group: str, option: str) -> None:
+    build.check(settings(f"{group}={option}", *needs(group, option)))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
+def test_every_file_opens_with_what_it_is(group: str, option: str) -> None:
+    lines = (Path(CONF) / group / f"{option}.yaml").read_text().splitlines()
+    assert re.match(r"# \S.*[.:=\])]", " ".join(line for line in lines[:2] if not line.startswith("# @")))
+
+
+def test_every_combination_composes() -> None:
+    for connector, stage, data in itertools.product(options("connector"), options("stage"), options("data")):
+        cfg = settings(f"connector={connector}", f"stage={stage}", f"data={data}", *needs("data", data))
+        build.check(cfg)
+        assert cfg["stage"]["name"] == stage
+        if data == "shapes":
+            assert cfg["data"]["task"] == {"align": "caption", "instruct": "instruct"}[stage]
+
+
+def test_no_derived_dimension_is_in_a_file() -> None:
+    for group in ("connector", "model"):
+        for option in options(group):
+            keys = settings(f"{group}={option}")[group].keys()
+            assert not keys & {"vision_width", "llm_width", "grid", "num_tokens"}
+
+
+def test_automatic_precision_is_one_that_lightning_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = settings("trainer=cpu")
+    assert cfg["trainer"]["precision"] == "auto"
+    for capabilities, wanted in (({"amx_bf16": True}, "bf16-mixed"), ({"avx2": True}, "32-true")):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda c=capabilities: c, raising=False)
+        assert build.precision(cfg) == wanted
+    assert build.precision(settings("trainer.precision=32-true")) == "32-true"
+
+
+@pytest.mark.parametrize(
+    "override", ["stage.weight_decay=1", "stage.lr.connector=1", "stage.betas=[0,1]", "encoder.mean=[0,1,0.5]"]
+)
+def test_a_whole_number_is_also_a_float(override: str) -> None:
+    build.check(settings(override))
+
+
+def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
+    assert settings("debug=fast")["trainer"]["max_steps"] == 4
+    assert settings("debug=fast", "trainer.max_steps=7")["trainer"]["max_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("connector=foo", ["connector=foo", "choose one of linear, mlp"]),
+        ("data=foo", ["data=foo", "captions, instruct, shapes, stamps"]),
+        ("stage=alignn", ["stage=alignn", "did you mean align?"]),
+        ("conector=mlp", ["conector", "did you mean connector?"]),
+        ("connector.dpth=3", ["connector.dpth", "did you mean depth?", "hidden_width"]),
+        ("trainer.max_step=3", ["trainer.max_step", "did you mean max_steps?"]),
+        ("data.batchsize=3", ["data.batchsize", "did you mean batch_size?"]),
+        ("sed=3", ["there is no option sed", "did you mean seed?"]),
+        ("+sed=3", ["there is no option sed", "did you mean seed?"]),
+        ("+connector.dpth=3", ["connector.dpth", "did you mean depth?"]),
+        ("+stage.lr_flor=3", ["stage.lr_flor", "did you mean lr_floor?"]),
+        ("+logger=csvv", ["csvv"]),
+        ("data.batch_size=abc", ["data.batch_size='abc'", "int"]),
+        ("data.batch_size=2.5", ["data.batch_size=2.5", "int"]),
+        ("data.on_bad_sample=drop", ["data.on_bad_sample='drop'", "skip"]),
+        ("data.max_bad_share=much", ["data.max_bad_share='much'", "float"]),
+        ("data.batch_size=null", ["data.batch_size=None", "int"]),
+        ("data.batch_size=true", ["data.batch_size=True", "int"]),
+        ("trainer.max_steps=x", ["trainer.max_steps='x'", "int"]),
+        ("stage.lr.connector=abc", ["stage.lr", "abc", "float"]),
+        ("stage.betas=[0.9,b]", ["stage.betas", "'b'", "float"]),
+        ("connector.depth=two", ["connector.depth='two'", "int"]),
+        ("preflight.show=x", ["preflight.show='x' is not a whole number"]),
+        ("answers.num_samples=true", ["answers.num_samples=True is not a whole number"]),
+        ("connector._target_=os.system", ["connector._target_=os.system is not allowed", "vlm."]),
+        ("connector._target_=vlm.connectors.none.X", ["connector._target_=vlm.connectors.none.X cannot be imported"]),
+        ("stage.objective._target_=subprocess.run", ["stage.objective._target_=subprocess.run is not allowed"]),
+        ("+logger._target_=subprocess.run", ["logger._target_=subprocess.run is not allowed"]),
+        ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
+        ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
+        ("data=captions", ["data.annotations must be given; set data.annotations="]),
+    ],
+)
+def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
+    told = refusal(override)
+    assert "\n" not in told
+    assert "_loader" not in told
+    for words in said:
+        assert words in told, told
+
+
+@pytest.mark.parametrize(
+    ("group", "lines", "said"),
+    [
+        ("connector", "_target_: vlm.connectors.mlp.MLP\ndpth: 2", ["connector.dpth", "did you mean depth?"]),
+        ("connector", "_target_: vlm.connectors.mlp.MLP\ndepth: two", ["connector.depth='two'"]),
+        ("connector", "_target_: builtins.eval", ["connector._target_=builtins.eval is not allowed"]),
+        ("data", "_target_: vlm.data.sources.shapes.Shapes\nsede: 2", ["data.sede", "did you mean seed?"]),
+        (
+            "trainer",
+            "_target_: lightning.pytorch.Trainer\naccelerator: cpu\nprecision: auto\nmax_epoch: 3",
+            ["max_epoch"],
+        ),
+        ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
+        ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnInterrupt\n  soon: 1", ["callbacks.stop.soon"]),
+        ("encoder", "_target_: vlm.encoders.timm.TimmEncoder\nweights: random", ["encoder lacks the option name"]),
+    ],
+)
+def test_a_slip_in_a_file(tmp_path: Path, group: str, lines: str, said: list[str]) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_text(lines + "\n")
+    told = refusal(f"{group}=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    for words in said:
+        assert words in told, told
+
+
+def test_an_unknown_section_is_refused() -> None:
+    cfg = copy.deepcopy(settings())
+    cfg["conector"] = {}
+    with pytest.raises(ValueError, match="there is no option conector; did you mean connector"):
+        build.check(cfg)
+
+
+def test_eval_composes() -> None:
+    cfg = compose("eval", ["ckpt=x"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    assert cfg.ckpt == "x"
+    assert cfg.num_samples is None

@@ -1,0 +1,185 @@
+"""Batches: padding, places of images, bad samples, workers, prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from chat import byte_tokenizer, say
+from PIL import Image
+from torch import Tensor
+
+from vlm.data.datamodule import EvenBatches, VLMDataModule
+from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
+
+K = 3
+
+
+class Numbered:
+    """Sample i has i % 3 images and an answer of i + 1 letters; those in `bad` cannot be read."""
+
+    def __init__(self, split: str, size: int = 12, bad: tuple[int, ...] = ()) -> None:
+        self.split, self.size, self.bad = split, size, bad
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        if index in self.bad:
+            raise BadSample(f"sample '{self.split}/{index}' is broken; mend it")
+        images = [Image.new("RGB", (8, 8), (index, n, 0)) for n in range(index % 3)]
+        question = say("user", *[None] * len(images), "Hi")
+        return Sample(f"{self.split}/{index}", images, [question, say("assistant", "x" * (index + 1))])
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.tensor(image.getpixel((0, 0)), dtype=torch.float32).view(3, 1, 1).expand(3, 4, 4).clone()
+
+
+def module(tmp_path: Path | None = None, bad: tuple[int, ...] = (), size: int = 12, **options) -> VLMDataModule:
+    data = VLMDataModule(
+        source=lambda split: Numbered(split, size, bad if split == "train" else ()),
+        bad_samples_file=tmp_path / "bad_samples.jsonl" if tmp_path else None,
+        **{"batch_size": 4} | options,
+    )
+    spec = VisualSpec(num_tokens=K, image_size=(4, 4), transform=pixels)
+    data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
+    return data
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    tensors = [f.name for f in fields(Batch) if isinstance(getattr(a, f.name), Tensor)]
+    return a.ids == b.ids and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
+
+
+@pytest.mark.parametrize(("num", "size"), [(9, 4), (5, 4), (8, 4), (2, 4), (3, 2), (33, 32)])
+def test_even_batches(num: int, size: int) -> None:
+    batches = list(EvenBatches(range(num), batch_size=size))
+    lengths = [len(batch) for batch in batches]
+    assert sum(batches, []) == list(range(num))
+    assert len(batches) == len(EvenBatches(range(num), batch_size=size)) == -(-num // size)
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= size
+
+
+def test_training_rows_are_padded_on_the_right() -> None:
+    batch = next(iter(module().val_dataloader()))
+    lengths = batch.attention_mask.sum(1)
+    assert batch.ids == ["val/0", "val/1", "val/2", "val/3"]
+    longest = batch.input_ids.shape[1]
+    for row, length in enumerate(lengths):
+        assert batch.attention_mask[row].tolist() == [True] * length + [False] * (longest - length)
+        assert batch.positions[row, :length].tolist() == list(range(length))
+        assert (batch.labels[row, length:] == IGNORE).all()
+    assert batch.image_mask.sum(1).tolist() == [K * n for n in (0, 1, 2, 0)]
+    assert batch.num_images.tolist() == [0, 1, 2, 0]
+    # Every answer is its letters and the end of turn, and nothing else is supervised.
+    x = byte_tokenizer().convert_tokens_to_ids("x")
+    assert [(row == x).sum().item() for row in batch.labels] == [1, 2, 3, 4]
+    assert (batch.labels != IGNORE).sum(1).tolist() == [2, 3, 4, 5]
+    assert (batch.labels[batch.image_mask] == IGNORE).all()
+    assert len(batch.targets) == batch.keep.sum() == 14
+
+
+def test_images_lie_in_the_order_of_rows_and_placeholders() -> None:
+    batch = next(iter(module().val_dataloader()))
+    assert batch.pixels.shape == (3, 3, 4, 4)
+    assert batch.pixels[:, :2, 0, 0].tolist() == [[1, 0], [2, 0], [2, 1]]  # (sample, image)
+    assert all(not sample.images for sample in batch.samples)
+
+
+def test_images_before_counts_the_images_that_have_started() -> None:
+    batch = next(iter(module().val_dataloader()))
+    assert not batch.images_before[0].any()
+    row, mask = batch.images_before[2], batch.image_mask[2]
+    places = mask.nonzero().flatten().tolist()
+    assert row[places].tolist() == [1] * K + [2] * K
+    assert (row[: places[0]] == 0).all()
+    length = batch.attention_mask[2].sum()
+    assert (row[places[-1] : length] == 2).all()
+
+
+def test_a_batch_without_images() -> None:
+    data = module()
+    batch = data.prompts([0, 3])
+    assert batch.pixels.shape == (0, 3, 4, 4)
+    assert batch.num_images.tolist() == [0, 0]
+
+
+def test_prompts_end_before_the_answer_and_hold_no_label() -> None:
+    data = module()
+    batch = data.prompts([2, 7])  # two images and one
+    assert (batch.labels == IGNORE).all()
+    lengths = batch.attention_mask.sum(1).tolist()
+    assert lengths[0] - lengths[1] == K
+    for row, length in enumerate(lengths):
+        start = batch.input_ids.shape[1] - length
+        assert batch.attention_mask[row].tolist() == [False] * start + [True] * length
+        assert batch.positions[row, start:].tolist() == list(range(length))
+        words = batch.input_ids[row, start:][~batch.image_mask[row, start:]]
+        assert byte_tokenizer().decode(words) == "<bos><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_validation_is_spread_over_the_split() -> None:
+    data = module(num_val_samples=4)
+    assert data.val_indices(4) == [0, 3, 6, 9]
+    assert data.val_indices(None) == list(range(12)) == data.val_indices(99)
+    assert [b.ids for b in data.val_dataloader()] == [["val/0", "val/3", "val/6", "val/9"]]
+    assert [len(b.ids) for b in module(num_val_samples=9).val_dataloader()] == [3, 3, 3]
+
+
+def test_training_order_is_of_the_seed() -> None:
+    orders = [[b.ids for b in module(seed=seed).train_dataloader()] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(sum(orders[0], [])) == sorted(f"train/{i}" for i in range(12))
+
+
+def test_workers_give_the_same_batches() -> None:
+    alone = list(module().train_dataloader())
+    together = list(module(num_workers=2).train_dataloader())
+    assert len(alone) == len(together) == 3
+    assert all(equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) -> None:
+    data = module(tmp_path, bad=(3, 4), max_bad_share=0.2, num_workers=num_workers)
+    loader = data.train_dataloader()
+    for _ in range(2):  # a second epoch names none again
+        ids = sorted((name for batch in loader for name in batch.ids), key=lambda name: int(name.split("/")[1]))
+        assert ids == [f"train/{i}" for i in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 11)]
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    named = {line["index"]: line["error"] for line in lines}
+    assert named == {i: f"sample 'train/{i}' is broken; mend it" for i in (3, 4)}
+    if num_workers == 0:
+        assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"), [({"on_bad_sample": "raise", "max_bad_share": 0.5}, 0), ({"max_bad_share": 0.1}, 1)]
+)
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowed: int) -> None:
+    data = module(tmp_path, bad=(3, 4, 5), **options)
+    message = rf"sample 'train/\d' is broken; mend it \({allowed + 1} bad samples of 12, {allowed} allowed: repair"
+    with pytest.raises(ValueError, match=message):
+        list(data.train_dataloader())
+
+
+def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
+    whole = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
+    data = module(tmp_path, max_length=whole - 1, max_bad_share=0.1)
+    assert "train/11" not in sum((b.ids for b in data.train_dataloader()), [])
+    error = json.loads((tmp_path / "bad_samples.jsonl").read_text())["error"]
+    assert "'train/11'" in error
+    assert f"{whole}" in error
+    assert f"{whole - 1}" in error
+
+
+def test_a_split_needs_two_samples() -> None:
+    with pytest.raises(ValueError, match="the train split has 1 samples, it needs at least 2"):
+        module(size=1)

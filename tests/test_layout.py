@@ -1,0 +1,99 @@
+"""The layout of DESIGN section 2: who may import whom, and how large a file may grow."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "vlm").rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+# schema -> text, encoders, connectors, llms -> models, data, evaluation -> objectives -> module -> build -> cli. What
+# DESIGN does not rank stands where it is used: optim and artifact below module, run and callbacks below build.
+RANK = {
+    "schema": 0,
+    "hub": 0,
+    **dict.fromkeys(("text", "encoders", "connectors", "llms"), 1),
+    **dict.fromkeys(("models", "data", "evaluation"), 2),
+    "objectives": 3,
+    "optim": 3,
+    "artifact": 4,
+    "module": 4,
+    "run": 5,
+    "callbacks": 6,
+    "export": 6,
+    "build": 7,
+    "cli": 8,
+}
+ALLOWED_PEERS = {("evaluation", "data")}  # a benchmark reads samples
+
+
+def part(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, as a dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "vlm" else {node.module}
+    return found
+
+
+def owner(path: Path) -> str:
+    return path.relative_to(ROOT / "vlm").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_imports_point_downwards(path: Path) -> None:
+    mine = owner(path)
+    if mine == "__init__":
+        return
+    wrong = []
+    for name in sorted(imports(path)):
+        if name.startswith("vlm."):
+            theirs = part(name)
+            peer = RANK[theirs] == RANK[mine] and theirs != mine and (mine, theirs) not in ALLOWED_PEERS
+            if RANK[theirs] > RANK[mine] or peer:
+                wrong.append(name)
+    assert wrong == [], f"{path.relative_to(ROOT)} imports what stands beside or above it"
+
+
+def test_every_part_has_a_rank() -> None:
+    assert {owner(path) for path in FILES} - {"__init__"} <= RANK.keys()
+
+
+def test_data_never_imports_models() -> None:
+    for path in (ROOT / "vlm" / "data").rglob("*.py"):
+        assert not {part(n) for n in imports(path) if n.startswith("vlm.")} & {
+            "models",
+            "encoders",
+            "llms",
+            "connectors",
+        }
+
+
+def test_only_build_and_cli_import_hydra() -> None:
+    users = {owner(path) for path in FILES if any(n.split(".")[0] in ("hydra", "omegaconf") for n in imports(path))}
+    assert users <= {"build", "cli"}
+
+
+def test_init_files_are_empty() -> None:
+    assert [str(path) for path in FILES if path.name == "__init__.py" and path.read_text()] == []
+
+
+def test_every_folder_is_a_package() -> None:
+    assert {path.parent for path in FILES} == {path.parent for path in FILES if path.name == "__init__.py"}
+
+
+def test_no_utils_and_no_long_file() -> None:
+    assert [name for name, path in zip(NAMES, FILES, strict=True) if path.stem in ("utils", "helpers", "misc")] == []
+    lengths = {name: len(path.read_text().splitlines()) for name, path in zip(NAMES, FILES, strict=True)}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}

@@ -1,0 +1,260 @@
+"""A step is the mean over its tokens however they came; a loss that is not finite stops it; validation by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.parts import IMAGE, SPEC, make_batch, make_module, make_trainer, pictures, tiny_llm, tiny_model
+from vlm import artifact
+from vlm.callbacks.save import Save
+from vlm.evaluation.looking import blank, shuffled, with_images
+from vlm.module import NotFinite
+from vlm.objectives.language_modeling import LanguageModeling
+from vlm.schema import Batch
+
+IMAGES = pictures(4)
+ROWS = (
+    ([11, IMAGE, 12], [21]),
+    ([13, IMAGE], [22, 23]),
+    ([IMAGE, 14], [24, 25, 26, 27, 28]),
+    ([15, IMAGE, 16], [29, 30, 31, 32]),
+)
+HALVES = (make_batch(*ROWS[:2], images=IMAGES[:2]), make_batch(*ROWS[2:], images=IMAGES[2:], first_id=2))
+WHOLE = make_batch(*ROWS, images=IMAGES)
+
+
+def loader(batches: list[Batch]) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def mean_loss(model: Any, batch: Batch) -> float:
+    with torch.no_grad():
+        output = LanguageModeling()(model, batch)
+    return output.sums["lm_loss"].item() / output.counts["lm_loss"]
+
+
+def fit(folder: Path, batches: list[Batch], **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and metrics after the steps of a real Trainer."""
+    module = make_module(states={"llm": "lora"})
+    trainer = make_trainer(folder, **options)
+    trainer.fit(module, loader(batches))
+    parameters = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    return parameters, dict(trainer.callback_metrics)
+
+
+def test_accumulated_batches_are_one_big_batch(tmp_path: Path) -> None:
+    """3 and 9 supervised tokens: the mean of the two means would be another gradient."""
+    assert [len(half.targets) for half in HALVES] == [3, 9]
+    steps = {"max_steps": 2, "gradient_clip_val": 0.5}
+    once, once_metrics = fit(tmp_path, [WHOLE, WHOLE], **steps)
+    twice, twice_metrics = fit(tmp_path, [*HALVES, *HALVES], accumulate_grad_batches=2, **steps)
+    start = {name: p for name, p in make_module(states={"llm": "lora"}).named_parameters() if p.requires_grad}
+    for name, parameter in once.items():
+        torch.testing.assert_close(twice[name], parameter, rtol=0, atol=1e-6, msg=name)
+    moved = {name: (parameter - start[name]).abs().max().item() for name, parameter in once.items()}
+    assert all(1e-4 < distance < 1e-2 for name, distance in moved.items() if "lora_A" not in name)
+    assert twice_metrics["train/grad_norm"].item() == pytest.approx(once_metrics["train/grad_norm"].item(), rel=1e-4)
+
+
+def test_logged_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    model = tiny_model()
+    first, second = (mean_loss(model, half) for half in HALVES)
+    assert abs(first - second) > 0.05
+    _, metrics = fit(tmp_path, list(HALVES), accumulate_grad_batches=2)
+    assert metrics["train/loss"].item() == pytest.approx((3 * first + 9 * second) / 12, abs=1e-5)
+    assert metrics["train/lm_loss"] == metrics["train/loss"]
+    assert metrics["train/tokens"] == 12
+
+
+def test_gradient_norm_is_that_of_the_mean(tmp_path: Path) -> None:
+    module = make_module()
+    loss = LanguageModeling()(module.model, WHOLE).sums["lm_loss"] / 12
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters() if p.grad is not None))
+    module.zero_grad()
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
+    trainer.fit(module, loader([*HALVES]))
+    assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+
+
+class NaNFrom:
+    """The loss, or only its gradient, is NaN from the call of that number on, counted from 1."""
+
+    def __init__(self, call: int, *, gradient: bool = False) -> None:
+        self.call, self.gradient, self.calls = call, gradient, 0
+
+    def __call__(self, model: Any, batch: Batch) -> Any:
+        self.calls += 1
+        output = LanguageModeling()(model, batch)
+        if self.calls < self.call:
+            return output
+        loss = output.sums["lm_loss"]
+        if self.gradient:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        else:
+            loss = loss * math.nan
+        return replace(output, sums={"lm_loss": loss})
+
+
+@pytest.mark.parametrize(
+    ("gradient", "text"),
+    [
+        (False, r"lm_loss is nan at step 2, samples sample/0, sample/1, sample/2, sample/3; the weights of step 1"),
+        (True, r"the gradient norm is nan at step 2, samples sample/0, sample/1, sample/2, sample/3;"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, gradient: bool, text: str) -> None:
+    good, _ = fit(tmp_path / "good", list(HALVES), accumulate_grad_batches=2)  # one good step
+
+    call = 3 if gradient else 4
+    module = make_module(states={"llm": "lora"}, objective=NaNFrom(call, gradient=gradient), warmup_share=0.0)
+    save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2, max_steps=5, callbacks=[save])
+    with pytest.raises(NotFinite, match=text):
+        trainer.fit(module, loader([*HALVES, *HALVES, *HALVES]))
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert all(torch.equal(parameter, good[name]) for name, parameter in trained.items())
+    manifest = artifact.read_manifest(tmp_path)
+    assert {f"model.{name}" for name in manifest["tensors"]} == trained.keys()
+    with artifact.safe_open(tmp_path / "artifact" / "weights.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "1"
+        assert all(torch.equal(file.get_tensor(n), good[f"model.{n}"]) for n in manifest["tensors"])
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def text_of(images: list[Tensor], per_row: list[int]) -> Batch:
+    return make_batch(*(([11] + [IMAGE] * num, [21]) for num in per_row), images=images)
+
+
+@pytest.mark.parametrize(
+    ("per_row", "looks"),
+    [
+        ([1, 1], [0, 1]),
+        ([1, 1, 1, 1], [0, 1, 2, 3]),
+        ([2, 2], [0, 1, 2, 3]),
+        ([2, 1, 0, 1], [0, 1, 2, 3]),
+        ([3, 3], [0, 1, 2, 3, 4, 5]),
+        ([1, 1, 1, 1], [0, 0, 1, 1]),
+        ([1, 1, 1, 1], [0, 1, 0, 1]),
+        ([1, 1, 1, 1, 1], [0, 0, 1, 2, 1]),
+    ],
+)
+def test_shuffled_gives_every_row_another_picture(per_row: list[int], looks: list[int]) -> None:
+    palette = pictures(6)
+    batch = text_of([palette[look] for look in looks], per_row)
+    other = shuffled(batch)
+    assert other is not None
+    owner = [row for row, num in enumerate(per_row) for _ in range(num)]
+    source = [[int(torch.equal(new, old)) for old in batch.pixels].index(1) for new in other.pixels]
+    for place, came_from in enumerate(source):
+        assert looks[came_from] != looks[place]
+        if len(set(looks)) == len(looks):
+            assert owner[came_from] != owner[place]
+    key = lambda pixels: sorted(image.sum().item() for image in pixels)  # noqa: E731
+    assert key(other.pixels) == key(batch.pixels), "the same pictures, each as often"
+    assert torch.equal(other.input_ids, batch.input_ids)
+
+
+def test_shuffled_leaves_as_few_as_it_can() -> None:
+    """Three captions of one picture and another picture: one swap each way is all that there is."""
+    palette = pictures(2)
+    batch = text_of([palette[look] for look in (0, 0, 0, 1)], [1, 1, 1, 1])
+    other = shuffled(batch)
+    assert other is not None
+    assert sum(torch.equal(new, old) for new, old in zip(other.pixels, batch.pixels, strict=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("per_row", "looks"),
+    [([1], [0]), ([0, 1], [0]), ([2], [0, 1]), ([1, 1, 1], [0, 0, 0]), ([0, 0], [])],
+    ids=["one", "one and a text", "one row", "one picture", "none"],
+)
+def test_shuffled_is_none_where_there_is_no_other_picture(per_row: list[int], looks: list[int]) -> None:
+    palette = pictures(2)
+    assert shuffled(text_of([palette[look] for look in looks], per_row)) is None
+
+
+def test_with_images_drops_the_rows_of_text() -> None:
+    mixed = make_batch(([10], [20, 21]), *ROWS[:2], ([17, 18], [33]), images=IMAGES[:2])
+    rows = with_images(mixed)
+    assert rows is not None
+    assert rows.ids == ["sample/1", "sample/2"]
+    assert rows.targets.tolist() == [21, 22, 23]
+    assert rows.num_images.tolist() == [1, 1]
+    assert with_images(make_batch(([10], [20]))) is None
+    assert with_images(WHOLE) is WHOLE
+    assert not blank(mixed).pixels.any()
+
+
+def test_validation_by_hand(tmp_path: Path) -> None:
+    """Two batches of unlike size, one with a row of text, which counts in the loss and not in the gain."""
+    model = tiny_model()
+    mixed = make_batch(*ROWS[:2], ([17, 18], [33, 34, 35, 36]), images=IMAGES[:2])
+    other = HALVES[1]
+    pictured = HALVES[0]  # the rows of `mixed` that have a picture
+    swapped = [replace(batch, pixels=batch.pixels.flip(0)) for batch in (pictured, other)]
+    blanked = [replace(batch, pixels=torch.zeros_like(batch.pixels)) for batch in (pictured, other)]
+    loss = (7 * mean_loss(model, mixed) + 9 * mean_loss(model, other)) / 16
+
+    def mean(batches: list[Batch]) -> float:
+        return (3 * mean_loss(model, batches[0]) + 9 * mean_loss(model, batches[1])) / 12
+
+    metrics = make_trainer(tmp_path).validate(make_module(model), loader([mixed, other]), verbose=False)[0]
+    correct = mean([pictured, other])
+    assert abs(mean(swapped) - correct) > 1e-3
+    assert abs(loss - correct) > 1e-3
+    assert metrics["val/loss"] == pytest.approx(loss, abs=1e-5)
+    assert metrics["val/loss_shuffled"] == pytest.approx(mean(swapped), abs=1e-5)
+    assert metrics["val/loss_blank"] == pytest.approx(mean(blanked), abs=1e-5)
+    assert metrics["val/visual_gain"] == pytest.approx(mean(swapped) - correct, abs=1e-5)
+
+
+def test_rows_of_text_do_not_move_the_gain(tmp_path: Path) -> None:
+    model = tiny_model()
+    text = make_batch(([17, 18], [33, 34, 35, 36]), ([19], [37]))
+    alone = make_trainer(tmp_path).validate(make_module(model), loader([WHOLE]), verbose=False)[0]
+    mixed = make_trainer(tmp_path).validate(make_module(model), loader([WHOLE, text]), verbose=False)[0]
+    assert mixed["val/visual_gain"] == alone["val/visual_gain"]
+    assert alone["val/visual_gain"] == pytest.approx(alone["val/loss_shuffled"] - alone["val/loss"], abs=1e-6)
+    assert mixed["val/loss"] != alone["val/loss"]
+
+
+def test_validation_without_two_pictures_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least two different images in a batch"):
+        make_trainer(tmp_path).validate(make_module(), loader([make_batch(ROWS[0])]), verbose=False)
+
+
+def test_the_schedule_spans_the_steps_of_the_run(tmp_path: Path) -> None:
+    """8 optimiser steps, a quarter of them warm-up: the rates at which each step was taken."""
+    rates: list[float] = []
+
+    class Rates(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = make_module(warmup_share=0.25, lr_floor=0.1)
+    batches = [*HALVES] * 8
+    make_trainer(tmp_path, max_steps=8, accumulate_grad_batches=2, callbacks=[Rates()]).fit(module, loader(batches))
+    after = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx([1e-3 * factor for factor in (0.5, 1.0, *after)], rel=1e-6)
+
+
+def test_a_checkpoint_holds_what_trains_alone(tmp_path: Path) -> None:
+    module = make_module(tiny_model(llm=tiny_llm()))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, loader([WHOLE]))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    assert state.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {name.split(".")[1] for name in state} == {"connector"}
+    assert SPEC.num_tokens == module.model.connector.num_tokens

@@ -1,0 +1,216 @@
+"""Shapes: the same sample for the same words, splits that share no scene, captions and answers that are true."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from vlm.data.sources.shapes import COLOURS, SHAPES, Shapes, Thing, split_of
+from vlm.schema import Sample
+
+TYPES = {"count", "existence", "colour", "position", "comparison", "relation"}
+JA_SHAPES = {"丸": "circle", "四角": "square", "三角": "triangle", "星": "star"}
+JA_COLOURS = {
+    "赤い": "red",
+    "オレンジの": "orange",
+    "黄色い": "yellow",
+    "緑の": "green",
+    "青い": "blue",
+    "紫の": "purple",
+    "黒い": "black",
+}
+EN_PLACES = ["top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"]
+JA_PLACES = ["左上", "上", "右上", "左", "中央", "右", "左下", "下", "右下"]
+GOLDEN = "e13ecbd80c071fd7"
+
+
+def text(sample: Sample, index: int) -> str:
+    return "".join(item.get("text", "") for item in sample.messages[index]["content"])
+
+
+def turns(sample: Sample) -> list[tuple[str, str]]:
+    return [(text(sample, i), text(sample, i + 1)) for i in range(0, len(sample.messages), 2)]
+
+
+def digest(sample: Sample) -> str:
+    words = "\n".join(f"{question}|{answer}" for question, answer in turns(sample))
+    return hashlib.blake2b(sample.images[0].tobytes() + words.encode(), digest_size=8).hexdigest()
+
+
+def scene(source: Shapes, index: int) -> list[Thing]:
+    """The things of a sample: the first draw from its name."""
+    return source._scene(random.Random(f"shapes/{source.seed}/{source.split}/{index}"))
+
+
+def test_golden_sample() -> None:
+    assert digest(Shapes(split="train", task="mixed", seed=3, image_size=96)[7]) == GOLDEN
+
+
+def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
+    make = lambda **changes: Shapes(**{"split": "train", "task": "mixed", "image_size": 48, "seed": 1} | changes)
+    one, other = make(), make()
+    backwards = [digest(other[i]) for i in reversed(range(8))][::-1]
+    assert [digest(one[i]) for i in range(8)] == backwards
+    assert len(set(backwards)) == 8
+    assert all(digest(make(seed=2)[i]) != backwards[i] for i in range(8))
+    assert all(digest(make(split="val")[i]) != backwards[i] for i in range(8))
+    assert [one[i].id for i in range(2)] == ["shapes/1/train/0", "shapes/1/train/1"]
+    assert digest(make(num_train=9)[5]) == backwards[5]  # more data does not change what was there
+
+
+def test_splits_share_no_scene_whatever_the_seed() -> None:
+    train = {repr(scene(Shapes(split="train", seed=s), i)) for s in (0, 1) for i in range(2000)}
+    val = {repr(scene(Shapes(split="val", seed=s), i)) for s in (0, 1) for i in range(1000)}
+    assert not train & val
+    assert all(split_of(scene(Shapes(split="val"), i)) == "val" for i in range(100))
+    share = sum(split_of([Thing(0, 0, s, c), Thing(i, 1, t, c)]) == "val" for i in range(3) for s in SHAPES
+                for t in SHAPES for c in COLOURS) / (3 * 16 * 7)  # fmt: skip
+    assert 0.05 < share < 0.15
+
+
+def test_scenes_are_as_promised() -> None:
+    source = Shapes(split="train")
+    scenes = [scene(source, i) for i in range(1000)]
+    assert Counter(map(len, scenes)).keys() == {1, 2, 3, 4}
+    assert all(len({(t.row, t.column) for t in things}) == len(things) for things in scenes)
+    assert {t.shape for things in scenes for t in things} == set(SHAPES)
+    assert {t.colour for things in scenes for t in things} == set(COLOURS)
+    assert {(t.row, t.column) for things in scenes for t in things} == {(r, c) for r in range(3) for c in range(3)}
+
+
+def test_a_picture_shows_its_scene() -> None:
+    source = Shapes(split="train", image_size=90)
+    for index in range(30):
+        image, things = source[index].images[0], scene(source, index)
+        found = set()
+        for row in range(3):
+            for column in range(3):
+                cell = image.crop((column * 30, row * 30, column * 30 + 30, row * 30 + 30))
+                names = {name for name, rgb in COLOURS.items() if rgb in {c for _, c in cell.getcolors(900)}}
+                found |= {(row, column, name) for name in names}
+        assert found == {(t.row, t.column, t.colour) for t in things}
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_a_caption_names_every_thing_in_reading_order(language: str) -> None:
+    source = Shapes(split="val", language=language, image_size=30)
+    phrasings = set()
+    for index in range(120):
+        sample = source[index]
+        ((prompt, caption),) = turns(sample)
+        if language == "en":
+            named = [(s, c) for c, s in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())]
+        else:
+            pattern = rf"({'|'.join(JA_COLOURS)})({'|'.join(JA_SHAPES)})"
+            named = [(JA_SHAPES[s], JA_COLOURS[c]) for c, s in re.findall(pattern, caption)]
+        reading = sorted(scene(source, index), key=lambda t: 3 * t.row + t.column)
+        assert named == [(t.shape, t.colour) for t in reading], caption
+        assert "a orange" not in caption.lower()
+        phrasings.add(prompt)
+        assert sample.meta["type"] == "caption"
+    assert len(phrasings) == 3
+
+
+def truth(question: str, things: list[Thing]) -> tuple[str, str]:
+    """(type, right answer) of a question in either language, derived from its words alone."""
+    japanese = not question.isascii()
+    yes, no = ("はい", "いいえ") if japanese else ("yes", "no")
+    shape_word = "|".join([*SHAPES, *JA_SHAPES])
+    colour_word = "|".join([*COLOURS, *JA_COLOURS])
+    pair = rf"(?:({colour_word}) ?)?({shape_word}|shape|図形)s?"
+
+    def match(colour: str | None, shape: str) -> list[Thing]:
+        shape, colour = JA_SHAPES.get(shape, shape), JA_COLOURS.get(colour or "", colour)
+        return [t for t in things if shape in (t.shape, "shape", "図形") and colour in (t.colour, None)]
+
+    def only(*words: str) -> Thing:
+        (thing,) = match(*words)  # a question about one thing must have one
+        return thing
+
+    if m := re.fullmatch(rf"How many {pair} are there\?|{pair}はいくつありますか。", question):
+        return "count", str(len(match(*(m.groups()[2:] if japanese else m.groups()[:2]))))
+    if m := re.fullmatch(rf"Is there an? {pair}\?|{pair}はありますか。", question):
+        return "existence", yes if match(*(m.groups()[2:] if japanese else m.groups()[:2])) else no
+    if m := re.fullmatch(rf"What colour is the ({shape_word})\?|({shape_word})は何色ですか。", question):
+        colour = only(None, m[1] or m[2]).colour
+        words = {name: word.removesuffix("い").removesuffix("の") for word, name in JA_COLOURS.items()}
+        return "colour", words[colour] if japanese else colour
+    if m := re.fullmatch(rf"Where is the {pair}\?|{pair}はどこにありますか。", question):
+        thing = only(*(m.groups()[2:] if japanese else m.groups()[:2]))
+        return "position", (JA_PLACES if japanese else EN_PLACES)[3 * thing.row + thing.column]
+    if m := re.fullmatch(
+        rf"Are there more ({shape_word})s than ({shape_word})s\?|({shape_word})は({shape_word})より多いですか。",
+        question,
+    ):
+        a, b = m.groups()[2:] if japanese else m.groups()[:2]
+        return "comparison", yes if len(match(None, a)) > len(match(None, b)) else no
+    if m := re.fullmatch(rf"Is the {pair} (left of|above) the {pair}\?", question):
+        a, b, way = only(m[1], m[2]), only(m[4], m[5]), m[3]
+    elif m := re.fullmatch(rf"{pair}は{pair}より(左|上)にありますか。", question):
+        a, b, way = only(m[1], m[2]), only(m[3], m[4]), {"左": "left of", "上": "above"}[m[5]]
+    else:
+        raise AssertionError(f"no reading of {question!r}")
+    return "relation", yes if (a.column < b.column if way == "left of" else a.row < b.row) else no
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_answers_are_true(language: str, split: str) -> None:
+    source = Shapes(split=split, task="instruct", language=language, image_size=30, num_questions=3, num_val=300)
+    seen, answers = Counter(), Counter()
+    for index in range(300):
+        sample, things = source[index], scene(source, index)
+        asked = [truth(question, things) for question, _ in turns(sample)]
+        assert [answer for _, answer in asked] == [answer for _, answer in turns(sample)], turns(sample)
+        assert sample.meta["type"] == asked[-1][0]
+        kinds = [kind for kind, _ in asked]
+        assert len(set(kinds)) == len(kinds) <= (3 if split == "train" else 1)
+        seen.update(kinds)
+        answers.update((kind, answer) for kind, answer in asked)
+    assert seen.keys() == TYPES
+    for kind, yes in (("existence", ("yes", "はい")), ("comparison", ("yes", "はい")), ("relation", ("yes", "はい"))):
+        share = sum(answers[kind, word] for word in yes) / seen[kind]
+        assert 0.25 < share < 0.75, f"{kind} can be guessed: {share:.0%} yes"
+
+
+def test_the_first_question_holds_the_image() -> None:
+    sample = Shapes(split="train", task="instruct")[0]
+    marks = [item["type"] == "image" for message in sample.messages for item in message["content"]]
+    assert marks[0]
+    assert sum(marks) == len(sample.images) == 1
+    assert sample.images[0].size == (224, 224)
+
+
+def test_mixed_holds_both() -> None:
+    source = Shapes(split="val", task="mixed", image_size=30)
+    share = sum(source[i].meta["type"] == "caption" for i in range(200)) / 200
+    assert 0.35 < share < 0.65
+
+
+def test_the_end_of_a_split() -> None:
+    source = Shapes(split="val", num_val=4, image_size=30)
+    assert len(source) == 4
+    assert len(list(source)) == 4  # type: ignore[call-overload]
+    for index in (4, -1):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "poem"}, r"data.task='poem' is not known; choose one of caption, instruct, mixed"),
+        ({"language": "fr"}, r"data.language='fr' is not known to shapes; choose one of en, ja"),
+        ({"max_objects": 10}, r"data.max_objects=10 does not fit the 9 cells; choose 1 to 9"),
+        ({"max_objects": 0}, r"data.max_objects=0 does not fit"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    make = getattr(Shapes.__init__, "__wrapped__", None)
+    build = Shapes if make is None else lambda **o: make(object.__new__(Shapes), **o)  # without the type checker
+    with pytest.raises(ValueError, match=message):
+        build(split="train", **options)
