@@ -23,6 +23,7 @@ def train(cfg: Any) -> None:
     from vlm.evaluation.runner import answer, score, write_samples
 
     hydra = HydraConfig.get().runtime
+    cfg.run_dir = hydra.output_dir  # a sweep has its own, and the loggers' folders follow
     settings = build.plain(cfg)
     build.check(settings)
     run_dir = Path(hydra.output_dir)

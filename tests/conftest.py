@@ -11,8 +11,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("vlm", "beartype.beartype")  # before the first import of vlm
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

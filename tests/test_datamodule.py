@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def equal(a: Batch, b: Batch) -> bool:
 def test_even_batches(num: int, size: int) -> None:
     batches = list(EvenBatches(range(num), batch_size=size))
     lengths = [len(batch) for batch in batches]
-    assert sum(batches, []) == list(range(num))
+    assert list(chain(*batches)) == list(range(num))
     assert len(batches) == len(EvenBatches(range(num), batch_size=size)) == -(-num // size)
     assert max(lengths) - min(lengths) <= 1
     assert max(lengths) <= size
@@ -136,7 +137,7 @@ def test_validation_is_spread_over_the_split() -> None:
 def test_training_order_is_of_the_seed() -> None:
     orders = [[b.ids for b in module(seed=seed).train_dataloader()] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert sorted(sum(orders[0], [])) == sorted(f"train/{i}" for i in range(12))
+    assert sorted(chain(*orders[0])) == sorted(f"train/{i}" for i in range(12))
 
 
 def test_workers_give_the_same_batches() -> None:
@@ -173,7 +174,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowe
 def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
     whole = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
     data = module(tmp_path, max_length=whole - 1, max_bad_share=0.1)
-    assert "train/11" not in sum((b.ids for b in data.train_dataloader()), [])
+    assert "train/11" not in [name for b in data.train_dataloader() for name in b.ids]
     error = json.loads((tmp_path / "bad_samples.jsonl").read_text())["error"]
     assert "'train/11'" in error
     assert f"{whole}" in error

@@ -51,7 +51,9 @@ def test_golden_sample() -> None:
 
 
 def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
-    make = lambda **changes: Shapes(**{"split": "train", "task": "mixed", "image_size": 48, "seed": 1} | changes)
+    def make(**changes: object) -> Shapes:
+        return Shapes(**{"split": "train", "task": "mixed", "image_size": 48, "seed": 1} | changes)
+
     one, other = make(), make()
     backwards = [digest(other[i]) for i in reversed(range(8))][::-1]
     assert [digest(one[i]) for i in range(8)] == backwards

@@ -169,6 +169,7 @@ def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
     stage = cfg["stage"]
     set_trainable(model, {part: stage[part] for part in ("encoder", "connector", "llm")}, stage["lora"])
     options = {key: value for key, value in stage.items() if key in _parameters(VLMModule) and key != "objective"}
+    options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)
 
 
@@ -232,6 +233,7 @@ def _typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., A
             values = [tuple(value)]
         try:
             fits = all(is_bearable(each, hints[key], conf=TYPES) for each in values)
+            fits &= not (isinstance(value, bool) and hints[key] in (int, float, int | None, float | None))
         except BeartypeException:
             continue
         if not fits:

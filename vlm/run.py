@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     }
 
 
-def print_parts(model: nn.Module, options: dict[str, str], states: dict[str, Any]) -> None:
+def print_parts(model: nn.Module, options: Mapping[str, str | None], states: dict[str, Any]) -> None:
     """What trains: one line a part."""
     table = Table(title="What trains")
     for heading in ("part", "option", "state", "trainable", "total"):
