@@ -28,7 +28,6 @@ def train(cfg: Any) -> None:
     build.check(settings)
     run_dir = Path(hydra.output_dir)
     run.claim(run_dir)
-    OmegaConf.save(OmegaConf.create({**settings, "run_dir": str(run_dir)}), run_dir / "config.yaml")
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)
@@ -57,6 +56,7 @@ def train(cfg: Any) -> None:
     every = settings["checkpoint"]["every_n_steps"]
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, every_n_steps=every)
     trainer = build.build_trainer(settings, run_dir, [save])
+    OmegaConf.save(OmegaConf.create(settings), run_dir / "config.yaml")  # from here on the directory is taken
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     trainer.fit(module, datamodule=data)

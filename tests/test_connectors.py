@@ -21,7 +21,9 @@ SIZES = {"vision_width": 48, "llm_width": 40, "grid": (3, 4), "output_rms": 1.03
 
 
 def build(option: str, **changes: object) -> nn.Module:
-    return instantiate(OmegaConf.load(CONF / f"{option}.yaml"), _convert_="all", **{**SIZES, **changes})
+    own = {k: v for k, v in changes.items() if k not in SIZES}
+    make = instantiate(OmegaConf.load(CONF / f"{option}.yaml"), _convert_="all", _partial_=True, **own)
+    return make(**{**SIZES, **{k: v for k, v in changes.items() if k in SIZES}})
 
 
 def features_like_a_convnets(n: int, patches: int, width: int) -> Tensor:

@@ -114,7 +114,7 @@ def test_sizes_of_the_shipped_options() -> None:
     # CLIP: 87,456,000 of the published tower less its 2·768 of the last norm, which no patch feature needs.
     assert found == {
         "tiny": (64, (8, 8), 2, 116_544),
-        "efficientnet_lite0": (320, (7, 7), 7, 2_958_848),
+        "efficientnet_lite0": (320, (6, 6), 7, 2_958_848),
         "clip_vit_b32_224": (768, (7, 7), 12, 87_454_464),
     }
 

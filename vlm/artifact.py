@@ -124,7 +124,7 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
 def _compare(field: str, theirs: Any, ours: Any, run: str | Path) -> None:
     """Raise on the first difference of two nested fields."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
+        for key in dict.fromkeys([*theirs, *ours]):
             _compare(f"{field}.{key}", theirs.get(key), ours.get(key), run)
     elif theirs != ours:
         raise ValueError(f"ckpt={run} was trained with {field} = {theirs}, here it is {ours}; use the same parts")
