@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ from vlm import artifact
 from vlm.callbacks.save import Save
 from vlm.evaluation.looking import blank, shuffled, with_images
 from vlm.module import NotFinite
-from vlm.objectives.language_modeling import LanguageModeling
+from vlm.objectives.language_modeling import LanguageModeling, SummedCrossEntropy
 from vlm.schema import Batch
 
 IMAGES = pictures(4)
@@ -73,6 +74,25 @@ def test_logged_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     assert metrics["train/loss"].item() == pytest.approx((3 * first + 9 * second) / 12, abs=1e-5)
     assert metrics["train/lm_loss"] == metrics["train/loss"]
     assert metrics["train/tokens"] == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_in_chunks_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Seven rows, three at a time; a gradient in bfloat16 is the float32 one, rounded once."""
+    monkeypatch.setattr("vlm.objectives.language_modeling.CHUNK", 3 * 11)
+    torch.manual_seed(0)
+    logits, targets = (5 * torch.randn(7, 11)).to(dtype).requires_grad_(), torch.randint(11, (7,))
+    reference = logits.detach().float().requires_grad_()
+    expected = F.cross_entropy(reference, targets, reduction="sum")
+    (2 * expected).backward()
+    loss = SummedCrossEntropy.apply(logits, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (2 * loss).backward(retain_graph=True)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(logits.grad.float(), reference.grad, rtol=tolerance, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_gradient_norm_is_that_of_the_mean(tmp_path: Path) -> None:

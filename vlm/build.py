@@ -78,7 +78,7 @@ def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return loader, {key: value for key, value in options.items() if key not in shared}
 
 
-def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """The call that makes one part, its options checked against the constructor.
 
     Raises ValueError for a target outside the allowed packages, an unknown option (naming the choices), a missing one,
@@ -141,12 +141,12 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     return model, manifest
 
 
-def placeholders(connector: torch.nn.Module) -> int:
+def placeholders(connector: Any) -> int:
     """How many places an image takes in a row of text."""
     return connector.num_tokens if connector.fusion == "tokens" else 0
 
 
-def build_data(cfg: Mapping[str, Any], model: torch.nn.Module, run_dir: Path | None) -> VLMDataModule:
+def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMDataModule:
     """The data, told what a picture and a word are to the model."""
     loader, source = split_data(cfg["data"])
     make = bind("data", source, derived={"split": "train"})

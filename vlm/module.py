@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
 from vlm.optim import cosine, parameter_groups
@@ -27,7 +27,7 @@ class VLMModule(pl.LightningModule):
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: Any,
         objective: Any,
         lr: dict[str, float | None],
         weight_decay: float = 0.0,
@@ -44,9 +44,9 @@ class VLMModule(pl.LightningModule):
         self._ids: list[str] = []
         self.validated_step = -1  # the optimiser steps behind the validation figures
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, betas=tuple(self.betas))
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = cosine(optimizer, warmup=round(steps * self.warmup_share), steps=steps, floor=self.lr_floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

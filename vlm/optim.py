@@ -57,7 +57,8 @@ def parameter_groups(model: nn.Module, *, lr: Mapping[str, float | None], weight
     """
     groups = []
     for part in PARTS:
-        decay, rest = [], []
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in getattr(model, part).named_parameters():
             if parameter.requires_grad:
                 vector = parameter.ndim < 2 or name.split(".")[-1] in ("position", "queries")

@@ -16,7 +16,7 @@ class MetricsFile(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step > self._last and step % trainer.log_every_n_steps == 0:
+        if step > self._last and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._last = step
             self._write(trainer, ("train/", "perf/"))
 

@@ -34,6 +34,7 @@ class Progress(pl.Callback):
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=CONSOLE,
+            speed_estimate_period=3600,  # long enough to count validations into the time left
             disable=not CONSOLE.is_terminal,
         )
         total = int(trainer.estimated_stepping_batches)
@@ -50,7 +51,7 @@ class Progress(pl.Callback):
         if speed is not None:
             figures += f"  {speed:,.0f} tokens/s"
         self._bar.update(self._task, completed=trainer.global_step, figures=figures)
-        if self._bar.disable and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self._bar.disable and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             left = self._bar.tasks[0].time_remaining
             wait = "" if left is None else f"  {left:.0f} s left"
             CONSOLE.print(f"step {trainer.global_step}/{self._bar.tasks[0].total:.0f}  {figures}{wait}")

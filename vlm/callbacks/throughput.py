@@ -41,10 +41,10 @@ class Throughput(pl.Callback):
         )
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._steps += 1
-            if trainer.global_step % trainer.log_every_n_steps == 0:
-                seconds, tokens, samples = self._window
-                module.log("perf/tokens_per_second", tokens / seconds)
-                module.log("perf/samples_per_second", samples / seconds)
+            if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                seconds, num_tokens, num_samples = self._window
+                module.log("perf/tokens_per_second", num_tokens / seconds)
+                module.log("perf/samples_per_second", num_samples / seconds)
                 self._window = [0.0, 0.0, 0.0]
 
     def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:

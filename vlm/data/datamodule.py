@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +18,9 @@ from vlm.data.collate import Row, collate, make_row
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class VLMDataModule(pl.LightningDataModule):
@@ -60,7 +63,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
         self.bad_samples_file = bad_samples_file
 
-    def connect(self, *, spec: VisualSpec, tokenizer, chat_template: str | None) -> None:
+    def connect(self, *, spec: VisualSpec, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         """Learn what a picture and a word are to the model."""
         self.spec = spec
         self.text = TextEncoder(
@@ -79,7 +82,7 @@ class VLMDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         generator = torch.Generator().manual_seed(self.seed)
-        sampler = RandomSampler(self.splits["train"], generator=generator)  # type: ignore[arg-type]
+        sampler = RandomSampler(self.splits["train"], generator=generator)
         return self._loader("train", batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -101,8 +104,8 @@ class VLMDataModule(pl.LightningDataModule):
             rows.append(make_row(sample, encoded, self.spec))
         return collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
 
-    def _loader(self, split: Split, **options) -> DataLoader[Batch]:
-        dataset = Rows(
+    def _loader(self, split: Split, **options: Any) -> DataLoader[Batch]:
+        dataset: Any = Rows(  # collation makes batches of its rows
             source=self.splits[split],
             text=self.text,
             spec=self.spec,

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.exact_match import exact_match, references
 
 
 def answer(
-    model: nn.Module,
+    model: Any,
     data: VLMDataModule,
     indices: Sequence[int],
     *,

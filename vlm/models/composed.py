@@ -22,11 +22,15 @@ class Composed(nn.Module):
                                          llm ──► logits [M,V] at the positions before supervised tokens
     """
 
+    encoder: Any
+    connector: Any
+    llm: Any
+
     def __init__(self, *, encoder: nn.Module, connector: nn.Module, llm: nn.Module) -> None:
         super().__init__()
         self.encoder, self.connector, self.llm = encoder, connector, llm
         if connector.fusion == "layers":
-            connector.attach(llm.layers())
+            self.connector.attach(self.llm.layers())
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         visual = self.connector(self.encoder(batch.pixels))  # N K D

@@ -106,7 +106,7 @@ class TextEncoder:
     @property
     def stop_ids(self) -> list[int]:
         """Ids after which an answer is over: the end-of-turn mark that the labels hold, and the end of text."""
-        turns = [{"role": r, "content": [{"type": "text", "text": "a"}]} for r in ("user", "assistant")]
+        turns = [Message(role=r, content=[{"type": "text", "text": "a"}]) for r in ("user", "assistant")]
         learnt = [label for label in self.encode("stop", turns, 0).labels if label != IGNORE]
         return sorted({learnt[-1], *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])})
 
