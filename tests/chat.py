@@ -10,6 +10,11 @@ from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+MORE_SPECIAL = [  # of other families; the last ids, so that those of the bytes stay
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("[INST]", "[/INST]"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+]
 CORPUS = [
     "A red circle and two blue squares.\n\nWhere is the star?  In the top left corner.",
     "How many triangles are there?\n\n\nThere are three triangles, one of them green.",
@@ -20,6 +25,7 @@ CORPUS = [
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """Also adds bos when asked to encode with special tokens, so that a doubled one would show."""
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in MORE_SPECIAL])
     bos = backend.token_to_id("<bos>")
     # Trims the spaces off the offsets, as GPT-2's and Llama 3's do.
     backend.post_processor = processors.Sequence(

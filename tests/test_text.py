@@ -22,7 +22,18 @@ from vlm.schema import IGNORE, Message
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
 
-END_MARK = {"plain": "<eos>", "chatml": "<|im_end|>", "gemma": "<end_of_turn>"}
+END_MARK = {
+    "plain": "<eos>",
+    "chatml": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "llama3": "<|eot_id|>",
+    "vicuna_v1": "<eos>",
+    "mistral": "<eos>",
+    "phi": "<|end|>",
+    "t5": "<eos>",
+}
+TRIMS = {"gemma", "llama3", "mistral"}  # what stands around an answer
+SPACE_FIRST = {"vicuna_v1", "mistral"}  # between the generation prompt and the answer
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,31 @@ def test_exact_row(bytes_only, template, text, ids, num_supervised, num_unsuperv
     first = ids.index(0)
     assert row.image_mask == [False] * first + [True] * 3 + [False] * (len(ids) - first - 3)
     assert row.images_before == [0] * first + [1] * (len(ids) - first)
+
+
+PREAMBLE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "text"),
+    [
+        ("llama3", "Be brief.", "<bos>{system}Be brief.<|eot_id|>{user}@Hi<|eot_id|>{assistant}⟦no<|eot_id|>⟧"),
+        ("vicuna_v1", "Be brief.", "<bos>Be brief. USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
+        ("vicuna_v1", None, f"<bos>{PREAMBLE} USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
+        ("mistral", "Be brief.", "<bos>[INST] Be brief.\n\n@Hi[/INST] ⟦no<eos>⟧"),
+        ("phi", "Be brief.", "<|system|>Be brief.<|end|><|user|>@Hi<|end|><|assistant|>⟦no<|end|>⟧"),
+        ("t5", "Be brief.", "Be brief.\n@Hi<eos>⟦no<eos>⟧"),
+    ],
+)
+def test_what_a_family_writes_and_what_is_learnt(bytes_only, template, system, text):
+    subject = encoder(bytes_only, template, num_image_tokens=1)
+    row = subject.encode("a/1", [*([say("system", system)] if system else []), *ONE_TURN], 1)
+    for role in ("system", "user", "assistant"):
+        text = text.replace(f"{{{role}}}", f"<|start_header_id|>{role}<|end_header_id|>\n\n")
+    assert subject.display(row) == text.replace("@", "<image×1>")
 
 
 def test_gemma_folds_the_system_text_and_trims(bytes_only):
@@ -149,7 +185,9 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     answers = [text_of(message) for message in messages if message["role"] == "assistant"]
     assert len(learnt) == len(answers)
     for got, answer in zip(learnt, answers, strict=True):
-        expected = (answer.strip() if template == "gemma" else answer) + END_MARK[template]
+        expected = (answer.strip() if template in TRIMS else answer) + END_MARK[template]
+        if template in SPACE_FIRST and len(got) > len(expected):
+            got = got.removeprefix(" ")  # one token with the answer's first letters
         # Space at the start of an answer may have become one token with the prompt's newline.
         lost = expected[: len(expected) - len(got)]
         assert got == expected[len(lost) :]
@@ -168,8 +206,9 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     # The text that generation starts from is the text that training saw before the last answer.
     prompt = subject.encode_prompt("random/0", messages, num_images)
     assert row.text.startswith(prompt.text)
-    last = answers[-1].strip() if template == "gemma" else answers[-1]
-    assert row.text[len(prompt.text) :].rstrip("\n") == last + END_MARK[template]
+    last = answers[-1].strip() if template in TRIMS else answers[-1]
+    space = " " if template in SPACE_FIRST else ""
+    assert row.text[len(prompt.text) :].rstrip("\n") == space + last + END_MARK[template]
     assert set(prompt.labels) == {IGNORE}
 
 

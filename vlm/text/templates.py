@@ -48,4 +48,66 @@ _GEMMA = (
     "{{- '<start_of_turn>model\\n' if add_generation_prompt else '' -}}"
 )
 
-TEMPLATES = {name: _CONTENT + body for name, body in (("plain", _PLAIN), ("chatml", _CHATML), ("gemma", _GEMMA))}
+# Llama 3 trims what stands around each text.
+_LLAMA3 = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
+    "{{- render(message['content']) | trim + '<|eot_id|>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}"
+)
+
+# LLaVA's brain: roles as words on one line. A system text takes the place of the preamble that Vicuna learnt with. The
+# prompt ends at the colon, for SentencePiece makes one token of the space and the first word of the answer.
+_VICUNA_V1 = (
+    "{{- bos_token or '' -}}"
+    "{%- set own = messages[0]['role'] == 'system' -%}"
+    "{{- render(messages[0]['content']) if own else 'A chat between a curious user and an artificial intelligence "
+    "assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' -}}"
+    "{{- ' ' -}}"
+    "{%- for message in (messages[1:] if own else messages) -%}"
+    "{{- 'ASSISTANT: ' if message['role'] == 'assistant' else 'USER: ' -}}"
+    "{{- render(message['content']) + (eos_token if message['role'] == 'assistant' else ' ') -}}"
+    "{%- endfor -%}"
+    "{{- 'ASSISTANT:' if add_generation_prompt else '' -}}"
+)
+
+# Mistral has no system role: its text opens the first user turn. It trims the answers.
+_MISTRAL = (
+    "{{- bos_token or '' -}}"
+    "{%- set fold = messages[0]['role'] == 'system' -%}"
+    "{%- for message in (messages[1:] if fold else messages) -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- ' ' + render(message['content']) | trim + eos_token -}}"
+    "{%- else -%}"
+    "{{- '[INST] ' + (render(messages[0]['content']) + '\\n\\n' if fold and loop.first else '') -}}"
+    "{{- render(message['content']) + '[/INST]' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
+_PHI = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' + render(message['content']) + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{{- '<|assistant|>' if add_generation_prompt else '' -}}"
+)
+
+# An encoder-decoder LLM was trained with an end mark on the input of its encoder too.
+_T5 = (
+    "{%- for message in messages -%}"
+    "{{- render(message['content']) + ('\\n' if message['role'] == 'system' else eos_token) -}}"
+    "{%- endfor -%}"
+)
+
+_BODIES = {
+    "plain": _PLAIN,
+    "chatml": _CHATML,
+    "gemma": _GEMMA,
+    "llama3": _LLAMA3,
+    "vicuna_v1": _VICUNA_V1,
+    "mistral": _MISTRAL,
+    "phi": _PHI,
+    "t5": _T5,
+}
+TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
