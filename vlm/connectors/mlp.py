@@ -6,6 +6,7 @@ Axes: N images, P patches per image, Dv encoder width, K = P visual tokens, D LL
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
@@ -59,7 +60,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.position = nn.Parameter(torch.zeros(self.num_tokens, llm_width)) if position else None
         if norm:  # without it the scale of the features is unknown
-            _match_scale(layers, output_rms)
+            match_scale(layers, output_rms)
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
         first, *rest = self.layers
@@ -70,14 +71,15 @@ class MLP(nn.Module):
         return visual if self.position is None else visual + self.position  # N K D
 
 
-def _match_scale(layers: list[nn.Linear], output_rms: float) -> None:
-    """Draw the weights so that every layer gives unit variance and the last one `output_rms`.
+def match_scale(layers: Sequence[nn.Linear], output_rms: float) -> None:
+    """Draw the weights of linear layers with GELU between them: each gives unit variance, the last one `output_rms`.
 
-    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), where E[x²] is 1 after the norm.
+    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), where E[x²] is 1 after a norm.
     """
     second_moment = 1.0
     for layer in layers:
         rms = output_rms if layer is layers[-1] else 1.0
         nn.init.normal_(layer.weight, std=rms / math.sqrt(layer.in_features * second_moment))
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
         second_moment = GELU_SECOND_MOMENT

@@ -1,0 +1,166 @@
+"""Learned queries that attend to the patches: the Perceiver resampler of Flamingo (Alayrac et al., arXiv 2204.14198).
+
+Axes: N images, P patches per image, Dv encoder width, W width of the latents, K queries, H heads, C width of a head,
+D LLM width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm.connectors.mlp import match_scale
+
+
+class PerceiverResampler(nn.Module):
+    """features [N,P,Dv] -> latents [N,K,W], normed: a fixed number of vectors however many patches there are.
+
+        queries ──► latents ◄── attention to (features + position, latents) ◄─┐
+                       └──────► + feed-forward ──────────────────────────────►┘ `depth` times, then a norm
+
+    Without `position` and at the encoder's width it is Idefics' resampler, drawn to larger weights. Parameters, with
+    A = H·C and no layer but these with a bias:
+    K·W + depth·(4·W·A + 2·ff_mult·W² + 6·W) + 2·W, and 4·C a block for `qk_norm`, P·W for `position`, Dv·W for `width`.
+
+    Args:
+        vision_width: of the features.
+        num_patches: how many there are (P).
+        num_queries: how many latents come out (K).
+        depth: blocks of attention and feed-forward.
+        num_heads, head_width: of the attention; their product need not be the width.
+        ff_mult: hidden width of the feed-forward over `width`.
+        width: of the latents; None is the encoder's. Another one puts a matrix before the blocks.
+        qk_norm: layer norm on each head's queries and keys.
+        position: add a learned vector to each patch, after a norm without parameters. A ConvNet's features say little
+            of where they are, and attention nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_width: int,
+        num_patches: int,
+        num_queries: int,
+        depth: int,
+        num_heads: int,
+        head_width: int,
+        ff_mult: int = 4,
+        width: int | None = None,
+        qk_norm: bool = False,
+        position: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, number in (("num_queries", num_queries), ("depth", depth)):
+            if number < 1:
+                raise ValueError(f"connector.{name}={number} leaves nothing to attend with; set it to 1 or more")
+        self.width = vision_width if width is None else width
+        self.queries = nn.Parameter(torch.randn(num_queries, self.width))
+        self.widen = nn.Identity() if width is None else nn.Linear(vision_width, width, bias=False)
+        self.position = nn.Parameter(torch.randn(num_patches, self.width)) if position else None
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(
+                width=self.width, num_heads=num_heads, head_width=head_width, ff_mult=ff_mult, qk_norm=qk_norm
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(self.width)
+
+    def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k w"]:
+        features = self.widen(features.to(self.queries.dtype))  # N P W
+        if self.position is not None:
+            features = F.layer_norm(features, (self.width,)) + self.position  # N P W
+        latents = self.queries.expand(len(features), -1, -1)  # N K W
+        for block in self.blocks:
+            latents = block(features, latents)  # N K W
+        return self.norm(latents)  # N K W
+
+
+class ResamplerBlock(nn.Module):
+    """The latents attend to the features and to each other, then pass a feed-forward; both add to what they were."""
+
+    def __init__(self, *, width: int, num_heads: int, head_width: int, ff_mult: int, qk_norm: bool) -> None:
+        super().__init__()
+        inner = num_heads * head_width
+        self.num_heads = num_heads
+        self.features_norm = nn.LayerNorm(width)
+        self.latents_norm = nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_width) if qk_norm else nn.Identity() for _ in range(2))
+        self.out = nn.Linear(inner, width, bias=False)
+        self.ff_norm = nn.LayerNorm(width)
+        self.ff_in = nn.Linear(width, ff_mult * width, bias=False)
+        self.ff_out = nn.Linear(ff_mult * width, width, bias=False)
+        for layer in (
+            self.q,
+            self.k,
+            self.v,
+            self.out,
+            self.ff_in,
+        ):  # PyTorch's own draw is √3 too small for the pictures to show
+            match_scale([layer], 1.0)
+        nn.init.normal_(self.ff_out.weight, std=math.sqrt(2 / self.ff_out.in_features))  # E[relu(z)²] = ½
+
+    def forward(self, features: Float[Tensor, "n p w"], latents: Float[Tensor, "n k w"]) -> Float[Tensor, "n k w"]:
+        normed = self.latents_norm(latents)  # N K W
+        seen = torch.cat([self.features_norm(features), normed], dim=1)  # N P+K W
+        q = self.q_norm(self._heads(self.q(normed)))  # N H K C
+        k = self.k_norm(self._heads(self.k(seen)))  # N H P+K C
+        mixed = F.scaled_dot_product_attention(q, k, self._heads(self.v(seen)))  # N H K C
+        latents = latents + self.out(mixed.transpose(1, 2).flatten(2))  # N K W
+        return latents + self.ff_out(F.relu(self.ff_in(self.ff_norm(latents))))  # N K W
+
+    def _heads(self, vectors: Float[Tensor, "n s a"]) -> Float[Tensor, "n h s c"]:
+        return vectors.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Resampler(nn.Module):
+    """features [N,P,Dv] -> visual [N,K,D]: a Perceiver resampler and one matrix to the LLM's width.
+
+    The visual tokens start with the root mean square of the LLM's input embeddings.
+
+    Parameters: PerceiverResampler's, and W·D + D for the matrix. Arguments as in PerceiverResampler; the builder passes
+    vision_width, llm_width, grid and output_rms.
+    """
+
+    fusion: ClassVar[str] = "tokens"
+
+    def __init__(
+        self,
+        *,
+        vision_width: int,
+        llm_width: int,
+        grid: tuple[int, int],
+        output_rms: float,
+        num_queries: int = 64,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_width: int = 64,
+        ff_mult: int = 4,
+        width: int | None = None,
+        qk_norm: bool = False,
+        position: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_tokens = num_queries
+        self.resampler = PerceiverResampler(
+            vision_width=vision_width,
+            num_patches=grid[0] * grid[1],
+            num_queries=num_queries,
+            depth=depth,
+            num_heads=num_heads,
+            head_width=head_width,
+            ff_mult=ff_mult,
+            width=width,
+            qk_norm=qk_norm,
+            position=position,
+        )
+        self.project = nn.Linear(self.resampler.width, llm_width)
+        match_scale([self.project], output_rms)
+
+    def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
+        return self.project(self.resampler(features))  # N K D
