@@ -19,11 +19,15 @@ def train(cfg: Any) -> None:
     from vlm.callbacks.save import Save
     from vlm.callbacks.stop import StopOnInterrupt
     from vlm.callbacks.throughput import Throughput
+    from vlm.cli import plan
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
 
     hydra = HydraConfig.get().runtime
     cfg.run_dir = hydra.output_dir  # a sweep has its own, and the loggers' folders follow
+    if plan.wanted(cfg):
+        plan.plan(cfg)
+        return
     settings = build.plain(cfg)
     build.check(settings)
     run_dir = Path(hydra.output_dir)

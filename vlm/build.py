@@ -32,10 +32,11 @@ SECTIONS = {
     "checkpoint": {"every_n_steps"},
     "preflight": {"samples", "show"},
     "answers": {"num_samples", "batch_size", "max_new_tokens"},
+    "plan": {"show", "json"},
     "stage": STAGE_KEYS,  # and the arguments of VLMModule
 }
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-VALUES = ("seed", "ckpt", "run_dir", "checkpoint", "preflight", "answers")
+VALUES = ("seed", "ckpt", "run_dir", "checkpoint", "preflight", "answers", "plan")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     _known("", cfg, {*GROUPS, *VALUES})
     for section, keys in SECTIONS.items():
         extra = _parameters(VLMModule) if section == "stage" else {}
-        _known(section, cfg[section], keys | (extra.keys() - {"model"}))
+        _known(section, cfg.get(section, {}), keys | (extra.keys() - {"model"}))
     _typed(
         "stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule
     )
@@ -56,6 +57,8 @@ def check(cfg: Mapping[str, Any]) -> None:
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{section}.{key}={value!r} is not a whole number")
+    if (show := cfg.get("plan", {}).get("show", False)) not in (True, False):
+        raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
     _typed("data", loader, VLMDataModule)
     bind("data", source, derived={"split": "train"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ CONF = str(Path(__file__).parents[2] / "conf")
 def start(job: Callable[[Any], None], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
     quiet()
+    sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException

@@ -20,18 +20,23 @@ def cache_folder() -> Path:
     return Path(root)
 
 
+def package_folder(package: str) -> Path | None:
+    """Where the converted weights of the package are once they have been converted, or None if it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    return cache_folder() / f"{package}-{importlib.import_module(package).EXPECTED_SHA256[:12]}"
+
+
 def convert_package(package: str) -> Path | None:
     """Folder with the package's model in Transformers' own layout (safetensors, bfloat16), or None if not installed.
 
     The package offers `assemble(path)`, which joins its parts and checks their SHA-256, and `EXPECTED_SHA256`. The
     folder appears by renaming when it is complete, so a conversion that was cut off is never read.
     """
-    if importlib.util.find_spec(package) is None:
-        return None
-    weights = importlib.import_module(package)
-    folder = cache_folder() / f"{package}-{weights.EXPECTED_SHA256[:12]}"
-    if folder.is_dir():
+    folder = package_folder(package)
+    if folder is None or folder.is_dir():
         return folder
+    weights = importlib.import_module(package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"Converting the weights of {package} for the first time (about a minute) into {folder}")
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:

@@ -1,0 +1,187 @@
+"""`plan=true`: the sizes of a run equal those of the model that it would train, and nothing is read or downloaded."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+import train as training
+from vlm import build, run
+from vlm.cli.entry import CONF, start
+from vlm.cli.plan import build_meta, describe, memory_gb
+
+TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x"]
+FILES = [file for group in ("encoder", "connector") for file in sorted((Path(CONF) / group).glob("[!_]*.yaml"))]
+OPTIONS = [(file.parent.name, file.stem) for file in FILES if "???" not in file.read_text()]  # generic ones want a name
+# Dv = D = 64 and an 8×8 grid: two matrices with biases, the norm, a position for each of the 64 visual tokens.
+CONNECTOR = 2 * (64 * 64 + 64) + 2 * 64 + 64 * 64
+# Per block 2 norms, 3·64 + 64 columns of attention and a perceptron of width 256; a class token, positions, patches.
+ENCODER = 2 * (2 * 128 + 64 * 192 + 192 + 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64) + 64 + 65 * 64 + 3 * 8 * 8 * 64 + 64
+LINEAR = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)  # q, k and v of half as many heads, o; gate, up, down
+LLM = 320 * 64 + LINEAR + 5 * 64  # the table, which is also the output matrix, counts once; five norms
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a plan opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def settings(*overrides: str, weights: str = "meta") -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        composed = build.plain(compose("train", [*TINY, *overrides]))
+    for part in ("encoder", "llm"):
+        composed[part]["weights"] = weights
+    return composed
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """train.py with these arguments; its exit code."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY[:-1], f"run_dir={tmp_path / 'run'}", *arguments])
+        try:
+            start(training.train, config_name="train")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize("order", [("plan=true", "plan.json={}"), ("plan.json={}", "plan=true"), ("plan.json={}",)])
+def test_a_plan_is_printed_and_written_and_leaves_no_run(
+    train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str], order: tuple[str, ...]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert train("trainer.precision=32-true", *(argument.format(file) for argument in order)) == 0
+    plan = json.loads(file.read_text())
+    assert plan["parts"] == {
+        "encoder": {"total": ENCODER, "trainable": 0},
+        "connector": {"total": CONNECTOR, "trainable": CONNECTOR},
+        "llm": {"total": LLM, "trainable": 0},
+    }
+    assert plan["visual_tokens_per_image"] == 64
+    assert plan["tokens_per_sample"] > 64
+    assert plan["precision"] == "32-true"
+    assert set(plan["memory_gb"]) == {"weights", "gradients", "optimizer_states", "total"}
+    printed = capfd.readouterr().out
+    for words in ("What trains", f"{LLM:,}", "Plan at precision 32-true", "mean of 16 samples, with a byte tokenizer"):
+        assert words in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_without_data(train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert train("plan=true", f"plan.json={tmp_path / 'plan.json'}", "data=captions") == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["tokens_per_sample"] is None
+    assert plan["parts"]["connector"]["total"] == CONNECTOR
+    assert "unknown" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("plan=perhaps", "plan='perhaps' is neither true nor false"),
+        ("plan.jsn=x", "there is no option plan.jsn; did you mean json?"),
+    ],
+)
+def test_a_slip(train: Callable[..., int], capfd: pytest.CaptureFixture[str], override: str, said: str) -> None:
+    assert train(override) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("precision", "frozen", "trained"), [("32-true", 4, 4), ("bf16-mixed", 2, 4), ("bf16-true", 2, 2)]
+)
+def test_memory_at_a_precision(precision: str, frozen: int, trained: int) -> None:
+    memory = describe(*planned(f"trainer.precision={precision}"))[0]["memory_gb"]
+    expected = {
+        "weights": (ENCODER + LLM) * frozen + CONNECTOR * trained,
+        "gradients": CONNECTOR * trained,
+        "optimizer_states": 2 * CONNECTOR * trained,
+        "total": (ENCODER + LLM) * frozen + 4 * CONNECTOR * trained,
+    }
+    assert memory == pytest.approx({name: size / 1e9 for name, size in expected.items()}, rel=1e-12)
+
+
+def planned(*overrides: str) -> tuple[dict[str, Any], Any]:
+    cfg = settings(*overrides)
+    return cfg, build_meta(cfg)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("changes", [["stage=instruct"], ["stage.encoder={last_n: 1}", "stage.llm=full"]], ids=str)
+def test_the_plan_is_of_the_model_that_trains(changes: list[str], precision: str) -> None:
+    overrides = [*changes, f"trainer.precision={precision}"]
+    real = settings(*overrides, weights="random")
+    model, _ = build.build_model(real)
+    build.build_module(real, model)
+    _, meta = planned(*overrides)
+    assert run.count_parameters(meta) == run.count_parameters(model)
+    assert memory_gb(meta, quantization="none") == memory_gb(model, quantization="none")
+    assert [(n, p.shape, p.dtype) for n, p in meta.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in model.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("nf4", 4 + 8 / 64 + 32 / 64 / 256)])
+def test_quantised_weights_count_in_their_bits_and_an_adapter_in_full(quantization: str, bits: float) -> None:
+    _, model = planned("stage=instruct", "trainer.precision=bf16-mixed")
+    plain, quantised = (memory_gb(model, quantization=kind) for kind in ("none", quantization))
+    saved = LINEAR * (2 - bits / 8) / 1e9
+    assert quantised == pytest.approx({**plain, "weights": plain["weights"] - saved, "total": plain["total"] - saved})
+
+
+def test_an_adapter_of_an_earlier_stage_is_counted(tmp_path: Path) -> None:
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({"format_version": 1, "lora": lora}))
+    cfg, model = planned(f"ckpt={tmp_path}")
+    assert describe(cfg, model)[0]["parts"]["llm"] == {"total": LLM + 2 * 2 * (64 + 64), "trainable": 0}
+
+
+@pytest.mark.parametrize(("size", "visual"), [(64, 64), (32, 16)])
+def test_tokens_per_sample_are_those_of_the_rows(tmp_path: Path, size: int, visual: int) -> None:
+    captions = ["a red square", "a circle", "two grey dots and a line"]
+    for index, caption in enumerate(captions):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        with open(tmp_path / "captions.jsonl", "a") as file:
+            file.write(json.dumps({"image": f"{index}.png", "caption": caption}) + "\n")
+    names = {"annotations": tmp_path / "captions.jsonl", "val_annotations": tmp_path / "captions.jsonl"}
+    paths = [f"data.{key}={value}" for key, value in {**names, "images": tmp_path}.items()]
+    report, remark = describe(*planned("data=captions", *paths, "data.prompt=What?", f"encoder.image_size={size}"))
+    marks = 1 + 2 * 2  # begin of text; begin and end of each turn
+    written = marks + len("user\n" + "What?" + "\n" + "assistant\n" + "\n")
+    assert report["visual_tokens_per_image"] == visual
+    assert report["tokens_per_sample"] == pytest.approx(visual + written + sum(map(len, captions)) / 3)
+    assert remark == "mean of 3 samples, with a byte tokenizer"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda word: word)
+def test_every_option_can_be_planned(group: str, option: str) -> None:
+    cfg, model = planned(f"{group}={option}", "trainer.precision=bf16-mixed")
+    assert {p.device for p in model.parameters()} == {torch.device("meta")}
+    assert model.connector.num_tokens > 0
+    assert run.count_parameters(model)["connector"]["trainable"] > 0
+    assert cfg["encoder"]["weights"] == cfg["llm"]["weights"] == "meta"
+
+
+def test_tied_weights_count_once() -> None:
+    _, model = planned("llm=gemma3_270m")
+    assert run.count_parameters(model)["llm"]["total"] == 268_098_176  # of google/gemma-3-270m

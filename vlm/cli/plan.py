@@ -1,0 +1,144 @@
+"""`plan=true`: what a run would hold, before it starts; no weight is read, downloaded or given memory.
+
+Every part is built on PyTorch's meta device, where a tensor is a shape and a type: that is what can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from torch import nn
+from transformers import AutoTokenizer
+
+from vlm import artifact, build, run
+from vlm.llms.gguf import package_folder
+
+GB = 10**9
+ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type
+# Lightning casts the whole model to the type of a "true" precision; else it leaves what `build` and `optim` have made.
+CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+# Bytes a weight that bitsandbytes quantises. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
+# these one of 32 bits for every 256 (double quantisation, arXiv 2305.14314).
+QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
+
+
+def wanted(cfg: DictConfig) -> bool:
+    return bool(OmegaConf.select(cfg, "plan.show") or OmegaConf.select(cfg, "plan.json"))
+
+
+def plan(cfg: DictConfig) -> None:
+    """Print the plan of a run, and write it where `plan.json` says."""
+    for key in OmegaConf.missing_keys(cfg):
+        if key.startswith("data."):  # a plan needs no data: the source's refusal of these words is shown
+            OmegaConf.update(cfg, key, "not given")
+    settings = build.plain(cfg)
+    for part in ("encoder", "llm"):
+        settings[part]["weights"] = "meta"
+    build.check(settings)
+    model = build_meta(settings)
+    report, remark = describe(settings, model)
+    hydra = HydraConfig.get().runtime
+    run.print_parts(model, hydra.choices, settings["stage"])
+    run.CONSOLE.print(render(report, remark))
+    if settings["plan"]["json"]:
+        artifact.write_json(Path(settings["plan"]["json"]), report)
+    with suppress(OSError):  # one with something in it
+        Path(hydra.output_dir).rmdir()  # Hydra has made it, and there is no run
+
+
+def build_meta(settings: Mapping[str, Any]) -> Any:
+    """The model on the meta device as the stage would train it, types and trainable state set."""
+    model: Any
+    with torch.device("meta"):
+        model, _ = build.build_model(settings)
+        lora = artifact.read_manifest(settings["ckpt"])["lora"] if settings["ckpt"] else None
+        if lora:
+            model.llm.add_lora(**lora)
+        build.build_module(settings, model)
+    return model.to(dtype=CASTS.get(build.precision(settings)))
+
+
+def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], str]:
+    """The plan as JSON takes it, and a remark on how `tokens_per_sample` came about."""
+    tokens, remark = _tokens_per_sample(settings, model)
+    report = {
+        "precision": build.precision(settings),
+        "parts": run.count_parameters(model),
+        "visual_tokens_per_image": model.connector.num_tokens,
+        "tokens_per_sample": tokens,
+        "memory_gb": memory_gb(model, quantization=settings["llm"].get("quantization", "none")),
+    }
+    return report, remark
+
+
+def memory_gb(model: Any, *, quantization: str) -> dict[str, float]:
+    """Gigabytes (10⁹ bytes) that training holds beside activations, on one device without sharding."""
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if quantization != "none":
+        linear = (m for layer in model.llm.layers() for m in layer.modules() if isinstance(m, nn.Linear))
+        for weight in (m.weight for m in linear if not m.weight.requires_grad):  # those of an adapter learn
+            stored += weight.numel() * (QUANTIZED[quantization] - weight.element_size())
+    held = {"weights": stored, "gradients": trained, "optimizer_states": ADAMW_STATES * trained}
+    return {name: size / GB for name, size in {**held, "total": sum(held.values())}.items()}
+
+
+def render(report: Mapping[str, Any], remark: str) -> Table:
+    table = Table(title=f"Plan at precision {report['precision']}, memory without activations")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    table.add_column("remark")
+    tokens = report["tokens_per_sample"]
+    table.add_row("visual tokens per image", f"{report['visual_tokens_per_image']:,}")
+    table.add_row("tokens per sample", "unknown" if tokens is None else f"{tokens:,.0f}", remark.replace("[", r"\["))
+    for name, size in report["memory_gb"].items():
+        table.add_row(f"memory: {name.replace('_', ' ')}", f"{size:,.3f} GB")
+    return table
+
+
+def _tokens_per_sample(settings: Mapping[str, Any], model: Any) -> tuple[float | None, str]:
+    """Mean tokens of some training samples, visual ones included, and with which tokenizer; None if there are none."""
+    llm = dict(settings["llm"])
+    local = _local_tokenizer(llm)
+    if local is None:  # its texts are several times as long, and it has no template of its own
+        llm["chat_template"] = llm["chat_template"] or "chatml"
+    else:
+        model.llm.tokenizer = local
+    data = {**settings["data"], "max_length": 10**9}  # a row too long for training also counts
+    try:
+        module = build.build_data({**settings, "llm": llm, "data": data}, model, None)
+        report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
+    except (ValueError, OSError) as error:
+        return None, str(error)
+    tokenizer = "the LLM's own tokenizer" if local else "a byte tokenizer"
+    return report.num_tokens / report.num_samples, f"mean of {report.num_samples} samples, with {tokenizer}"
+
+
+def _local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
+    """The LLM's own tokenizer if its files are on this machine."""
+    try:
+        folder = _tokenizer_folder(llm)
+        trust = llm.get("trust_remote_code", False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust) if folder else None
+    except (OSError, ValueError):  # incomplete, or no name that the hub's cache knows
+        return None
+
+
+def _tokenizer_folder(llm: Mapping[str, Any]) -> Path | None:
+    """The folder that training would read, as far as that takes no conversion and no download."""
+    package = package_folder(llm["package"]) if llm.get("package") else None
+    name = llm.get("pretrained")
+    if package and package.is_dir():
+        return package
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    cached = try_to_load_from_cache(name, "tokenizer.json")
+    return Path(cached).parent if isinstance(cached, str) else None
