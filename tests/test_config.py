@@ -112,7 +112,7 @@ def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("connector=foo", ["connector=foo", "choose one of linear, mlp"]),
+        ("connector=foo", ["connector=foo", "choose one of average_pool, ", "linear, mlp"]),
         ("data=foo", ["data=foo", "captions, instruct, shapes, stamps"]),
         ("stage=alignn", ["stage=alignn", "did you mean align?"]),
         ("conector=mlp", ["conector", "did you mean connector?"]),
