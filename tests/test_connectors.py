@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vlm.connectors.linear import Linear
-from vlm.connectors.mlp import GELU_SECOND_MOMENT, MLP
+from vlm.connectors.mlp import ACTIVATIONS, MLP, moments
 
 CONF = Path(__file__).parents[1] / "conf" / "connector"
 OPTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -83,17 +85,35 @@ def test_features_of_a_narrower_type_are_taken(option: str) -> None:
     assert build(option)(features_for(option, 2, torch.bfloat16)).dtype == torch.float32
 
 
-def test_gelu_second_moment() -> None:
-    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
-    density = torch.exp(-z.square() / 2) / (2 * torch.pi) ** 0.5
-    assert torch.trapezoid(nn.functional.gelu(z).square() * density, z).item() == pytest.approx(GELU_SECOND_MOMENT)
+@pytest.mark.parametrize(
+    ("activation", "mean", "second"),
+    [  # of relu by symmetry; of gelu with E[z·f(z)] = E[f'(z)] (Stein)
+        ("relu", 1 / math.sqrt(2 * math.pi), 1 / 2),
+        ("gelu", 1 / (2 * math.sqrt(math.pi)), 1 / 3 + 1 / (2 * math.pi * math.sqrt(3))),
+    ],
+)
+def test_moments_of_an_activation(activation: str, mean: float, second: float) -> None:
+    assert moments(ACTIVATIONS[activation]) == pytest.approx((mean, second - mean**2))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_scale_holds_at_any_depth(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "activation"), [(1, "gelu"), (2, "gelu"), (3, "silu"), (4, "gelu"), (3, "relu")])
+def test_scale_holds_at_any_depth(depth: int, activation: Literal["gelu", "relu", "silu"]) -> None:
     torch.manual_seed(0)
-    connector = MLP(vision_width=320, llm_width=256, grid=(7, 7), output_rms=0.7, depth=depth, hidden_width=512)
+    connector = MLP(
+        **{**SIZES, "vision_width": 320, "llm_width": 256, "grid": (7, 7), "output_rms": 0.7},
+        depth=depth,
+        hidden_width=512,
+        activation=activation,
+    )
     assert connector(features_like_a_convnets(8, 49, 320)).square().mean().sqrt().item() == pytest.approx(0.7, rel=0.15)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_unrelated_patches_start_with_nothing_in_common(activation: str) -> None:
+    """A third to a half of the tokens' energy would be their mean if the activation kept its own."""
+    torch.manual_seed(0)
+    visual = build("mlp", vision_width=320, llm_width=256, activation=activation)(torch.randn(40, 12, 320))
+    assert (visual.mean((0, 1)).square().sum() / visual.square().mean((0, 1)).sum()).item() < 0.02
 
 
 def test_parameter_counts() -> None:

@@ -76,6 +76,8 @@ def test_pixel_shuffle_is_internvls_projector() -> None:
     names = {"layer_norm": "norm", "linear_1": "layers.0", "linear_2": "layers.1"}
     theirs = {key.rpartition("."): tensor for key, tensor in reference.state_dict().items()}
     connector.load_state_dict({f"{names[layer]}.{kind}": tensor for (layer, _, kind), tensor in theirs.items()})
+    with torch.no_grad():  # ours takes the activation's mean off, which a bias makes good
+        connector.layers[1].bias += connector.shift * connector.layers[1].weight.sum(1)
     features = torch.randn(2, 16, 24)
     squares = InternVLModel.pixel_shuffle(None, features.unflatten(1, (4, 4)), scale_factor=0.5).flatten(1, 2)
     torch.testing.assert_close(connector(features), reference(squares), atol=1e-5, rtol=0)

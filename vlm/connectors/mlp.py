@@ -6,25 +6,24 @@ Axes: N images, P patches per image, Dv encoder width, K = P visual tokens, D LL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# E[gelu(z)²] for z ~ N(0, 1), gelu(z) = z·Φ(z). With ψ = Φ - ½, which is odd, it is ¼ + E[z²ψ²]. Stein's lemma
-# (E[z·f(z)] = E[f'(z)]) gives E[z²ψ²] = E[ψ²] + 2·E[zψφ]; E[ψ²] = 1/12 as Φ(z) is uniform, and E[zψφ] = 1 / (4π√3).
-GELU_SECOND_MOMENT = 1 / 3 + 1 / (2 * math.pi * math.sqrt(3))
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class MLP(nn.Module):
-    """features [N,P,Dv] -> visual [N,P,D]: `depth` linear layers with GELU between them.
+    """features [N,P,Dv] -> visual [N,P,D]: `depth` linear layers with an activation between them.
 
-    With `norm` and `position` off it is LLaVA's projector, initialised as PyTorch does; with `norm` the visual tokens
-    start with the root mean square of the LLM's input embeddings.
+    With `norm` and `position` off it is LLaVA's projector, initialised as PyTorch does. With `norm` the visual tokens
+    start with the root mean square of the LLM's input embeddings, and the mean of each activation is taken off: what
+    all patches share would else outweigh, in every update, what sets them apart.
 
     Parameters at depth 2, hidden width D: Dv·D + D² + 2·D, and 2·Dv for the norm, P·D for the positions.
 
@@ -32,6 +31,7 @@ class MLP(nn.Module):
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
         depth: how many linear layers.
         hidden_width: width between them; None is the LLM's.
+        activation: gelu, relu or silu.
         norm: layer norm on the features first.
         position: add a learned vector per visual token, zero at the start.
     """
@@ -47,6 +47,7 @@ class MLP(nn.Module):
         output_rms: float,
         depth: int = 2,
         hidden_width: int | None = None,
+        activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,
     ) -> None:
@@ -59,27 +60,38 @@ class MLP(nn.Module):
         layers = [nn.Linear(*widths) for widths in pairwise([vision_width, *hidden, llm_width])]
         self.layers = nn.ModuleList(layers)
         self.position = nn.Parameter(torch.zeros(self.num_tokens, llm_width)) if position else None
+        self.activation, self.shift = ACTIVATIONS[activation], 0.0
         if norm:  # without it the scale of the features is unknown
-            match_scale(layers, output_rms)
+            self.shift, variance = moments(self.activation)
+            match_scale(layers, output_rms, hidden_variance=variance)
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
         first, *rest = self.layers
         features = features.to(next(self.parameters()).dtype)  # N P Dv
         visual = first(self.norm(features))  # N P D
         for layer in rest:
-            visual = layer(F.gelu(visual))  # N P D
+            visual = layer(self.activation(visual) - self.shift)  # N P D
         return visual if self.position is None else visual + self.position  # N K D
 
 
-def match_scale(layers: Sequence[nn.Linear], output_rms: float) -> None:
-    """Draw the weights of linear layers with GELU between them: each gives unit variance, the last one `output_rms`.
+def match_scale(layers: Sequence[nn.Linear], output_rms: float, *, hidden_variance: float = 1.0) -> None:
+    """Draw the weights of linear layers: each gives unit variance, the last one `output_rms`.
 
-    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), where E[x²] is 1 after a norm.
+    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), where E[x²] is 1 for the first layer, after a norm,
+    and `hidden_variance` for the others.
     """
-    second_moment = 1.0
     for layer in layers:
         rms = output_rms if layer is layers[-1] else 1.0
-        nn.init.normal_(layer.weight, std=rms / math.sqrt(layer.in_features * second_moment))
+        variance = 1.0 if layer is layers[0] else hidden_variance
+        nn.init.normal_(layer.weight, std=rms / math.sqrt(layer.in_features * variance))
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        second_moment = GELU_SECOND_MOMENT
+
+
+def moments(activation: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """Mean and variance of the activation of a standard normal number, integrated over ±10 standard deviations."""
+    z = torch.linspace(-10, 10, 20_001, dtype=torch.float64, device="cpu")
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    value = activation(z)
+    mean = torch.trapezoid(density * value, z)
+    return mean.item(), torch.trapezoid(density * (value - mean).square(), z).item()
