@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install train test lint format typecheck clean
+.PHONY: help install train test lint format typecheck options clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ format: .venv/.dev  ## rewrite the files as `make lint` wants them
 
 typecheck: .venv/.dev  ## check the types in vlm/
 	$(BIN)/python -m mypy
+
+options: .venv/.offline  ## write the README's tables of parts from conf/
+	$(BIN)/python -m vlm.cli.options
 
 clean:  ## delete caches and build leftovers; runs/ and .venv stay
 	rm -rf build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
