@@ -18,6 +18,13 @@ from vlm.cli.entry import CONF, config_error
 GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
 TINY = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
+NEEDED = {
+    ("data", "captions"): FILES,
+    ("data", "instruct"): FILES,
+    ("encoder", "hf"): ["encoder.pretrained=x"],
+    ("encoder", "timm"): ["encoder.name=x"],
+    ("llm", "hf"): ["llm.pretrained=x"],
+}
 
 
 def options(group: str) -> list[str]:
@@ -40,7 +47,7 @@ def settings(*overrides: str) -> dict:
 
 
 def needs(group: str, option: str) -> list[str]:
-    return FILES if (group, option) in (("data", "captions"), ("data", "instruct")) else []
+    return NEEDED.get((group, option), [])
 
 
 def refusal(*overrides: str) -> str:

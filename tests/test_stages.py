@@ -26,6 +26,11 @@ ADAPTER = {
     for matrix in ("q_proj", "v_proj")
     for side in "AB"
 }
+LENGTHS = {  # of the weight vectors, which DoRA learns apart from their directions
+    f"llm.model.model.layers.{layer}.self_attn.{matrix}.lora_magnitude_vector.default.weight"
+    for layer in (0, 1)
+    for matrix in ("q_proj", "v_proj")
+}
 LAST_BLOCK = {
     f"encoder.model.blocks.1.{layer}.{kind}"
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -59,6 +64,17 @@ def test_exactly_these_train(states: dict[str, Any], names: set[str]) -> None:
     model = tiny_model()
     set_trainable(model, {**STATES, **states}, LORA)
     assert trained(model) == names
+
+
+def test_dora_trains_the_lengths_too_without_decay() -> None:
+    model = tiny_model()
+    set_trainable(model, {**STATES, "llm": "lora"}, {**LORA, "use_dora": True})
+    assert trained(model) == CONNECTOR | ADAPTER | LENGTHS
+    lr = {"encoder": None, "connector": 1e-3, "llm": 1e-4}
+    groups = {group["name"]: group["params"] for group in parameter_groups(model, lr=lr, weight_decay=0.1)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in groups["llm/no_decay"]} == LENGTHS
+    assert {names[id(p)] for p in groups["llm/decay"]} == ADAPTER
 
 
 def test_full_trains_a_whole_part() -> None:

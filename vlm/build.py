@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm.artifact import fingerprint
 from vlm.data.datamodule import VLMDataModule
+from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
 from vlm.optim import set_trainable
 from vlm.run import native_precision
@@ -63,8 +64,10 @@ def check(cfg: Mapping[str, Any]) -> None:
     _typed("data", loader, VLMDataModule)
     bind("data", source, derived={"split": "train"})
     bind("encoder", cfg["encoder"])
-    bind("connector", cfg["connector"], derived=dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms")))
-    bind("llm", cfg["llm"], derived={"dtype": "float32"})
+    sizes = dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms"))
+    connector = bind("connector", cfg["connector"], derived=sizes).func
+    llm = bind("llm", cfg["llm"], derived={"dtype": "float32"}).func
+    _check_llm(cfg, connector=connector, llm=llm)
     bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
     bind("stage.objective", cfg["stage"]["objective"])
     bind("trainer", {**cfg["trainer"], "precision": precision(cfg)}, derived={"callbacks": None, "logger": None})
@@ -74,6 +77,25 @@ def check(cfg: Mapping[str, Any]) -> None:
         bind("logger", cfg["logger"])
 
 
+def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
+    """Raise ValueError, before anything is loaded, where connector, LLM and stage are right each and wrong together."""
+    options, state = cfg["llm"], cfg["stage"]["llm"]
+    if connector.fusion not in llm.fusions:
+        raise ValueError(
+            f"connector {connector.__name__} attaches to the layers of a decoder-only llm, but {options['pretrained']} "
+            "has an encoder and a decoder; choose another llm, or a connector for its input such as connector=mlp"
+        )
+    quantization = options.get("quantization", "none")
+    if quantization != "none" and state not in ("frozen", "lora"):
+        raise ValueError(
+            f"stage.llm={state} cannot train weights that llm.quantization={quantization} has rounded; "
+            "set stage.llm=lora or llm.quantization=none"
+        )
+    check_quantization(quantization, weights=options["weights"])
+    _known("stage.lora", cfg["stage"]["lora"], _parameters(llm.add_lora).keys() - {"self"})
+    _typed("stage.lora", cfg["stage"]["lora"], llm.add_lora)
+
+
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the loader, which every source shares, and those of the source."""
     shared = _parameters(VLMDataModule).keys()
@@ -81,7 +103,7 @@ def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return loader, {key: value for key, value in options.items() if key not in shared}
 
 
-def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
     """The call that makes one part, its options checked against the constructor.
 
     Raises ValueError for a target outside the allowed packages, an unknown option (naming the choices), a missing one,

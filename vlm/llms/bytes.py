@@ -6,12 +6,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
+# What the chat templates of other families write, for a model of random weights that renders with its family's; their
+# ids follow those of the bytes.
+FAMILIES = (
+    *("<start_of_turn>", "<end_of_turn>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("[INST]", "[/INST]"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 byte tokens after the special ones; reversible on any text, with character offsets."""
+    """256 byte tokens between special ones; reversible on any text, with character offsets."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet, *FAMILIES))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -20,5 +28,5 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=[*SPECIAL[3:], *FAMILIES],
     )

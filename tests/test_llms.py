@@ -1,0 +1,194 @@
+"""Every LLM option keeps the contract on a shrunk copy of its architecture, and has the published size at full."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from tests.chat import encoder, say
+from tests.parts import IMAGE, NUM_TOKENS, make_batch, tiny_model
+from vlm.cli.entry import CONF
+from vlm.llms.base import LanguageModel
+from vlm.optim import lora_names
+from vlm.text.templates import TEMPLATES
+
+OPTIONS = sorted(path.stem for path in (Path(CONF) / "llm").glob("*.yaml") if not path.name.startswith("_"))
+# Parameters as the hub counts those of the checkpoint's safetensors; a tied matrix counts once.
+PUBLISHED = {
+    "flan_t5_xl": 2_849_757_184,
+    "gemma3_1b": 999_885_952,
+    "gemma3_270m": 268_098_176,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
+    "llama3_8b": 8_030_261_248,
+    "mistral_7b": 7_248_023_552,  # v0.3
+    "opt_2_7b": 2_651_596_800,
+    "opt_6_7b": 6_658_473_984,
+    "phi4_mini": 3_836_021_760,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "smollm2_135m": 134_515_008,
+    "smollm2_1_7b": 1_711_376_384,
+    "smollm2_360m": 361_821_120,
+    "vicuna_13b": 13_015_864_320,
+    "vicuna_7b": 6_738_415_616,
+}
+NAMED = sorted({*PUBLISHED, "tiny"})
+# What a shrunk copy has in the place of its architecture's own, where that has it.
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    **dict.fromkeys(("hidden_size", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 4),
+    "num_key_value_heads": 2,
+    **dict.fromkeys(("head_dim", "d_kv"), 8),
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+SPREAD = {"opt": {"init_std": 0.2}, "t5": {}}  # logits that differ; the others call it initializer_range
+SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = {
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma3_text"), SEPARATE),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+}
+
+
+@cache
+def shared() -> DictConfig:
+    return OmegaConf.load(Path(CONF) / "llm" / "_options.yaml")
+
+
+def composed(option: str) -> dict[str, Any]:
+    """The option's settings, without Hydra: tests/test_config.py composes them all."""
+    cfg = OmegaConf.load(Path(CONF) / "llm" / f"{option}.yaml")
+    assert cfg.pop("defaults") == ["_options", "_self_"]
+    return OmegaConf.to_container(OmegaConf.merge(shared(), cfg))  # type: ignore[return-value]
+
+
+def facts(option: str) -> dict[str, Any]:
+    return composed(option)["config"]
+
+
+def shrunk(option: str) -> dict[str, Any]:
+    own = facts(option)
+    small = {key: SMALL[key] if key in SMALL and value is not None else value for key, value in own.items()}
+    rope = {
+        key: value[:3] if isinstance(value, list) else value  # ½ · 0.75 of a head of 8
+        for key, value in own.get("rope_parameters", {}).items()
+    }
+    return (
+        small | ({"rope_parameters": rope} if rope else {}) | SPREAD.get(own["model_type"], {"initializer_range": 0.2})
+    )
+
+
+def small_llm(option: str, **changes: Any) -> LanguageModel:
+    settings = composed(option) | {"config": shrunk(option), "weights": "random"} | changes
+    torch.manual_seed(0)
+    return get_class(settings.pop("_target_"))(**settings)
+
+
+def test_the_table_names_every_option() -> None:
+    assert set(OPTIONS) == {*NAMED, "hf"}
+
+
+@pytest.mark.parametrize("option", PUBLISHED)
+def test_the_size_is_that_of_the_published_checkpoint(option: str) -> None:
+    settings = composed(option) | {"weights": "meta"}
+    llm = get_class(settings.pop("_target_"))(**settings)
+    assert sum(parameter.numel() for parameter in llm.parameters()) == PUBLISHED[option]
+    assert {parameter.device.type for parameter in llm.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_option_runs_foreign_code_or_rounds_weights_unasked(option: str) -> None:
+    settings = composed(option)
+    assert (settings["trust_remote_code"], settings["quantization"]) == (False, "none")
+    assert settings["gradient_checkpointing"] is False
+    assert settings["chat_template"] in ({None} if option == "hf" else set(TEMPLATES))
+
+
+ROWS = (([11, IMAGE, 12, 13], [21, 22]), ([14, 15], [23]), ([16, IMAGE], [24, 25, 26]))
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_embeds_layers_and_width(option: str) -> None:
+    llm = small_llm(option)
+    ids = torch.tensor([[11, 12, 13]])
+    scale = llm.width**0.5 if option.startswith("gemma3") else 1.0
+    torch.testing.assert_close(llm.embed(ids), llm.model.get_input_embeddings().weight[ids] * scale)
+    assert llm.width == 32
+    assert len(llm.layers()) == (4 if option == "flan_t5_xl" else 2)
+    assert len({type(layer) for layer in llm.layers()}) == 1
+
+
+@pytest.mark.parametrize("option", [option for option in NAMED if option != "flan_t5_xl"])
+def test_narrowed_logits_are_the_full_ones(option: str) -> None:
+    llm = small_llm(option)
+    batch = make_batch(*((prompt, answer) for prompt, answer in ROWS if IMAGE not in prompt), ([14, 15, 16], [23, 24]))
+    logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    full = llm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+    assert full.shape == (2, 5, 320)
+    torch.testing.assert_close(logits, full[batch.keep], rtol=1e-5, atol=1e-5)
+    assert full.std() > 0.1
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_both_attentions_agree(option: str) -> None:
+    batch = make_batch(*ROWS)
+    logits = [tiny_model(llm=small_llm(option, attention=attention))(batch) for attention in ("sdpa", "eager")]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_greedy_words_are_the_repeated_argmax(option: str) -> None:
+    model = tiny_model(llm=small_llm(option)).eval()
+    batch = make_batch(*((prompt, []) for prompt, _ in ROWS), side="left")
+    answers = model.generate(batch, stop_ids=[1], max_new_tokens=4)
+    pixels = batch.pixels.split(batch.num_images.tolist())
+    for (prompt, _), images, answer in zip(ROWS, pixels, answers.tolist(), strict=True):
+        expected: list[int] = []
+        for _ in range(4):
+            with torch.no_grad():
+                row = make_batch((prompt, [*expected, 7]), images=images, num_tokens=NUM_TOKENS)
+                expected.append(int(model(row)[-1].argmax()))
+        assert answer == expected
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_lora_lies_beside_every_linear_layer_but_the_head(option: str) -> None:
+    llm = small_llm(option)
+    before = set(dict(llm.named_parameters()))
+    llm.add_lora(r=2)
+    names = lora_names(llm)
+    beside = {name.rpartition(".lora_")[0] for name in names}
+    assert len(names) == 2 * len(beside)
+    assert {name.rpartition(".")[2] for name in beside} == set(LINEARS[facts(option)["model_type"]])
+    inside = [m for layer in llm.layers() for m in layer.modules()]
+    assert len(beside) == sum(isinstance(m, nn.Linear) and 2 not in (m.in_features, m.out_features) for m in inside)
+    kept = {name.replace(".base_layer.", ".") for name, _ in llm.named_parameters()} - set(names)
+    assert kept == before
+    assert not any("lm_head" in name for name in names)
+
+
+@pytest.mark.parametrize("option", NAMED)
+def test_what_is_learnt_is_the_answer_and_its_end(option: str) -> None:
+    """With the stand-in tokenizer, which knows every family's marks, so that random weights train with any template."""
+    llm = small_llm(option)
+    subject = encoder(llm.tokenizer, llm.chat_template, num_image_tokens=2)
+    row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "A cat")], 1)
+    end = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "phi": "<|end|>"}
+    assert subject.supervised(row) == ["A cat" + end.get(str(llm.chat_template), "<eos>")]
+    assert max(row.input_ids) < 320

@@ -1,0 +1,163 @@
+"""What every language model of Transformers shares here: how it is built, embedded, adapted and recomputed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vlm.llms.bytes import byte_tokenizer
+from vlm.llms.loading import load, make
+from vlm.llms.quantization import Quantization, check_quantization
+
+
+class LanguageModel(nn.Module, ABC):
+    """The contract's common half; `forward` and `layers` are the subclass's.
+
+    The model's own modules and state-dict keys stay as they are. It is in evaluation mode and its dropout rates are
+    zero: it is frozen, or learns through an adapter that has a dropout of its own.
+
+    Args:
+        pretrained: hub id or local folder of the weights (safetensors).
+        config: architecture facts (Transformers' names, with `model_type`), enough to build it with no network; None
+            reads them from `pretrained`.
+        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
+        package: a Python package that carries the weights as a GGUF file; where it is installed, no network is needed.
+        chat_template: name of a template of ours, or None for the tokenizer's own; the data renders with it.
+        dtype: of the weights, `float32` or `bfloat16`.
+        attention: Transformers' attention implementation.
+        quantization: `int8` (LLM.int8(), arXiv 2208.07339) or `nf4` (QLoRA, arXiv 2305.14314) stores the weights of the
+            linear layers so; on the meta device they count as they were published.
+        gradient_checkpointing: compute each layer again in the backward pass instead of keeping what it computed.
+        trust_remote_code: run code that comes with the weights; off unless you trust its author.
+
+    Without the pretrained weights there is no pretrained tokenizer: a byte tokenizer stands in.
+    """
+
+    auto_class: ClassVar[Any]  # Transformers' class that finds the architecture
+    fusions: ClassVar[tuple[str, ...]]  # kinds of connector that it works with
+
+    def __init__(
+        self,
+        *,
+        pretrained: str | None,
+        config: dict[str, Any] | None,
+        weights: Literal["pretrained", "random", "meta"] = "pretrained",
+        package: str | None = None,
+        chat_template: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attention: str = "sdpa",
+        quantization: Quantization = "none",
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        check_quantization(quantization, weights=weights)
+        self.chat_template, self.gradient_checkpointing = chat_template, gradient_checkpointing
+        common = {"trust": trust_remote_code, "dtype": getattr(torch, dtype), "attention": attention}
+        if weights == "pretrained":
+            self.model, self.tokenizer = load(
+                self.auto_class, pretrained, package=package, quantization=quantization, **common
+            )
+        else:
+            device = "meta" if weights == "meta" else "cpu"
+            self.model = make(self.auto_class, config, pretrained=pretrained, device=device, **common)
+            self.tokenizer = byte_tokenizer()
+        self.model.eval()
+        if gradient_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def width(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def embed_rms(self) -> float:
+        """Root mean square of the input embeddings: the scale that visual tokens should have."""
+        table = self.model.get_input_embeddings().weight
+        if table.is_meta:
+            return 1.0
+        ids = torch.linspace(0, len(table) - 1, 4096, device=table.device).long()
+        with torch.no_grad():
+            return float(self.embed(ids).float().square().mean().sqrt())
+
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, in the order of computation."""
+
+    def embed(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
+        """Input embeddings, with whatever scaling the model applies to them."""
+        return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embeds: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b t"],
+        *,
+        stop_ids: list[int],
+        max_new_tokens: int,
+        **options: Any,
+    ) -> Int[Tensor, "b s"]:
+        """New ids only, greedy unless `options` (Transformers' own) say otherwise; rows are left-padded."""
+        with self.recomputing(False):
+            return self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask.long(),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+                **{"do_sample": False, **options},
+            )
+
+    def add_lora(
+        self,
+        *,
+        r: int = 16,
+        alpha: int = 32,
+        dropout: float = 0.05,
+        target_modules: str | list[str] = "all-linear",
+        use_dora: bool = False,
+    ) -> None:
+        """Put a low-rank adapter (LoRA, arXiv 2106.09685) beside the named linear layers, in place.
+
+        `use_dora` learns the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353).
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        settings = LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, use_dora=use_dora
+        )
+        inject_adapter_in_model(settings, self.model)
+
+    @contextmanager
+    def narrowed(self, keep: Tensor) -> Iterator[None]:
+        """Within it the output matrix sees the positions of `keep` alone: a vocabulary is far wider than hidden states.
+
+        What the model does to its logits (soft-capping, scaling) still applies.
+        """
+        narrow = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][keep],))
+        try:
+            yield
+        finally:
+            narrow.remove()
+
+    @contextmanager
+    def recomputing(self, on: bool) -> Iterator[None]:
+        """Within it layers are recomputed in the backward pass, if `on` and `gradient_checkpointing`.
+
+        Transformers does so where a layer, its submodules aside, is in training mode; such a layer keeps no KV cache.
+        """
+        modes = [(layer, layer.training) for layer in self.layers()]
+        for layer, _ in modes:
+            layer.training = on and self.gradient_checkpointing
+        try:
+            yield
+        finally:
+            for layer, mode in modes:
+                layer.training = mode

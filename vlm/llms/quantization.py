@@ -1,0 +1,48 @@
+"""Weights in 8 or 4 bits, through bitsandbytes: refused in one sentence where they cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+
+Quantization = Literal["none", "int8", "nf4"]
+
+
+def check_quantization(quantization: Quantization, *, weights: str) -> None:
+    """Raise ValueError, before anything is loaded, where weights cannot be stored so."""
+    if quantization == "none" or weights == "meta":
+        return
+    if weights == "random":
+        raise ValueError(
+            f"llm.quantization={quantization} rounds pretrained weights, but llm.weights=random has none; "
+            "set llm.quantization=none"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"llm.quantization={quantization} needs a CUDA GPU and this machine has none; set llm.quantization=none"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"llm.quantization={quantization} needs bitsandbytes, which is not installed; "
+            "run pip install 'vlm-template[quantization]' or set llm.quantization=none"
+        )
+
+
+def loading_options(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` takes to store the linear layers' weights so and to compute in `dtype`."""
+    if quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}

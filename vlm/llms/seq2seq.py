@@ -1,0 +1,71 @@
+"""An encoder-decoder language model: its encoder reads the picture and the question, its decoder writes the answer, as
+in BLIP-2 (Li et al., arXiv 2301.12597).
+
+Axes: B rows, T tokens per row, D width, V vocabulary, M kept positions of the batch, S tokens of the longest answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForSeq2SeqLM
+
+from vlm.llms.base import LanguageModel
+
+
+class Seq2SeqLM(LanguageModel):
+    """An encoder-decoder LLM behind the contract of this project, for models with relative positions (T5).
+
+        embeds [B,T,D] ─┬─ up to the first kept position ──────────────────► encoder
+                        └─ at the other kept positions, after a start token ► decoder ──► logits [M,V]
+
+    A position is kept where the next token is supervised, so all kept ones but a row's first are answer tokens, which
+    is what the decoder reads. That takes one table of embeddings for both halves, and one answer a row.
+    """
+
+    auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
+    fusions: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def layers(self) -> list[nn.Module]:
+        return [*self.model.get_encoder().block, *self.model.get_decoder().block]
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b t"],
+        positions: Int[Tensor, "b t"],
+        keep: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "m v"]:
+        """Logits at the positions of `keep`, row by row; what follows an answer is not read, nor are `positions`.
+
+        Raises ValueError for a row with several answers.
+        """
+        after = F.pad(keep, (1, -1))  # B T, True one position later
+        answers = int((keep & ~after).sum(1).max())
+        if answers > 1:
+            raise ValueError(
+                f"a row has {answers} answers, but an encoder-decoder llm takes 1, which its decoder writes; "
+                "choose data with one answer a sample (of shapes, data.num_questions=1)"
+            )
+        prompt = mask & (after.cumsum(1) == 0)  # B T
+        answer = torch.arange(int(keep.sum(1).max()), device=keep.device) < keep.sum(1, keepdim=True)  # B S
+        written = embeds.new_zeros(*answer.shape, embeds.shape[2])  # B S D
+        written = written.masked_scatter(answer[..., None], embeds[keep])  # B S D
+        written = torch.cat([self._start(len(embeds)), written[:, 1:]], dim=1)  # B S D
+        with self.narrowed(answer), self.recomputing(torch.is_grad_enabled()):
+            return self.model(
+                inputs_embeds=embeds, attention_mask=prompt, decoder_inputs_embeds=written, use_cache=False
+            ).logits  # M V
+
+    def generate(self, embeds: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], **options: Any) -> Int[Tensor, "b s"]:
+        return super().generate(embeds, mask, **options)[:, 1:]  # B S, without the start token
+
+    def _start(self, rows: int) -> Float[Tensor, "b 1 d"]:
+        """The embedding that the decoder begins with."""
+        table = self.model.get_input_embeddings()
+        start = torch.full((rows, 1), self.model.config.decoder_start_token_id, device=table.weight.device)
+        return table(start)  # B 1 D
