@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from PIL import Image
 
 import eval as evaluation
 import train as training
+from vlm import build
 from vlm.cli.entry import start
 
 ROOT = Path(__file__).parents[1]
@@ -299,3 +302,14 @@ def test_an_interrupt_ends_with_the_artefact(tmp_path: Path) -> None:
     assert "Traceback" not in text
     assert {"artifact/weights.safetensors", "artifact/manifest.json", "metrics.json"} <= files(run)
     assert json.loads((run / "artifact" / "manifest.json").read_text())["tensors"]
+
+
+def test_a_logger_that_cannot_start_is_one_sentence() -> None:
+    class NoAccount:
+        def log_hyperparams(self, options: Any) -> None:
+            raise RuntimeError("No API key configured.\nUse `wandb login`")
+
+    with pytest.raises(ValueError) as told:
+        build.log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"offline": False}})
+    remedy = "logger.offline=true needs no account"
+    assert str(told.value) == f"the logger NoAccount could not start: No API key configured.; {remedy}"

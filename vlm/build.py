@@ -217,6 +217,17 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
     return bind("trainer", options, derived)()
 
 
+def log_options(trainer: Any, cfg: Mapping[str, Any]) -> None:
+    """Tell the loggers the config, which makes them start. Raises ValueError where one cannot."""
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(cfg)
+        except Exception as error:  # each service raises its own kinds
+            cause = str(error).strip().partition("\n")[0]
+            hint = "logger.offline=true needs no account" if "offline" in cfg["logger"] else "choose another logger="
+            raise ValueError(f"the logger {type(logger).__name__} could not start: {cause}; {hint}") from error
+
+
 def precision(cfg: Mapping[str, Any]) -> str:
     """The precision to compute in; `auto` asks the machine."""
     asked = cfg["trainer"]["precision"]
