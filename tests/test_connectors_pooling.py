@@ -25,8 +25,8 @@ def count(module: nn.Module) -> int:
 
 
 def test_average_pool_is_the_mlp_on_averages() -> None:
-    connector = AveragePool(**FACTS, grid=(2, 6))
-    mlp = MLP(**FACTS, grid=(1, 3))
+    connector = AveragePool(**FACTS, grid=(2, 6), activation="relu")
+    mlp = MLP(**FACTS, grid=(1, 3), activation="relu")
     mlp.load_state_dict(connector.state_dict())
     features = torch.randn(2, 12, 24)
     # Patches are numbered row by row: the first token sees columns 0 and 1 of both rows of six.
@@ -129,7 +129,7 @@ def test_c_abstractor_is_blocks_around_a_pooling() -> None:
     maps = stage((features + weights["position"]).transpose(1, 2).reshape(2, 24, 4, 4), "before")
     maps = stage(F.avg_pool2d(maps, 2), "after")
     hidden = F.linear(maps.flatten(2).transpose(1, 2), weights["mlp.layers.0.weight"], weights["mlp.layers.0.bias"])
-    expected = F.linear(F.gelu(hidden), weights["mlp.layers.1.weight"], weights["mlp.layers.1.bias"])
+    expected = F.linear(F.silu(hidden), weights["mlp.layers.1.weight"], weights["mlp.layers.1.bias"])
     torch.testing.assert_close(connector(features), expected, atol=1e-5, rtol=0)
 
 

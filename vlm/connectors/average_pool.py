@@ -6,6 +6,7 @@ Axes: N images, P patches per image, Dv encoder width, K visual tokens, D LLM wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -34,6 +35,7 @@ class AveragePool(MLP):
         output_grid: Sequence[int] | None = None,
         depth: int = 2,
         hidden_width: int | None = None,
+        activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,
     ) -> None:
@@ -45,6 +47,7 @@ class AveragePool(MLP):
             output_rms=output_rms,
             depth=depth,
             hidden_width=hidden_width,
+            activation=activation,
             norm=norm,
             position=position,
         )

@@ -25,8 +25,8 @@ class CAbstractor(nn.Module):
         features + position ──► blocks ──► average pooling R×R → Q×Q ──► blocks ──► MLP ──► visual
 
     A block is RegNet's bottleneck (arXiv 2003.13678): 1×1, depthwise 3×3, squeeze and excitation, 1×1, each with a
-    layer norm over the channels, and SiLU. With `norm` the visual tokens start with the root mean square of the LLM's
-    input embeddings; without it, it is Honeybee's but for GELU in the MLP.
+    layer norm over the channels, and SiLU, as in the MLP. With `norm` the visual tokens start with the root mean square
+    of the LLM's input embeddings; without it, it is Honeybee's.
 
     Parameters: block(Dv) + (2·depth - 1)·block(W) + MLP(W → D) + P·Dv for the positions, and 2·Dv + 2·W for the norms,
     where block(I) = I·W + W² + 16·W + s·(2·W + 1), s = I/4 rounded, and I·W + 2·W more where I ≠ W; the MLP's
@@ -75,6 +75,7 @@ class CAbstractor(nn.Module):
             grid=(self.side, self.side),
             output_rms=output_rms,
             depth=mlp_depth,
+            activation="silu",
             norm=norm,
             position=False,
         )

@@ -6,6 +6,8 @@ squares.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,8 +17,8 @@ from vlm.connectors.mlp import MLP
 class PixelShuffle(MLP):
     """features [N,P,Dv] -> visual [N,P/f²,D]: f × f patches joined on the feature axis, then an MLP.
 
-    At depth 2 without `position` it is InternVL's projector; at depth 1 without `norm` and `position` Idefics3's, but
-    for a bias.
+    At depth 2 without `position` it computes what InternVL's projector does (with MLP's mean of the activation moved
+    into the last bias); at depth 1 without `norm` and `position` it is Idefics3's, but for a bias.
 
     Parameters: MLP's with f²·Dv for Dv and K for P, so at depth 2 and hidden width D: f²·Dv·D + D² + 2·D, and 2·f²·Dv
     for the norm, K·D for the positions. Arguments as in MLP, and:
@@ -35,6 +37,7 @@ class PixelShuffle(MLP):
         factor: int = 2,
         depth: int = 2,
         hidden_width: int | None = None,
+        activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,
     ) -> None:
@@ -50,6 +53,7 @@ class PixelShuffle(MLP):
             output_rms=output_rms,
             depth=depth,
             hidden_width=hidden_width,
+            activation=activation,
             norm=norm,
             position=position,
         )
