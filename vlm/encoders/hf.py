@@ -5,13 +5,16 @@ Axes: N images, P patches per image, Dv encoder width; L tokens of the tower: P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, ImageProcessingMixin, PretrainedConfig, PreTrainedModel
 
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
@@ -26,47 +29,49 @@ class HFEncoder(nn.Module):
     Args:
         pretrained: hub id or local folder of the weights (safetensors).
         config: architecture facts of the vision tower (Transformers' names, with `model_type`), enough to build it with
-            no network; pretrained weights that say otherwise are refused.
+            no network; pretrained weights that say otherwise are refused. None reads them at `pretrained`.
         weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
         layer: index into Transformers' `hidden_states`: n is the output of block n, from 1; -1 is the last block, -2
             the one before (LLaVA's choice, arXiv 2304.08485). A list joins several on the feature axis.
         image_size: side in pixels; None is the tower's own. Position embeddings are interpolated.
-        drop_tokens: how many tokens come before the patches (class and registers): CLIP 1, SigLIP 0.
-        mean, std, interpolation: what the weights were trained with.
+        drop_tokens: how many tokens come before the patches (class and registers): CLIP 1, SigLIP 0; None counts them.
+        mean, std, interpolation: what the weights were trained with; None reads them at `pretrained`.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
     """
 
     def __init__(
         self,
         *,
         pretrained: str,
-        config: dict[str, Any],
+        config: dict[str, Any] | None = None,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
         layer: int | list[int] = -2,
         image_size: int | None = None,
-        drop_tokens: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        interpolation: str = "bicubic",
+        drop_tokens: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = "bicubic",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        facts = dict(config)
-        architecture = AutoConfig.for_model(facts.pop("model_type"), **facts)
+        architecture = _architecture(pretrained, config)
         size, patch = image_size or architecture.image_size, architecture.patch_size
-        if size % patch:
+        if size % patch and size != architecture.image_size:  # SigLIP reads 27·14 of its own 384 pixels
             raise ValueError(
                 f"encoder.image_size={size} is no multiple of the patch size {patch}; try {size // patch * patch}"
             )
         self.image_size = (size, size)
         self.grid = (size // patch, size // patch)
-        self.transform = Transform(size=self.image_size, mean=mean, std=std, interpolation=interpolation)
-        self._interpolate = size != architecture.image_size
-        self._drop = drop_tokens
+        self.transform = _transform(pretrained, self.image_size, mean, std, interpolation)
         self._layers = resolve_layers(layer, first=1, last=architecture.num_hidden_layers)
         self.width = architecture.hidden_size * len(self._layers)
 
         with torch.device("meta"):
             skeleton = AutoModel.from_config(architecture)
-        self._check_tokens(skeleton)
+        # Towers that interpolate unasked, or have no positions to interpolate, have no such argument.
+        asks = "interpolate_pos_encoding" in inspect.signature(skeleton.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if asks and size != architecture.image_size else {}
+        self._drop = self._tokens_to_drop(skeleton, drop_tokens)
         if weights == "meta":
             self.tower = skeleton
         elif weights == "random":
@@ -74,6 +79,8 @@ class HFEncoder(nn.Module):
         else:
             self.tower = _pretrained(type(skeleton), pretrained, config)
         self._blocks_name = _truncate(self.tower, depth=architecture.num_hidden_layers, keep=max(self._layers))
+        if gradient_checkpointing:
+            self.tower.gradient_checkpointing_enable({"use_reentrant": False})
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks that are run, in order."""
@@ -86,37 +93,86 @@ class HFEncoder(nn.Module):
         return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._drop :]  # N P Dv
 
     def _hidden_states(self, tower: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, ...]:
-        # Towers with rotary or no positions have no such argument, so it is given only where it is needed.
-        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
-        return tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states
+        return tower(pixel_values=pixels, output_hidden_states=True, **self._options).hidden_states
 
-    def _check_tokens(self, skeleton: PreTrainedModel) -> None:
-        """Raise where `drop_tokens` would leave another number of tokens than there are patches."""
+    def _tokens_to_drop(self, skeleton: PreTrainedModel, asked: int | None) -> int:
+        """All but one token a patch. Raises where `asked` is another number."""
         tokens = self._hidden_states(skeleton, torch.empty(1, 3, *self.image_size, device="meta"))[-1].shape[1]
         patches = self.grid[0] * self.grid[1]
-        if tokens - self._drop != patches:
+        if tokens < patches:
             raise ValueError(
-                f"encoder.drop_tokens={self._drop} leaves {tokens - self._drop} of {tokens} tokens, but the grid has "
+                f"the encoder makes {tokens} tokens of {patches} patches, so it has no grid; choose another encoder"
+            )
+        if asked is not None and tokens - asked != patches:
+            raise ValueError(
+                f"encoder.drop_tokens={asked} leaves {tokens - asked} of {tokens} tokens, but the grid has "
                 f"{patches} patches; set encoder.drop_tokens={tokens - patches}"
             )
+        return tokens - patches
 
 
-def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any]) -> PreTrainedModel:
-    """The tower with the weights of a folder or hub id; a whole CLIP holds its vision tower as one part."""
+@contextmanager
+def _reading(pretrained: str, what: str, instead: str) -> Iterator[None]:
+    """Around the reading of files at `pretrained`: where there are none, one error says what was looked for."""
     try:
         look_up(pretrained)
-        whole = AutoConfig.from_pretrained(pretrained)
-        architecture = getattr(whole, "vision_config", whole)
-        _check_facts(architecture, config, pretrained)
-        loaded: Any = tower.from_pretrained(
-            pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        yield
     except OSError as error:
         cause = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"no weights for the encoder: looked for the folder or hub id {pretrained!r} with its safetensors "
-            f"({cause}); download it and set encoder.pretrained=<folder>, or encoder.weights=random"
+            f"no {what} for the encoder: looked for the folder or hub id {pretrained!r} ({cause}); "
+            f"download it and set encoder.pretrained=<folder>, or {instead}"
         ) from error
+
+
+def _architecture(pretrained: str, config: dict[str, Any] | None) -> Any:
+    """The vision tower's facts, as given or as its files have them."""
+    if config is None:
+        with _reading(pretrained, "config.json", "encoder.config.model_type=<Transformers' name> and its facts"):
+            architecture = _vision_config(pretrained)
+    else:
+        facts = dict(config)
+        architecture = AutoConfig.for_model(facts.pop("model_type"), **facts)
+    for fact in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
+        value = getattr(architecture, fact, None)
+        if not isinstance(value, int):
+            raise ValueError(
+                f"encoder.config of a {architecture.model_type!r} has {fact}={value}, but a whole number is needed; "
+                "choose a tower of square patches, or encoder=timm"
+            )
+    return architecture
+
+
+def _vision_config(pretrained: str) -> PretrainedConfig:
+    """A whole CLIP holds its vision tower as one part."""
+    whole = AutoConfig.from_pretrained(pretrained)
+    return getattr(whole, "vision_config", whole)
+
+
+def _transform(
+    pretrained: str,
+    size: tuple[int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: str | None,
+) -> Transform:
+    """The transform as given; what is None is as the image processor's file has it."""
+    if mean is None or std is None or interpolation is None:
+        with _reading(pretrained, "preprocessor_config.json", "encoder.mean=, encoder.std= and encoder.interpolation="):
+            facts, _ = ImageProcessingMixin.get_image_processor_dict(pretrained)
+        mean, std = mean or facts["image_mean"], std or facts["image_std"]
+        interpolation = interpolation or Image.Resampling(facts["resample"]).name.lower()
+    return Transform(size=size, mean=mean, std=std, interpolation=interpolation)
+
+
+def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any] | None) -> PreTrainedModel:
+    """The tower with the weights of a folder or hub id."""
+    with _reading(pretrained, "weights (safetensors)", "encoder.weights=random"):
+        architecture = _vision_config(pretrained)
+        _check_facts(architecture, config or {}, pretrained)
+        loaded: Any = tower.from_pretrained(
+            pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -148,4 +204,7 @@ def _truncate(tower: PreTrainedModel, *, depth: int, keep: int) -> str:
     children = [child for child, _ in tower.named_children()]
     for child in children[children.index(name.partition(".")[0]) + 1 :]:
         setattr(tower, child, nn.Identity())
+    for module in tower.modules():
+        if getattr(module, "mask_token", None) is not None:  # of a pretraining by masks
+            module.mask_token = None  # type: ignore[assignment]
     return name

@@ -41,6 +41,7 @@ class TimmEncoder(nn.Module):
         layer: block (ViT) or feature stage (ConvNet) from 0, or from the end: -1 is the last. A list joins several on
             the feature axis.
         mean, std, interpolation: None is what the model was trained with.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
         model_args: more arguments of `timm.create_model`.
     """
 
@@ -56,6 +57,7 @@ class TimmEncoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         interpolation: str | None = None,
+        gradient_checkpointing: bool = False,
         model_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +74,8 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm's {name!r} does not tell its intermediate features; choose another encoder")
         data = resolve_model_data_config(skeleton)
         self.image_size: tuple[int, int] = tuple(data["input_size"][1:]) if image_size is None else (image_size,) * 2
-        _check_patches(skeleton, self.image_size)
+        if image_size is not None:  # of its own 384 pixels SigLIP's patches of 14 read 378
+            _check_patches(skeleton, self.image_size)
         self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
         self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
         self.transform = Transform(
@@ -89,6 +92,8 @@ class TimmEncoder(nn.Module):
         else:
             self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
         self.model.prune_intermediate_layers(self._layers, prune_norm=True, prune_head=True)
+        if gradient_checkpointing:
+            self.model.set_grad_checkpointing()
         self.train()  # batch norm stays in evaluation mode
 
     def blocks(self) -> list[nn.Module]:

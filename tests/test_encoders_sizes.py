@@ -1,0 +1,82 @@
+"""The options at full size on the meta device: the published towers, less what no patch feature needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from transformers import AutoConfig, AutoModel
+
+from tests.eyes import OPTIONS, build, settings
+
+# Parameters of the published vision tower as Transformers (with its pooler) or timm (headless) loads it, width and grid
+# of its features, and the blocks that are run. BLIP-2 keeps 39 of the 40 blocks of EVA-CLIP's ViT-g as well.
+FACTS: dict[str, tuple[int, int, tuple[int, int], int]] = {
+    "clip_vit_b32_224": (87_456_000, 768, (7, 7), 11),
+    "clip_vit_l14_224": (303_179_776, 1024, (16, 16), 23),
+    "clip_vit_l14_336": (303_507_456, 1024, (24, 24), 23),
+    "convnext_b_224": (87_566_464, 1024, (7, 7), 4),
+    "convnext_l_clip_320": (198_591_168, 1536, (10, 10), 4),
+    "dinov2_l14_518": (304_367_616, 1024, (37, 37), 23),
+    "efficientnet_lite0": (3_371_008, 320, (6, 6), 7),
+    "eva02_l14_336": (303_645_632, 1024, (24, 24), 23),
+    "eva_g14_224": (1_011_146_112, 1408, (16, 16), 39),
+    "siglip2_so400m16_384": (428_256_704, 1152, (24, 24), 26),
+    "siglip_b16_224": (92_884_224, 768, (14, 14), 11),
+    "siglip_so400m14_384": (428_225_600, 1152, (27, 27), 26),
+    "vit_b16_224": (85_798_656, 768, (14, 14), 11),
+    "vit_l16_224": (303_301_632, 1024, (14, 14), 23),
+}
+# What follows the blocks: the last norm, pooler and head.
+TAIL = ("post_layernorm", "head", "norm", "fc_norm", "attn_pool", "conv_head", "bn2")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a network call"))
+
+
+def reference(config: dict[str, Any]) -> torch.nn.Module:
+    """The whole tower as its library builds it."""
+    with torch.device("meta"):
+        if "config" in config:
+            facts = dict(config["config"])
+            return AutoModel.from_config(AutoConfig.for_model(facts.pop("model_type"), **facts))
+        return timm.create_model(config["name"], num_classes=0, **config["model_args"])
+
+
+def test_every_option_is_in_the_table() -> None:
+    assert set(OPTIONS) == FACTS.keys() | {"tiny", "timm", "hf", "dino_siglip"}
+
+
+@pytest.mark.parametrize("option", FACTS)
+def test_the_tower_is_the_published_one_less_what_features_do_not_need(option: str) -> None:
+    published, width, grid, num_blocks = FACTS[option]
+    encoder, config = build(option, small=False, weights="meta"), settings(option, small=False)
+    assert config["pretrained"]
+    whole = {name: p.shape for name, p in reference(config).named_parameters()}
+    ours = {name.partition(".")[2]: p.shape for name, p in encoder.named_parameters()}
+    assert sum(shape.numel() for shape in whole.values()) == published
+    assert ours.items() <= whole.items()
+    after = f".{num_blocks}."  # blocks count from 0, so the first that is not run bears this number
+    dropped = [name for name in whole.keys() - ours.keys() if name.split(".")[0] not in TAIL]
+    assert [name for name in dropped if after not in name] == []
+    assert (encoder.width, encoder.grid, len(encoder.blocks())) == (width, grid, num_blocks)
+
+
+def test_the_joined_tower_is_the_sum_of_both() -> None:
+    encoder = build("dino_siglip", small=False, weights="meta")
+    dino, siglip = (sum(p.numel() for p in one.parameters()) for one in encoder.encoders)
+    positions = (37 * 37 - 27 * 27) * 1024  # DINOv2 was trained at 518 pixels
+    block, norm = 12_598_272, 2 * 1024
+    assert dino == 304_370_688 - positions - block - norm
+    assert siglip == sum(p.numel() for p in build("siglip_so400m14_384", small=False, weights="meta").parameters())
+    assert (encoder.width, encoder.grid, encoder.image_size) == (1024 + 1152, (27, 27), (378, 378))
+    assert [len(one.blocks()) for one in encoder.encoders] == [23, 26]
+
+
+def test_tiny_is_tiny() -> None:
+    encoder = build("tiny", small=False)
+    assert (encoder.width, encoder.grid, sum(p.numel() for p in encoder.parameters())) == (64, (8, 8), 116_544)

@@ -1,0 +1,96 @@
+"""Several encoders side by side, as Prismatic joins DINOv2 and SigLIP (Karamcheti et al., arXiv 2402.07865).
+
+Axes: N images, P patches per image, Dv encoder width, the sum of the encoders'.
+"""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm.encoders.timm import TimmEncoder
+
+
+class JoinedEncoder(nn.Module):
+    """pixels [N,3,H,W] -> features [N,P,Dv]: what each encoder makes of the same patch, joined on the feature axis.
+
+    A picture becomes one tensor, normalised for the first encoder. The others were trained with another mean and
+    standard deviation: an affine change of each channel takes the pixels from the first one's scale to theirs.
+
+    Args:
+        name: timm's name of each encoder.
+        pretrained: hub id or local folder of the weights of each; None leaves the choice to timm.
+        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
+        image_size: side in pixels, the same for all; None is their own.
+        layer: as in TimmEncoder, of each.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
+        model_args: more arguments of `timm.create_model` for each.
+
+    Raises ValueError where the encoders differ in their grid or in the way that a picture is resized.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: list[str],
+        pretrained: list[str | None],
+        weights: Literal["pretrained", "random", "meta"] = "pretrained",
+        image_size: int | None = None,
+        layer: int | list[int] = -2,
+        gradient_checkpointing: bool = False,
+        model_args: list[dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        if not len(name) == len(pretrained) == len(model_args) > 0:
+            raise ValueError(
+                f"encoder.name has {len(name)}, encoder.pretrained {len(pretrained)} and encoder.model_args "
+                f"{len(model_args)} entries; give one for each encoder"
+            )
+        self.encoders = nn.ModuleList(
+            TimmEncoder(
+                name=one,
+                pretrained=source,
+                weights=weights,
+                image_size=image_size,
+                layer=layer,
+                gradient_checkpointing=gradient_checkpointing,
+                model_args=arguments,
+            )
+            for one, source, arguments in zip(name, pretrained, model_args, strict=True)
+        )
+        first, *others = [encoder for encoder in self.encoders if isinstance(encoder, TimmEncoder)]
+        for other, label in zip(others, name[1:], strict=True):
+            for what, ours, theirs in (
+                ("grid", first.grid, other.grid),
+                ("image size", first.image_size, other.image_size),
+                ("interpolation", first.transform.interpolation, other.transform.interpolation),
+            ):
+                if ours != theirs:
+                    raise ValueError(
+                        f"encoder.name joins {name[0]} with {what} {ours} and {label} with {what} {theirs}; "
+                        "choose encoders of one patch size and set encoder.image_size"
+                    )
+        self.grid, self.image_size, self.transform = first.grid, first.image_size, first.transform
+        self.width = first.width + sum(other.width for other in others)
+
+    def blocks(self) -> list[nn.Module]:
+        """The last block of every encoder together, the last but one together, and so on, in order."""
+        columns = [reversed(encoder.blocks()) for encoder in self.encoders]  # type: ignore[operator]
+        levels = [[block for block in level if block is not None] for level in zip_longest(*columns)]
+        return [nn.ModuleList(level) for level in reversed(levels)]
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        features = [encoder(self._rescaled(pixels, encoder.transform)) for encoder in self.encoders]  # each N P ·
+        return torch.cat(features, dim=-1)  # N P Dv
+
+    def _rescaled(self, pixels: Tensor, transform: Any) -> Tensor:
+        """Pixels as `transform` would have normalised them."""
+        if transform == self.transform:
+            return pixels
+        triples = (self.transform.mean, self.transform.std, transform.mean, transform.std)
+        mean, std, their_mean, their_std = (pixels.new_tensor(list(triple)).view(3, 1, 1) for triple in triples)
+        return (pixels * std + mean - their_mean) / their_std  # N 3 H W
