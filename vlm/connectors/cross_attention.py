@@ -1,0 +1,251 @@
+"""Gated cross-attention inside the LLM: Flamingo's connector (Alayrac et al., arXiv 2204.14198).
+
+Axes: N images, P patches per image, Dv encoder width, K visual tokens per image, D LLM width, B rows, T tokens per row,
+I images of the row that has most, H heads, W width of a head, L queries of a row (its tokens, those of all its beams).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.module_tracker import ModuleTracker
+
+from vlm.connectors.resampler import Resampler
+from vlm.schema import Batch
+
+VIEW = "_view_of_images"  # attribute of a layer's input
+SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
+
+
+class CrossAttention(nn.Module):
+    """features [N,P,Dv] -> visual [N,K,D], to which gated blocks between the LLM's layers attend.
+
+        features ── resampler ──► visual ──────┬───────────────────────────┐
+                                               ▼                           ▼
+        embeds ───────────────────────────► block ──► layers 0, 1, … ──► block ──► layers `every`, … ──► logits
+
+    A forward pre-hook runs the block before every n-th layer, from the first: the LLM's own modules and names stay as
+    they are, and the blocks belong to this module. Their gates start at zero, where the LLM answers as if bare. A token
+    sees the last image before it. One with no image before it sees none: only the feed-forward half of a block acts on
+    it. Outside `looking_at` the LLM is bare.
+
+    Parameters: the resampler's, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the feed-forward half, 4·D
+    for their norms and 2 for their gates.
+
+    Args:
+        vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
+        every: a block before every n-th layer.
+        all_previous_images: let a token see all the images before it, not the last alone.
+        num_queries, depth: visual tokens per image, and blocks, of the resampler.
+        num_heads, head_width, ff_mult: of the attention and feed-forward of all blocks, the resampler's too.
+    """
+
+    fusion: ClassVar[str] = "layers"
+
+    def __init__(
+        self,
+        *,
+        vision_width: int,
+        llm_width: int,
+        grid: tuple[int, int],
+        output_rms: float,
+        every: int = 2,
+        all_previous_images: bool = False,
+        num_queries: int = 64,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_width: int = 64,
+        ff_mult: int = 4,
+    ) -> None:
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"connector.every={every} is no distance between blocks; set it to 1 or more")
+        self.resampler = Resampler(
+            vision_width=vision_width,
+            llm_width=llm_width,
+            grid=grid,
+            output_rms=output_rms,
+            num_queries=num_queries,
+            depth=depth,
+            num_heads=num_heads,
+            head_width=head_width,
+            ff_mult=ff_mult,
+        )
+        self.num_tokens = num_queries
+        self.every, self.all_previous_images = every, all_previous_images
+        self.blocks = nn.ModuleList()  # as many as `attach` finds places for
+        self._make_block = partial(
+            GatedBlock,
+            width=llm_width,
+            num_heads=num_heads,
+            head_width=head_width,
+            ff_mult=ff_mult,
+            output_rms=output_rms,
+        )
+        self._view: View | None = None
+
+    def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
+        return self.resampler(features)  # N K D
+
+    def attach(self, layers: Sequence[nn.Module]) -> None:
+        """Make the blocks and hook them before every n-th of the LLM's layers."""
+        if self.every > len(layers):
+            raise ValueError(
+                f"connector.every={self.every} but the LLM has {len(layers)} layers; "
+                f"set connector.every= to {len(layers)} or less"
+            )
+        for layer in layers[:: self.every]:
+            with next(self.resampler.parameters()).device:  # the meta device, if the connector was planned there
+                block = self._make_block()
+            self.blocks.append(block)
+            layer.register_forward_pre_hook(partial(self._look, block))
+
+    @contextmanager
+    def looking_at(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Iterator[None]:
+        """Within it the LLM sees the images of `batch`, also in the tokens that it generates."""
+        # Visual tokens come at the scale of embeddings; the blocks' matrices are drawn for a scale of 1.
+        normed = F.layer_norm(visual, visual.shape[2:])  # N K D
+        self._view = View.of(normed, batch, all_previous_images=self.all_previous_images)
+        try:
+            yield
+        finally:
+            self._view = None
+
+    def _look(self, block: GatedBlock, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The hook: what enters a layer, after its block."""
+        hidden = args[0]  # R T D
+        # A layer that is checkpointed together with its hooks runs again in the backward pass, after the context. Its
+        # input is the very same tensor then, so it is there that the view is kept.
+        view: View | None = self._view or (getattr(hidden, VIEW, None) if ModuleTracker().is_bw else None)
+        if view is None:
+            return None
+        if torch.is_grad_enabled():
+            setattr(hidden, VIEW, view)
+        elif view.differentiable:
+            raise ValueError(
+                "a layer checkpointed with use_reentrant=True loses the gradient of what its hooks see; "
+                "set use_reentrant=False"
+            )
+        # All beams of a row look at the same keys, so they queue up as queries of one row. The residual stream of a
+        # bfloat16 LLM is widened for the block and narrowed again, which changes no value where the gates are zero.
+        queries = hidden.to(block.attention_gate.dtype).reshape(len(view.visual), -1, hidden.shape[2])  # B L D
+        added = block(queries, *view.keys_and_values(block), view.visible(*hidden.shape[:2]))  # B L D
+        return (added.reshape(hidden.shape).to(hidden.dtype), *args[1:])
+
+
+@dataclass(frozen=True)
+class View:
+    """What the rows of a batch see, and from which token on."""
+
+    visual: Float[Tensor, "b s d"]  # the images of a row side by side, S = I·K; zeros where a row has fewer than I
+    image: Int[Tensor, " s"]  # which of its row's images, from 1, a visual token belongs to
+    images_before: Int[Tensor, "b t"]
+    num_images: Int[Tensor, "b 1"]
+    all_previous_images: bool
+    differentiable: bool  # gradients were on where the context was entered
+    cache: dict[GatedBlock, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, visual: Float[Tensor, "n k d"], batch: Batch, *, all_previous_images: bool) -> View:
+        """Raises ValueError if the batch counts other than N images."""
+        num_images = int(batch.num_images.sum())
+        if num_images != len(visual):
+            raise ValueError(
+                f"the batch counts {num_images} images but has the visual tokens of {len(visual)}; "
+                f"make num_images match pixels (samples {', '.join(batch.ids[:4])})"
+            )
+        # Rows without an image get an empty slot all the same: a softmax over nothing is not a number.
+        slots = torch.arange(1, max(1, int(batch.num_images.max())) + 1, device=visual.device)  # I
+        filled = slots <= batch.num_images[:, None]  # B I
+        empty = visual.new_zeros(*filled.shape, *visual.shape[1:])  # B I K D
+        return cls(
+            visual=empty.index_put((filled,), visual).flatten(1, 2),
+            image=slots.repeat_interleave(visual.shape[1]),
+            images_before=batch.images_before,
+            num_images=batch.num_images[:, None],
+            all_previous_images=all_previous_images,
+            differentiable=torch.is_grad_enabled(),
+        )
+
+    def visible(self, rows: int, length: int) -> Bool[Tensor, "b l s"]:
+        """Which visual tokens each query may attend to, where the LLM computes `rows` rows of `length` tokens.
+
+        Tokens past those of the batch are generated ones, which come after all images of their row; with a KV cache the
+        LLM computes them alone. The beams of a row follow each other.
+        """
+        num_rows, num_tokens = self.images_before.shape
+        known = self.images_before[:, : num_tokens if length >= num_tokens else 0]
+        before = torch.cat([known, self.num_images.expand(-1, length - known.shape[1])], dim=1)  # B length
+        before = before.repeat(1, rows // num_rows)[:, :, None]  # B L 1
+        return self.image <= before if self.all_previous_images else self.image == before  # B L S
+
+    def keys_and_values(self, block: GatedBlock) -> tuple[Tensor, Tensor]:
+        """The block's; without gradients computed once, as they cost more than the rest of a generated token."""
+        if torch.is_grad_enabled():
+            return block.project(self.visual)
+        if block not in self.cache:
+            self.cache[block] = block.project(self.visual)
+        return self.cache[block]
+
+
+class GatedBlock(nn.Module):
+    """Attention to the visual tokens, then a feed-forward half, each added behind a tanh gate that starts at zero.
+
+    A closed gate passes no gradient but its own, so it must open first. What it then adds starts at the scale of the
+    LLM's embeddings, `output_rms`.
+    """
+
+    def __init__(self, *, width: int, num_heads: int, head_width: int, ff_mult: int, output_rms: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        inner = num_heads * head_width
+        self.attention_norm = nn.LayerNorm(width)
+        self.q = _linear(width, inner)
+        self.k = _linear(width, inner)
+        self.v = _linear(width, inner)
+        self.out = _linear(inner, width, gain=output_rms)
+        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.ff_norm = nn.LayerNorm(width)
+        self.ff_in = _linear(width, ff_mult * width)
+        self.ff_out = _linear(ff_mult * width, width, gain=output_rms / math.sqrt(SQUARED_RELU_SECOND_MOMENT))
+        self.ff_gate = nn.Parameter(torch.zeros(1))
+
+    def project(self, visual: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
+        """Keys and values of the visual tokens."""
+        return self._heads(self.k(visual)), self._heads(self.v(visual))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "b l d"],
+        keys: Float[Tensor, "b h s w"],
+        values: Float[Tensor, "b h s w"],
+        visible: Bool[Tensor, "b l s"],
+    ) -> Float[Tensor, "b l d"]:
+        sighted = visible.any(2, keepdim=True)  # B L 1
+        queries = self._heads(self.q(self.attention_norm(hidden)))  # B H L W
+        # The blind attend to anything, to have a finite gradient, and then forget it.
+        mask = (visible | ~sighted)[:, None]  # B 1 L S
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
+        attended = attended.transpose(1, 2).flatten(2) * sighted  # B L H·W
+        hidden = hidden + self.attention_gate.tanh() * self.out(attended)  # B L D
+        inner = F.relu(self.ff_in(self.ff_norm(hidden))).square()  # B L ff_mult·D
+        return hidden + self.ff_gate.tanh() * self.ff_out(inner)  # B L D
+
+    def _heads(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t w"]:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _linear(fan_in: int, fan_out: int, *, gain: float = 1.0) -> nn.Linear:
+    """A matrix that multiplies the root mean square by `gain` (He et al., arXiv 1502.01852)."""
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(fan_in))
+    return layer
