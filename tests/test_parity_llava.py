@@ -76,6 +76,7 @@ def build_pair(encoder: str, llm: str) -> tuple[LlavaForConditionalGeneration, C
         config={"model_type": tower, **eye},
         weights="random",
         drop_tokens=drop_tokens,
+        interpolation="bicubic",
         mean=[0.5] * 3,
         std=[0.5] * 3,
     )

@@ -19,10 +19,10 @@ import train as training
 from vlm import build, run
 from vlm.cli.entry import CONF, start
 from vlm.cli.plan import build_meta, describe, memory_gb
+from vlm.llms.bytes import byte_tokenizer
 
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x"]
-FILES = [file for group in ("encoder", "connector") for file in sorted((Path(CONF) / group).glob("[!_]*.yaml"))]
-OPTIONS = [(file.parent.name, file.stem) for file in FILES if "???" not in file.read_text()]  # generic ones want a name
+CONNECTORS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))
 # Dv = D = 64 and an 8×8 grid: two matrices with biases, the norm, a position for each of the 64 visual tokens.
 CONNECTOR = 2 * (64 * 64 + 64) + 2 * 64 + 64 * 64
 # Per block 2 norms, 3·64 + 64 columns of attention and a perceptron of width 256; a class token, positions, patches.
@@ -173,15 +173,25 @@ def test_tokens_per_sample_are_those_of_the_rows(tmp_path: Path, size: int, visu
     assert remark == "mean of 3 samples, with a byte tokenizer"
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda word: word)
-def test_every_option_can_be_planned(group: str, option: str) -> None:
-    cfg, model = planned(f"{group}={option}", "trainer.precision=bf16-mixed")
-    assert {p.device for p in model.parameters()} == {torch.device("meta")}
-    assert model.connector.num_tokens > 0
+def test_the_llms_own_tokenizer_counts_where_it_is_local(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["Describe"])  # 8 bytes of every prompt
+    tokenizer.save_pretrained(tmp_path)
+    (other, _), (own, remark) = (describe(*planned(f"llm.pretrained={name}")) for name in ("null", tmp_path))
+    assert own["tokens_per_sample"] == other["tokens_per_sample"] - 7
+    assert remark == "mean of 16 samples, with the LLM's own tokenizer"
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_every_connector_can_be_planned(connector: str) -> None:
+    """Those of encoders and LLMs on the meta device are tested with them."""
+    _, model = planned(f"connector={connector}", "trainer.precision=bf16-mixed")
+    assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
     assert run.count_parameters(model)["connector"]["trainable"] > 0
-    assert cfg["encoder"]["weights"] == cfg["llm"]["weights"] == "meta"
 
 
-def test_tied_weights_count_once() -> None:
-    _, model = planned("llm=gemma3_270m")
-    assert run.count_parameters(model)["llm"]["total"] == 268_098_176  # of google/gemma-3-270m
+# Of google/gemma-3-270m, whose output matrix is its table, and of meta-llama/Meta-Llama-3-8B-Instruct, where it is not.
+@pytest.mark.parametrize(("llm", "total"), [("gemma3_270m", 268_098_176), ("llama3_8b", 8_030_261_248)])
+def test_the_llm_has_its_published_size(llm: str, total: int) -> None:
+    _, model = planned(f"llm={llm}")
+    assert run.count_parameters(model)["llm"] == {"total": total, "trainable": 0}
