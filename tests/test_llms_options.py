@@ -90,10 +90,9 @@ def test_checkpointing_computes_each_layer_twice_and_only_to_train(option: str) 
     assert answers[0] == answers[1], "the KV cache is kept in training mode too"
 
 
-@pytest.mark.parametrize("option", ["opt_2_7b", "flan_t5_xl"])
-def test_no_dropout_in_any_mode(option: str) -> None:
-    """These were trained with a rate of 0.1."""
-    model, batch = tiny_model(llm=small_llm(option)), make_batch(*ROWS)  # type: ignore[arg-type]
+def test_no_dropout_in_any_mode() -> None:
+    """T5 was trained with a rate of 0.1."""
+    model, batch = tiny_model(llm=small_llm("flan_t5_xl")), make_batch(*ROWS)  # type: ignore[arg-type]
     torch.testing.assert_close(model.train()(batch), model.eval()(batch), rtol=0, atol=0)
 
 
