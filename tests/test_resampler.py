@@ -78,6 +78,21 @@ def test_the_place_of_a_patch_matters_only_through_position() -> None:
     assert (sighted(features[:, order]) - sighted(features)).abs().max() > 0.05
 
 
+def test_each_query_starts_at_a_patch_of_its_own() -> None:
+    torch.manual_seed(0)
+    sizes = {"num_queries": 6, "depth": 1, "num_heads": 2, "head_width": 64}
+    resampler = PerceiverResampler(vision_width=128, num_patches=12, **sizes)
+    features = torch.randn(1, 12, 128)
+    changed = torch.stack([features[0].index_fill(0, torch.tensor(patch), 0.0) for patch in range(12)])
+    change = (resampler(changed) - resampler(features)).square().sum(2)  # P K
+    assert change.argmax(0).tolist() == [0, 2, 4, 7, 9, 11]
+
+
+def test_more_queries_than_patches_differ_at_the_start() -> None:
+    queries = PerceiverResampler(vision_width=24, num_patches=2, **SIZES).queries
+    assert torch.pdist(queries.detach()).min() > 0.3
+
+
 def test_position_weighs_as_much_as_features_of_any_scale() -> None:
     torch.manual_seed(0)
     connector = Resampler(**FACTS, **SIZES)

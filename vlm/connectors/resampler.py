@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from vlm.connectors.mlp import match_scale
 
+SHARPNESS = 1.5  # of the attention at the start: most of a query's weight is then on its patch, and some elsewhere
+QUERY_NOISE = 0.3  # sets apart the queries of one patch
+
 
 class PerceiverResampler(nn.Module):
     """features [N,P,Dv] -> latents [N,K,W], normed: a fixed number of vectors however many patches there are.
@@ -36,8 +39,8 @@ class PerceiverResampler(nn.Module):
         ff_mult: hidden width of the feed-forward over `width`.
         width: of the latents; None is the encoder's. Another one puts a matrix before the blocks.
         qk_norm: layer norm on each head's queries and keys.
-        position: add a learned vector to each patch, after a norm without parameters. A ConvNet's features say little
-            of where they are, and attention nothing.
+        position: add a learned vector to each patch, after a norm without parameters (a ConvNet's features say little
+            of where they are, and attention nothing), and start each query at a patch.
     """
 
     def __init__(
@@ -62,13 +65,12 @@ class PerceiverResampler(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, self.width))
         self.widen = nn.Identity() if width is None else nn.Linear(vision_width, width, bias=False)
         self.position = nn.Parameter(torch.randn(num_patches, self.width)) if position else None
-        self.blocks = nn.ModuleList(
-            ResamplerBlock(
-                width=self.width, num_heads=num_heads, head_width=head_width, ff_mult=ff_mult, qk_norm=qk_norm
-            )
-            for _ in range(depth)
-        )
+        sizes = {"num_heads": num_heads, "head_width": head_width, "ff_mult": ff_mult}
+        blocks = [ResamplerBlock(width=self.width, qk_norm=qk_norm, **sizes) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(self.width)
+        if self.position is not None:
+            _start_local(self.queries, self.position, blocks)
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k w"]:
         features = self.widen(features.to(self.queries.dtype))  # N P W
@@ -118,6 +120,19 @@ class ResamplerBlock(nn.Module):
         return vectors.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
+@torch.no_grad()
+def _start_local(queries: nn.Parameter, position: nn.Parameter, blocks: list[ResamplerBlock]) -> None:
+    """Let each query start by looking at a patch of its own, evenly spread: drawn at random, all see the average.
+
+    A query is its patch's position and the query matrix is the key matrix, so that the two meet; the channels of both
+    are rolled by one, or a query would meet itself, which is also a key.
+    """
+    patches = torch.linspace(0, len(position) - 1, len(queries), device=position.device).round().long()
+    queries.mul_(QUERY_NOISE).add_(position[patches].roll(1, dims=1))
+    for block in blocks:
+        block.q.weight.copy_(block.k.weight.roll(1, dims=1) * SHARPNESS)
+
+
 class Resampler(nn.Module):
     """features [N,P,Dv] -> visual [N,K,D]: a Perceiver resampler and one matrix to the LLM's width.
 
@@ -137,7 +152,7 @@ class Resampler(nn.Module):
         grid: tuple[int, int],
         output_rms: float,
         num_queries: int = 64,
-        depth: int = 6,
+        depth: int = 2,
         num_heads: int = 8,
         head_width: int = 64,
         ff_mult: int = 4,
