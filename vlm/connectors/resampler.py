@@ -26,9 +26,10 @@ class PerceiverResampler(nn.Module):
         queries ──► latents ◄── attention to (features + position, latents) ◄─┐
                        └──────► + feed-forward ──────────────────────────────►┘ `depth` times, then a norm
 
-    Without `position` and at the encoder's width it is Idefics' resampler, drawn to larger weights. Parameters, with
-    A = H·C and no layer but these with a bias:
-    K·W + depth·(4·W·A + 2·ff_mult·W² + 6·W) + 2·W, and 4·C a block for `qk_norm`, P·W for `position`, Dv·W for `width`.
+    Without `position` and at the encoder's width it is Idefics' resampler, drawn to larger weights.
+
+    Parameters, with A = H·C (no matrix has a bias): K·W + depth·(4·W·A + 2·ff_mult·W² + 6·W) + 2·W, and 4·C a block for
+    `qk_norm`, P·W for `position`, Dv·W for `width`.
 
     Args:
         vision_width: of the features.
