@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from tests.parts import IMAGE, SIDE, VOCABULARY, make_batch, pictures, tiny_llm
-from vlm.connectors.mlp import MLP
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, to_blip2
 from vlm.models.composed import Composed
@@ -427,31 +426,23 @@ def test_checkpointing_changes_no_gradient(text: bool) -> None:
     assert runs == [1, 2]  # once more in the backward pass
 
 
-def shares(visual: Tensor) -> tuple[float, float]:
-    """Of the tokens' energy: what depends on the picture, and what each token alone sees of it."""
-    seen = visual - visual.mean(0)
-    own = seen - seen.mean(1, keepdim=True)
-    return tuple((part.square().mean() / visual.square().mean()).item() for part in (seen, own))  # type: ignore[return-value]
+def seen(visual: Tensor) -> float:
+    """How much of the tokens' energy depends on the picture."""
+    return ((visual - visual.mean(0)).square().mean() / visual.square().mean()).item()
 
 
-def test_fresh_tokens_tell_pictures_and_places_apart() -> None:
-    """As those of a perceptron on every patch nearly do, and those of BERT's initial weights do not."""
+def test_fresh_tokens_depend_on_the_picture() -> None:
+    """With the initial weights of BERT they hardly would."""
     torch.manual_seed(0)
     features = torch.randn(8, 1, 24) + torch.randn(8, 36, 24)
-    sizes = {**SIZES, "grid": (6, 6)}
-    connector = QFormer(**sizes, width=192)
-    assert shares(MLP(**sizes)(features)) > (0.4, 0.2)
-    picture, place = shares(connector(features))
-    assert picture > 0.4
-    assert place > 0.2
+    connector = QFormer(**{**SIZES, "grid": (6, 6)}, width=192)
+    assert seen(connector(features)) > 0.25
     with torch.no_grad():
         for module in connector.modules():
             if isinstance(module, nn.Linear) and module is not connector.project:
                 module.weight.normal_(std=0.02 * (768 / 192) ** 0.5)
         connector.position.zero_()
-    picture, place = shares(connector(features))
-    assert picture < 0.15
-    assert place < 0.05
+    assert seen(connector(features)) < 0.15
 
 
 def test_position_tells_where_a_patch_is() -> None:

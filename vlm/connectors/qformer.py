@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, start_from_blip2
 
 MAX_TEXT = 512  # positions of BERT
-LOOK_STD = 3.0  # of the logits of cross-attention at the start: each query then looks at a few patches of its own
+LOOK_STD = 0.3  # of the logits of cross-attention at the start, about BERT's: sharper random looks learn slower
 NORM_EPS = 1e-12  # BERT's
 FEATURE_NORM_EPS = 1e-6  # of the last norm of BLIP-2's encoders
 
@@ -157,10 +157,11 @@ class QFormer(nn.Module):
         return self.words(ids) + self.word_positions.weight[: ids.shape[1]]  # N T W
 
     def _draw(self) -> None:
-        """Draw weights with which the visual tokens depend on the picture, and each on another part of it.
+        """Draw weights with which the visual tokens depend on the picture from the start.
 
-        BERT's (std 0.02 everywhere) leave 6 % of their variance to the picture and 1 % to what each token alone sees of
-        it (EfficientNet's features of drawn shapes; a perceptron on every patch: 54 % and 39 %); these, 60 % and 30 %.
+        BERT's (std 0.02 everywhere) leave 6 % of their energy to it, on EfficientNet's features of drawn shapes; these
+        29 %. Cross-attention brings its values in at full scale, but begins to look almost evenly: with logits of std
+        3, 1 and 0.3, a proxy (12 blocks of width 128, 150 steps of 8, one seed) came to a loss of 2.30, 1.87 and 1.66.
         """
         branch = (2 * len(self.blocks)) ** -0.5  # as GPT-2: all blocks together are worth one state, the queries
         for name, module in self.named_modules():
