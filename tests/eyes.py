@@ -45,9 +45,7 @@ SHRINK: dict[str, dict[str, Any]] = {
 def settings(option: str, *, small: bool = True, **changes: Any) -> dict[str, Any]:
     """The options of a config file with random weights, narrow where it is big."""
     config = OmegaConf.load(CONF / f"{option}.yaml")
-    for shared in config.pop("defaults", []):
-        if shared != "_self_":
-            config = OmegaConf.merge(OmegaConf.load(CONF / f"{shared}.yaml"), config)
+    del config.defaults  # the tiling, which is not the encoder's business
     family = max((name for name in SHRINK if option.startswith(name)), key=len)
     shrunk = SHRINK[family] if small else {}
     merged = OmegaConf.merge(config, {"weights": "random"}, shrunk, changes)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from eyes import OPTIONS, build, members, pixels_for
 from PIL import Image
 from torch import Tensor, nn
-
-from tests.eyes import OPTIONS, build, members, pixels_for
 
 pytestmark = pytest.mark.parametrize("option", OPTIONS)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from eyes import VIT, build
 from PIL import Image
 
-from tests.eyes import VIT, build
 from vlm.encoders.timm import TimmEncoder
 from vlm.optim import set_trainable
 

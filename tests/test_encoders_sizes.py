@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from eyes import OPTIONS, build, settings
 from transformers import AutoConfig, AutoModel
-
-from tests.eyes import OPTIONS, build, settings
 
 # Parameters of the published vision tower as Transformers (with its pooler) or timm (headless) loads it, width and grid
 # of its features, and the blocks that are run. BLIP-2 keeps 39 of the 40 blocks of EVA-CLIP's ViT-g as well.

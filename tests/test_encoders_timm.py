@@ -6,16 +6,16 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import eyes
 import numpy as np
 import pytest
 import timm
 import torch
+from eyes import VIT, pixels_for, settings
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from tests import eyes
-from tests.eyes import VIT, pixels_for, settings
 from vlm.build import bind
 from vlm.encoders.timm import TimmEncoder
 

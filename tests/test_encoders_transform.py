@@ -7,10 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from eyes import build
 from PIL import Image
 from torch import nn
 
-from tests.eyes import build
 from vlm.encoders.transform import Transform
 
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm.artifact import fingerprint
 from vlm.data.datamodule import VLMDataModule
+from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
 from vlm.optim import set_trainable
@@ -63,10 +65,16 @@ def check(cfg: Mapping[str, Any]) -> None:
     loader, source = split_data(cfg["data"])
     _typed("data", loader, VLMDataModule)
     bind("data", source, derived={"split": "train"})
-    bind("encoder", cfg["encoder"])
+    encoder, tiles = split_tiles(cfg["encoder"])
+    bind("encoder", encoder)
     sizes = dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms"))
-    connector = bind("connector", cfg["connector"], derived=sizes).func
+    connector: Any = bind("connector", cfg["connector"], derived=sizes).func
     llm = bind("llm", cfg["llm"], derived={"dtype": "float32"}).func
+    if tiles.grids and connector.fusion != "tokens":
+        raise ValueError(
+            f"connector {connector.__name__} shows the llm one image at a time and encoder.tiles.grids="
+            f"{tiles.grids} makes several of one; set encoder.tiles.grids=[] or connector=mlp"
+        )
     _check_llm(cfg, connector=connector, llm=llm)
     bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
     bind("stage.objective", cfg["stage"]["objective"])
@@ -103,6 +111,13 @@ def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return loader, {key: value for key, value in options.items() if key not in shared}
 
 
+def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
+    """The options of the encoder, and the tiling around it."""
+    encoder = dict(options)
+    tiles = encoder.pop("tiles", None) or {}
+    return encoder, bind("encoder.tiles", {"_target_": "vlm.encoders.tiles.Tiles", **tiles})()
+
+
 def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
     """The call that makes one part, its options checked against the constructor.
 
@@ -137,7 +152,8 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     bf16 = "bf16" in precision(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
-        encoder = bind("encoder", cfg["encoder"])().requires_grad_(False)
+        options, tiles = split_tiles(cfg["encoder"])
+        encoder = bind("encoder", options)().requires_grad_(False)
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
     bases = {
         part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
@@ -157,7 +173,8 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     manifest = {
         "parts": {
             "connector": dict(cfg["connector"]),
-            "encoder": {key: cfg["encoder"].get(key) for key in ("_target_", "image_size", "layer")},
+            "encoder": {key: options.get(key) for key in ("_target_", "image_size", "layer")}
+            | ({"tiles": cfg["encoder"]["tiles"]} if tiles.grids else {}),
         },
         "bases": bases,
         "chat_template": cfg["llm"]["chat_template"] or "the tokenizer's own",
@@ -185,6 +202,10 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
         image_size=model.encoder.image_size,
         transform=model.encoder.transform,
     )
+    _, tiles = split_tiles(cfg["encoder"])
+    if tiles.grids:
+        transform, separator = tiles.around(model.encoder.transform), "\n" if tiles.row_separator else ""
+        spec = replace(spec, transform=transform, tile_rows=transform.rows, row_separator=separator)
     data.connect(spec=spec, tokenizer=model.llm.tokenizer, chat_template=cfg["llm"]["chat_template"])
     return data
 

@@ -49,6 +49,11 @@ class Sample:
     messages: list[Message]
     meta: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each image."""
+        return [image.size for image in self.images]
+
 
 class BadSample(ValueError):
     """A sample that cannot be used; the message names the sample, what is wrong and the remedy."""
@@ -67,13 +72,18 @@ class Source(Protocol):
 class VisualSpec:
     """All that data has to know about the model's eye.
 
-    `num_tokens` is the number of placeholders that one image takes in a row of text: K where the visual tokens enter
-    the LLM's input, 0 where the LLM's layers attend to them.
+    `num_tokens` is the number of placeholders that one image, or tile of one, takes in a row of text: K where the
+    visual tokens enter the LLM's input, 0 where the LLM's layers attend to them.
+
+    Where the encoder tiles, `tile_rows` tells how many tiles stand in each row for an image of some width and height.
+    It decides by the size alone, so that the length of a row of text is known before any pixel is read.
     """
 
     num_tokens: int
     image_size: tuple[int, int]  # height, width in pixels
-    transform: Callable[[Image.Image], Tensor]  # one PIL image -> [3, H, W], deterministic
+    transform: Callable[[Image.Image], Tensor]  # one PIL image -> [3, H, W], or [tiles, 3, H, W]; deterministic
+    tile_rows: Callable[[tuple[int, int]], list[int]] | None = None
+    row_separator: str = ""  # text between the rows of tiles
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class Batch:
     image_mask: Bool[Tensor, "b t"]  # True where visual tokens go
     images_before: Int[Tensor, "b t"]  # how many of the row's images start before this token
     labels: Int[Tensor, "b t"]  # the token itself where it is supervised, else IGNORE
-    num_images: Int[Tensor, " b"]
+    num_images: Int[Tensor, " b"]  # tiles, where images are tiled
     ids: list[str]
     samples: list[Sample] = field(default_factory=list)  # kept for scoring where the loader is asked to
 

@@ -19,11 +19,13 @@ class Row:
 
     sample: Sample  # without its pictures
     encoded: Encoded
-    pixels: list[Tensor]  # each [3, H, W]
+    pixels: list[Tensor]  # each [3, H, W], of an image or a tile
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
-    return Row(replace(sample, images=[]), encoded, [spec.transform(image) for image in sample.images])
+    made = [spec.transform(image) for image in sample.images]
+    tiles = [tile for pixels in made for tile in (pixels if pixels.ndim == 4 else [pixels])]
+    return Row(replace(sample, images=[]), encoded, tiles)
 
 
 def collate(rows: Sequence[Row], *, spec: VisualSpec, pad_id: int, side: Literal["left", "right"] = "right") -> Batch:

@@ -71,6 +71,8 @@ class VLMDataModule(pl.LightningDataModule):
             num_image_tokens=spec.num_tokens,
             max_length=self.max_length,
             chat_template=chat_template,
+            tile_rows=spec.tile_rows,
+            row_separator=spec.row_separator,
         )
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
@@ -100,7 +102,7 @@ class VLMDataModule(pl.LightningDataModule):
         rows = []
         for index in indices:
             sample = self.splits["val"][index]
-            encoded = self.text.encode_prompt(sample.id, sample.messages, len(sample.images))
+            encoded = self.text.encode_prompt(sample.id, sample.messages, len(sample.images), sample.sizes)
             rows.append(make_row(sample, encoded, self.spec))
         return collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
 
@@ -143,7 +145,7 @@ class Rows(Dataset[Row]):
         while True:
             try:
                 sample = self.source[index]
-                encoded = self.text.encode(sample.id, sample.messages, len(sample.images))
+                encoded = self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
                 return make_row(sample, encoded, self.spec)
             except BadSample as error:
                 self._quarantine(index, error)

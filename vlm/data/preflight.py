@@ -46,7 +46,7 @@ def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: i
             unreadable.append(error)
             continue
         try:
-            row = encoder.encode(sample.id, sample.messages, len(sample.images))
+            row = encoder.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
         except ValueError as error:
             raise ValueError(f"preflight of '{name}': {error}") from error
         rows.append(row)

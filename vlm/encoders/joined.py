@@ -50,7 +50,7 @@ class JoinedEncoder(nn.Module):
                 f"encoder.name has {len(name)}, encoder.pretrained {len(pretrained)} and encoder.model_args "
                 f"{len(model_args)} entries; give one for each encoder"
             )
-        self.encoders = nn.ModuleList(
+        encoders = [
             TimmEncoder(
                 name=one,
                 pretrained=source,
@@ -61,8 +61,9 @@ class JoinedEncoder(nn.Module):
                 model_args=arguments,
             )
             for one, source, arguments in zip(name, pretrained, model_args, strict=True)
-        )
-        first, *others = [encoder for encoder in self.encoders if isinstance(encoder, TimmEncoder)]
+        ]
+        self.encoders = nn.ModuleList(encoders)
+        first, *others = encoders
         for other, label in zip(others, name[1:], strict=True):
             for what, ours, theirs in (
                 ("grid", first.grid, other.grid),

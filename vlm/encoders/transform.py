@@ -39,12 +39,16 @@ class Transform:
                 f"encoder.mean has {len(self.mean)} and encoder.std {len(self.std)} numbers; give 3 each, for R, G, B"
             )
 
+    @property
+    def filter(self) -> Image.Resampling:
+        return Image.Resampling[self.interpolation.upper()]
+
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         height, width = self.size
         if image.mode != "RGB":
             image = image.convert("RGB")
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+            image = image.resize((width, height), self.filter)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # 3 H W
         pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # 3 H W
         mean, std = (255 * torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))

@@ -7,8 +7,10 @@ characters, whatever the template. A turn to learn is the assistant's text and t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -16,14 +18,17 @@ from tokenizers import AddedToken, Tokenizer
 from vlm.schema import IGNORE, BadSample, Message
 from vlm.text.spans import Span, answer_spans, learnable, pieces_between
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
+from vlm.text.turns import check_turns, count, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Size = tuple[int, int]  # width and height in pixels
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: T tokens, of which `num_image_tokens` in a row stand for each image.
+    """One row: T tokens, of which `num_image_tokens` in a row stand for each image or tile of one.
 
     `images_before[t]` counts the images that start before or at token t, i.e. how many the token may see: the visual
     tokens of image j (from 0) and the text after them, up to the next image, have j + 1; text before any image has 0.
@@ -40,14 +45,23 @@ class TextEncoder:
     """Conversations to rows for one tokenizer and chat template; the tokenizer itself is never changed.
 
     `chat_template` is a name in `TEMPLATES`, or None for the tokenizer's own. `num_image_tokens` is 0 where the LLM's
-    layers attend to the visual tokens: an image then takes no place and only `images_before` tells of it.
+    layers attend to the visual tokens: an image then takes no place and only `images_before` tells of it. Where images
+    are tiled, `tile_rows` gives the tiles in each row for an image's width and height, and `row_separator` is the text
+    between these rows.
 
     Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located, or
     one that ends no answer with a special token of the tokenizer; also for a tokenizer with neither pad nor eos token.
     """
 
     def __init__(
-        self, *, tokenizer: PreTrainedTokenizerBase, num_image_tokens: int, max_length: int, chat_template: str | None
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_tokens: int,
+        max_length: int,
+        chat_template: str | None,
+        tile_rows: Callable[[Size], list[int]] | None = None,
+        row_separator: str = "",
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -58,22 +72,27 @@ class TextEncoder:
             raise ValueError("the tokenizer has neither a pad nor an eos token; set one of them")
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
+        self.tile_rows = tile_rows
         self.max_length = max_length
         self.pad_id: int = pad_id
         self.template = _resolve(chat_template, tokenizer)
         self._private = _with_placeholder(tokenizer)
+        self._separator = self._private.encode(row_separator, add_special_tokens=False).ids
         self._image_id = self._private.token_to_id(IMAGE_PLACEHOLDER)
         self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self._form = self._probe()
 
-    def encode(self, sample_id: str, messages: Sequence[Message], num_images: int) -> Encoded:
+    def encode(
+        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
+    ) -> Encoded:
         """The whole conversation, every answer supervised; it must end with one.
 
+        `sizes` are width and height of each image; only tiling asks for them.
         Raises BadSample where the sample is at fault (turns that do not alternate, images and placeholders that differ,
         nothing to learn, longer than `max_length`), ValueError where the template is.
         """
-        _check_turns(sample_id, messages, last="assistant")
-        texts = _texts(sample_id, messages, num_images)
+        check_turns(sample_id, messages, last="assistant")
+        texts = texts_of(sample_id, messages, num_images)
         roles = [message["role"] for message in messages]
         answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
         if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in answers):
@@ -86,22 +105,24 @@ class TextEncoder:
             learn = learnable(text, tokens.ids, tokens.offsets, self._spans(roles, texts, text, self._form))
         except ValueError as error:
             raise ValueError(f"sample '{sample_id}': {error}") from error
-        return self._row(sample_id, text, tokens.ids, learn)
+        return self._row(sample_id, text, tokens.ids, learn, sizes)
 
-    def encode_prompt(self, sample_id: str, messages: Sequence[Message], num_images: int) -> Encoded:
+    def encode_prompt(
+        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
+    ) -> Encoded:
         """What stands before the last answer, up to the generation prompt; no label is set.
 
         A conversation that ends with a user message is a prompt already. Raises as `encode` does.
         """
         kept = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-        _check_turns(sample_id, kept, last="user")
-        texts = _texts(sample_id, kept, num_images)
+        check_turns(sample_id, kept, last="user")
+        texts = texts_of(sample_id, kept, num_images)
         try:
             text = self._render([message["role"] for message in kept], texts, self._form, prompt=True)
         except ValueError as error:
             raise ValueError(f"sample '{sample_id}': {error}") from error
         ids = self._private.encode(text, add_special_tokens=False).ids
-        return self._row(sample_id, text, ids, [False] * len(ids))
+        return self._row(sample_id, text, ids, [False] * len(ids), sizes)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -115,6 +136,7 @@ class TextEncoder:
         runs: list[tuple[str, bool]] = []
         pending: list[int] = []
         seen = 0
+        visual = Counter(compress(encoded.images_before, encoded.image_mask))  # how many tokens each image has
         for index, token in enumerate(encoded.input_ids):
             supervised = encoded.labels[index] != IGNORE
             new_images = encoded.images_before[index] - seen
@@ -122,7 +144,7 @@ class TextEncoder:
             if pending and (new_images or supervised != pending_supervised):
                 runs.append((self._decode(pending), pending_supervised))
                 pending = []
-            runs.extend([(f"<image×{self.num_image_tokens}>", False)] * new_images)
+            runs.extend((f"<image×{visual[seen + new]}>", False) for new in range(1, new_images + 1))
             seen += new_images
             if not encoded.image_mask[index]:
                 pending.append(token)
@@ -187,19 +209,30 @@ class TextEncoder:
         except ValueError as error:
             raise ValueError(f"{error}; set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}") from error
 
-    def _row(self, sample_id: str, text: str, ids: Sequence[int], learn: Sequence[bool]) -> Encoded:
+    def _row(
+        self, sample_id: str, text: str, ids: Sequence[int], learn: Sequence[bool], sizes: Sequence[Size]
+    ) -> Encoded:
         row = Encoded(input_ids=[], image_mask=[], images_before=[], labels=[], text=text)
         num_images = 0
         for token, supervised in zip(ids, learn, strict=True):
             is_image = token == self._image_id
             num_images += is_image
-            width = self.num_image_tokens if is_image else 1
-            row.input_ids.extend([self.pad_id if is_image else token] * width)
-            row.image_mask.extend([is_image] * width)
-            row.images_before.extend([num_images] * width)
-            row.labels.extend([token if supervised and not is_image else IGNORE] * width)
+            places = self._places(num_images - 1, sizes) if is_image else [token]
+            row.input_ids.extend(self.pad_id if place is None else place for place in places)
+            row.image_mask.extend(place is None for place in places)
+            row.images_before.extend([num_images] * len(places))
+            row.labels.extend([token if supervised and not is_image else IGNORE] * len(places))
         self._check_length(sample_id, row)
         return row
+
+    def _places(self, image: int, sizes: Sequence[Size]) -> list[int | None]:
+        """What an image takes in a row: None for each visual token, and the separator's ids between rows of tiles."""
+        rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
+        places: list[int | None] = []
+        for number, num_tiles in enumerate(rows):
+            places += self._separator if number else []
+            places += [None] * (num_tiles * self.num_image_tokens)
+        return places
 
     def _check_length(self, sample_id: str, row: Encoded) -> None:
         length = len(row.input_ids)
@@ -209,7 +242,7 @@ class TextEncoder:
         num_supervised = sum(label != IGNORE for label in row.labels[self.max_length :])
         raise BadSample(
             f"sample '{sample_id}' takes {length} tokens but data.max_length is {self.max_length}, which would cut "
-            f"{_count(num_visual, 'image token')} and {_count(num_supervised, 'supervised token')}; "
+            f"{count(num_visual, 'image token')} and {count(num_supervised, 'supervised token')}; "
             f"set data.max_length={length} or more"
         )
 
@@ -256,43 +289,3 @@ def _as_string(text: str) -> str:
 
 def _as_list(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
-
-
-def _check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> None:
-    roles = [message["role"] for message in messages]
-    offset = int(roles[:1] == ["system"])
-    for index, role in enumerate(roles[offset:]):
-        expected = ("user", "assistant")[index % 2]
-        if role != expected:
-            raise BadSample(
-                f"sample '{sample_id}' has '{role}' as message {index + offset + 1} where '{expected}' is due; after "
-                "an optional system message, user and assistant must take turns"
-            )
-    if roles[offset:][-1:] != [last]:
-        found = f"ends with '{roles[-1]}'" if roles else "has no message"
-        raise BadSample(f"sample '{sample_id}' {found} but must end with '{last}'; add or remove a message")
-
-
-def _texts(sample_id: str, messages: Sequence[Message], num_images: int) -> list[str]:
-    """The text of each message with a placeholder for each image."""
-    num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
-    if num_marks != num_images:
-        raise BadSample(
-            f"sample '{sample_id}' holds {_count(num_images, 'image')} but its text has "
-            f"{_count(num_marks, 'image placeholder')}; add or remove an <image>"
-        )
-    texts = [
-        "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])
-        for message in messages
-    ]
-    if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != num_marks:
-        raise BadSample(f"sample '{sample_id}' has the reserved {IMAGE_PLACEHOLDER} in its text; remove it")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \\ud83d gives
-        raise BadSample(f"sample '{sample_id}' has text that is not valid Unicode ({error}); repair it") from error
-    return texts
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

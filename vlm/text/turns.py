@@ -1,0 +1,48 @@
+"""What a conversation must be before it is rendered: turns that alternate, a placeholder for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlm.schema import BadSample, Message
+from vlm.text.templates import IMAGE_PLACEHOLDER
+
+
+def check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> None:
+    roles = [message["role"] for message in messages]
+    offset = int(roles[:1] == ["system"])
+    for index, role in enumerate(roles[offset:]):
+        expected = ("user", "assistant")[index % 2]
+        if role != expected:
+            raise BadSample(
+                f"sample '{sample_id}' has '{role}' as message {index + offset + 1} where '{expected}' is due; after "
+                "an optional system message, user and assistant must take turns"
+            )
+    if roles[offset:][-1:] != [last]:
+        found = f"ends with '{roles[-1]}'" if roles else "has no message"
+        raise BadSample(f"sample '{sample_id}' {found} but must end with '{last}'; add or remove a message")
+
+
+def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> list[str]:
+    """The text of each message with a placeholder for each image."""
+    num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
+    if num_marks != num_images:
+        raise BadSample(
+            f"sample '{sample_id}' holds {count(num_images, 'image')} but its text has "
+            f"{count(num_marks, 'image placeholder')}; add or remove an <image>"
+        )
+    texts = [
+        "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])
+        for message in messages
+    ]
+    if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != num_marks:
+        raise BadSample(f"sample '{sample_id}' has the reserved {IMAGE_PLACEHOLDER} in its text; remove it")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \\ud83d gives
+        raise BadSample(f"sample '{sample_id}' has text that is not valid Unicode ({error}); repair it") from error
+    return texts
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
