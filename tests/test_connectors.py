@@ -26,7 +26,9 @@ GRIDS = {"pixel_shuffle": (2, 4), "c_abstractor": (3, 3)}  # of those that do no
 def build(option: str, **changes: object) -> nn.Module:
     sizes = {**SIZES, "grid": GRIDS.get(option, SIZES["grid"])}
     own = {k: v for k, v in changes.items() if k not in SIZES}
-    make = instantiate(OmegaConf.load(CONF / f"{option}.yaml"), _convert_="all", _partial_=True, **own)
+    config = OmegaConf.load(CONF / f"{option}.yaml")
+    del config["lr"]  # the stage's
+    make = instantiate(config, _convert_="all", _partial_=True, **own)
     return make(**{**sizes, **{k: v for k, v in changes.items() if k in SIZES}})
 
 

@@ -103,7 +103,7 @@ def test_names_and_count_of_the_parameters() -> None:
 def test_the_shipped_option_fits_the_tiny_llm() -> None:
     options = OmegaConf.to_container(OmegaConf.load(f"{CONF}/connector/cross_attention.yaml"))
     layers = OmegaConf.load(f"{CONF}/llm/tiny.yaml").config.num_hidden_layers
-    options.pop("_target_")
+    del options["_target_"], options["lr"]  # the stage reads the rate
     connector = CrossAttention(**FACTS, **options)
     connector.attach([nn.Identity() for _ in range(layers)])
     assert len(connector.blocks) == 1
@@ -357,7 +357,7 @@ def test_keys_and_values_are_computed_once_for_all_generated_tokens() -> None:
 def test_beams_of_a_batch_are_those_of_its_rows_alone() -> None:
     model, images = vision(gate=0.5).eval(), pictures(3)
     prompts = [[11, IMAGE, 12, 13, IMAGE, 14], [15, 16], [IMAGE, 17, 18]]
-    search = {"stop_ids": [1], "max_new_tokens": 4, "num_beams": 3}
+    search = {"stop_ids": [1], "max_new_tokens": 6, "num_beams": 6}
     together = model.generate(rows(*((prompt, []) for prompt in prompts), side="left"), **search)
     alone = [
         model.generate(rows((prompt, []), images=own, side="left"), **search)

@@ -44,7 +44,9 @@ VALUES = ("seed", "ckpt", "run_dir", "checkpoint", "preflight", "answers", "plan
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as plain dictionaries and lists."""
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    settings["connector"].pop("lr", None)  # advice to a stage, which has read it
+    return settings
 
 
 def check(cfg: Mapping[str, Any]) -> None:
