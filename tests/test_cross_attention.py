@@ -19,7 +19,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from tests.parts import IMAGE, make_batch, make_module, pictures, tiny_encoder, tiny_llm
 from tests.test_model import FAMILIES
 from vlm.cli.entry import CONF
-from vlm.connectors.cross_attention import CrossAttention, GatedBlock, View
+from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention, GatedBlock, View
 from vlm.connectors.resampler import Resampler
 from vlm.models.composed import Composed
 from vlm.schema import Batch
@@ -40,7 +40,7 @@ def vision(*, gate: float = 0.0, llm: Any = None, every: int = 1, **options: Any
     model = Composed(encoder=tiny_encoder(), connector=connector, llm=llm)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
-            nn.init.constant_(parameter, gate)
+            nn.init.constant_(parameter, gate / GATE_SPEED)
     return model
 
 
@@ -96,7 +96,7 @@ def test_names_and_count_of_the_parameters() -> None:
     names = {name for name, _ in connector.named_parameters() if not name.startswith("resampler.")}
     assert names == {f"blocks.{index}.{tensor}" for index in (0, 1) for tensor in tensors}
     resampler = sum(p.numel() for p in Resampler(**FACTS, **SIZES).parameters())
-    block = 4 * 32 * 2 * 8 + 2 * 2 * 32 * 32 + 4 * 32 + 2
+    block = 4 * 32 * 2 * 8 + 2 * 2 * 32 * 32 + 4 * 32 + 2 * 32
     assert sum(p.numel() for p in connector.parameters()) == resampler + 2 * block
 
 
@@ -374,7 +374,11 @@ def test_beams_of_a_batch_are_those_of_its_rows_alone() -> None:
 def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
     """Their RMS norms and SwiGLU give place to ours; attention, mask, gates and sums are theirs."""
     config = IdeficsConfig(
-        hidden_size=32, num_attention_heads=4, vision_config={"embed_dim": 32}, alpha_type="float", qk_layer_norms=False
+        hidden_size=32,
+        num_attention_heads=4,
+        vision_config={"embed_dim": 32},
+        alpha_type="vector",
+        qk_layer_norms=False,
     )
     config._attn_implementation = "eager"
     theirs = IdeficsGatedCrossAttentionLayer(config, layer_idx=0)
@@ -385,14 +389,14 @@ def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
         for norm in (ours.attention_norm, ours.ff_norm):
             norm.weight.normal_(1, 0.3)
             norm.bias.normal_()
-        ours.attention_gate.fill_(0.7)
-        ours.ff_gate.fill_(-0.4)
+        ours.attention_gate.normal_(std=1 / GATE_SPEED)
+        ours.ff_gate.normal_(std=1 / GATE_SPEED)
     theirs.load_state_dict(
         {
             **{f"cross_attn.{name}_proj.weight": getattr(ours, name).weight for name in "qkv"},
             "cross_attn.o_proj.weight": ours.out.weight,
-            "alpha_cross_attn": ours.attention_gate,
-            "alpha_dense": ours.ff_gate,
+            "alpha_cross_attn": GATE_SPEED * ours.attention_gate[None, None],
+            "alpha_dense": GATE_SPEED * ours.ff_gate[None, None],
         },
         strict=False,
     )

@@ -23,6 +23,9 @@ from vlm.connectors.resampler import Resampler
 from vlm.schema import Batch
 
 VIEW = "_view_of_images"  # attribute of a layer's input
+# Adam moves a number by about the learning rate a step, whatever the gradient. At a rate that suits the matrices a gate
+# would stay near zero for thousands of steps, and what it holds back would hardly count; so gates move faster.
+GATE_SPEED = 30.0
 SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
 
 
@@ -39,7 +42,7 @@ class CrossAttention(nn.Module):
     it. Outside `looking_at` the LLM is bare.
 
     Parameters: the resampler's, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the feed-forward half, 4·D
-    for their norms and 2 for their gates.
+    for their norms and 2·D for their gates.
 
     Args:
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
@@ -61,7 +64,7 @@ class CrossAttention(nn.Module):
         every: int = 2,
         all_previous_images: bool = False,
         num_queries: int = 64,
-        depth: int = 6,
+        depth: int = 2,
         num_heads: int = 8,
         head_width: int = 64,
         ff_mult: int = 4,
@@ -198,10 +201,11 @@ class View:
 
 
 class GatedBlock(nn.Module):
-    """Attention to the visual tokens, then a feed-forward half, each added behind a tanh gate that starts at zero.
+    """Attention to the visual tokens, then a feed-forward half, each added behind tanh gates that start at zero.
 
-    A closed gate passes no gradient but its own, so it must open first. What it then adds starts at the scale of the
-    LLM's embeddings, `output_rms`.
+    A closed gate passes no gradient but its own, so it must open first. Each channel has one, as in Idefics: what it
+    holds back points anywhere at the start, and Flamingo's one gate for all channels could not turn it. What an open
+    gate adds starts at the scale of the LLM's embeddings, `output_rms`.
     """
 
     def __init__(self, *, width: int, num_heads: int, head_width: int, ff_mult: int, output_rms: float) -> None:
@@ -213,11 +217,11 @@ class GatedBlock(nn.Module):
         self.k = _linear(width, inner)
         self.v = _linear(width, inner)
         self.out = _linear(inner, width, gain=output_rms)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
+        self.attention_gate = nn.Parameter(torch.zeros(width))
         self.ff_norm = nn.LayerNorm(width)
         self.ff_in = _linear(width, ff_mult * width)
         self.ff_out = _linear(ff_mult * width, width, gain=output_rms / math.sqrt(SQUARED_RELU_SECOND_MOMENT))
-        self.ff_gate = nn.Parameter(torch.zeros(1))
+        self.ff_gate = nn.Parameter(torch.zeros(width))
 
     def project(self, visual: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
         """Keys and values of the visual tokens."""
@@ -236,9 +240,9 @@ class GatedBlock(nn.Module):
         mask = (visible | ~sighted)[:, None]  # B 1 L S
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
         attended = attended.transpose(1, 2).flatten(2) * sighted  # B L H·W
-        hidden = hidden + self.attention_gate.tanh() * self.out(attended)  # B L D
+        hidden = hidden + (GATE_SPEED * self.attention_gate).tanh() * self.out(attended)  # B L D
         inner = F.relu(self.ff_in(self.ff_norm(hidden))).square()  # B L ff_mult·D
-        return hidden + self.ff_gate.tanh() * self.ff_out(inner)  # B L D
+        return hidden + (GATE_SPEED * self.ff_gate).tanh() * self.ff_out(inner)  # B L D
 
     def _heads(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t w"]:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
