@@ -61,7 +61,7 @@ def train(cfg: Any) -> None:
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, every_n_steps=every)
     trainer = build.build_trainer(settings, run_dir, [save])
     OmegaConf.save(OmegaConf.create(settings), run_dir / "config.yaml")  # from here on the directory is taken
-    build.log_options(trainer, settings)
+    run.log_options(trainer, settings)
     trainer.fit(module, datamodule=data)
     by_type = {type(callback): callback for callback in trainer.callbacks}
     interrupted = StopOnInterrupt in by_type and by_type[StopOnInterrupt].interrupted

@@ -21,6 +21,7 @@ import eval as evaluation
 import train as training
 from vlm import build
 from vlm.cli.entry import start
+from vlm.run import log_options
 
 ROOT = Path(__file__).parents[1]
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "debug=fast"]
@@ -311,4 +312,11 @@ def test_a_logger_that_cannot_start_is_one_sentence() -> None:
 
     message = r"the logger NoAccount could not start: No API key configured.; logger.offline=true needs no account"
     with pytest.raises(ValueError, match=message):
-        build.log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"offline": False}})
+        log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"offline": False}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test misses")
+def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
+    settings = {"trainer": {"_target_": "lightning.pytorch.Trainer", "accelerator": "gpu", "precision": "32-true"}}
+    with pytest.raises(ValueError, match=r"No supported gpu backend found! Choose trainer=cpu or auto"):
+        build.build_trainer({**settings, "callbacks": {}, "logger": {}}, Path("unused"), [])

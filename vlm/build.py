@@ -16,6 +16,7 @@ import torch
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vlm.artifact import fingerprint
@@ -237,18 +238,10 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         "check_val_every_n_epoch": None,
         "use_distributed_sampler": True,
     }
-    return bind("trainer", options, derived)()
-
-
-def log_options(trainer: Any, cfg: Mapping[str, Any]) -> None:
-    """Tell the loggers the config, which makes them start. Raises ValueError where one cannot."""
-    for logger in trainer.loggers:
-        try:
-            logger.log_hyperparams(cfg)
-        except Exception as error:  # each service raises its own kinds
-            cause = str(error).strip().partition("\n")[0]
-            hint = "logger.offline=true needs no account" if "offline" in cfg["logger"] else "choose another logger="
-            raise ValueError(f"the logger {type(logger).__name__} could not start: {cause}; {hint}") from error
+    try:
+        return bind("trainer", options, derived)()
+    except MisconfigurationException as error:
+        raise ValueError(f"this machine cannot run this trainer: {error} Choose trainer=cpu or auto") from error
 
 
 def precision(cfg: Mapping[str, Any]) -> str:

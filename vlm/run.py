@@ -64,6 +64,17 @@ def print_parts(model: nn.Module, options: Mapping[str, str | None], states: dic
     CONSOLE.print(table)
 
 
+def log_options(trainer: Any, cfg: Mapping[str, Any]) -> None:
+    """Tell the loggers the config, which makes them start. Raises ValueError where one cannot."""
+    for logger in trainer.loggers:
+        try:
+            logger.log_hyperparams(cfg)
+        except Exception as error:  # each service raises its own kinds
+            cause = str(error).strip().partition("\n")[0]
+            hint = "logger.offline=true needs no account" if "offline" in cfg["logger"] else "choose another logger="
+            raise ValueError(f"the logger {type(logger).__name__} could not start: {cause}; {hint}") from error
+
+
 def finish(run_dir: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
     """Write the final figures and print them with a few held-out pictures."""
     write_json(run_dir / "metrics.json", metrics)
