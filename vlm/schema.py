@@ -61,7 +61,12 @@ class BadSample(ValueError):
 
 @runtime_checkable
 class Source(Protocol):
-    """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read."""
+    """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read.
+
+    A source that can tell a sample's text without opening its images has `outline(index) -> Sample`, whose `images` are
+    empty; one that does not read each sample once an epoch has `order(epoch, *, seed) -> Sequence[int]`, the indices of
+    that epoch in the order to read them. Neither is required.
+    """
 
     def __len__(self) -> int: ...
 
