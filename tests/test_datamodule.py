@@ -13,7 +13,8 @@ from chat import byte_tokenizer, say
 from PIL import Image
 from torch import Tensor
 
-from vlm.data.datamodule import EvenBatches, VLMDataModule
+from vlm.data.batching import EvenBatches
+from vlm.data.datamodule import VLMDataModule
 from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
 
 K = 3
@@ -62,7 +63,7 @@ def equal(a: Batch, b: Batch) -> bool:
 def test_even_batches(num: int, size: int) -> None:
     batches = list(EvenBatches(range(num), batch_size=size))
     lengths = [len(batch) for batch in batches]
-    assert list(chain(*batches)) == list(range(num))
+    assert list(chain(*batches)) == [[index] for index in range(num)]
     assert len(batches) == len(EvenBatches(range(num), batch_size=size)) == -(-num // size)
     assert max(lengths) - min(lengths) <= 1
     assert max(lengths) <= size
