@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch.utils.data import Sampler
@@ -17,10 +17,10 @@ Rows = list[list[int]]  # a batch: rows, each the indices of the samples in it
 
 
 class Batches(Sampler[Rows]):
-    """The training batches of one rank, epoch after epoch, each epoch in an order of its own.
+    """The training batches of one rank, without end: epoch follows epoch, each in an order of its own.
 
-    All ranks work out the same batches and take turns at them, so that ranks × batches of a size are the batches of one
-    rank that are as much larger. What is left at the end of an epoch and fills no batch on every rank is left out.
+    All ranks work out the same batches and take turns at them, so that R ranks with batches of a size read what one
+    rank with batches R times as large would. A batch may hold the end of one epoch and the start of the next.
 
     Args:
         source: whose indices to hand out; in its own `order`, if it has one.
@@ -30,7 +30,7 @@ class Batches(Sampler[Rows]):
         batch_tokens: the most tokens a batch may have, padding included, with batching by tokens: rows of like length.
         row_tokens: the most tokens a row of several samples may have, with packing (first fit, longest first); None
             packs nothing.
-        same_every_epoch: the first epoch's order again and again, to overfit its first batches.
+        start: where to go on, from `position`; None is the beginning.
     """
 
     def __init__(
@@ -45,26 +45,37 @@ class Batches(Sampler[Rows]):
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
-        same_every_epoch: bool = False,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.source: Any = source
         self.length, self.batching, self.seed = length, batching, seed
         self.batch_size, self.batch_tokens, self.row_tokens = batch_size, batch_tokens, row_tokens
-        self.rank, self.num_ranks, self.same_every_epoch = rank, num_ranks, same_every_epoch
-        self.epoch = 0
+        self.rank, self.num_ranks = rank, num_ranks
+        self.start = start or {"epoch": 0, "index": 0, "waiting": [], "number": 0, "batches": 0}
 
     def __iter__(self) -> Iterator[Rows]:
-        epoch = 0 if self.same_every_epoch else self.epoch
-        self.epoch += 1
-        batches = self._batches(epoch)
-        while len(turn := list(itertools.islice(batches, self.num_ranks))) == self.num_ranks:
-            yield turn[self.rank]
+        return itertools.islice(self._batches(), self.rank, None, self.num_ranks)
 
-    def __len__(self) -> int:
-        """Raises TypeError where only reading the samples would tell."""
-        if self.batching == "tokens" or self.row_tokens is not None:
-            raise TypeError("how many batches an epoch has is known only at its end")
-        return len(self._order(0)) // (self.batch_size * self.num_ranks)
+    def position(self, num_batches: int) -> dict[str, Any]:
+        """Where a run stands after `num_batches` batches of each rank: all that `start` needs to go on from there."""
+        batches = num_batches * self.num_ranks
+        while len(self._windows) > 1 and self._windows[1]["number"] <= batches:  # loaders read windows ahead
+            self._windows.pop(0)
+        return {**self._windows[0], "batches": batches}
+
+    def _batches(self) -> Iterator[Rows]:
+        epoch, index, number, waiting = (self.start[key] for key in ("epoch", "index", "number", "waiting"))
+        skip = self.start["batches"] - number
+        self._windows: list[dict[str, Any]] = []
+        while True:
+            if index == 0 or not self._windows:
+                order = self._order(epoch)
+            self._windows.append({"epoch": epoch, "index": index, "waiting": waiting, "number": number})
+            rng = random.Random(f"{self.seed} {epoch} {index}")
+            batches, waiting = self._window(order[index : index + WINDOW], waiting, rng)
+            yield from batches[skip:]
+            number, skip = number + len(batches), max(0, skip - len(batches))
+            epoch, index = (epoch, index + WINDOW) if index + WINDOW < len(order) else (epoch + 1, 0)
 
     def _order(self, epoch: int) -> Sequence[int]:
         if hasattr(self.source, "order"):
@@ -73,26 +84,23 @@ class Batches(Sampler[Rows]):
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
-    def _batches(self, epoch: int) -> Iterator[Rows]:
-        order = self._order(epoch)
+    def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random) -> tuple[list[Rows], Rows]:
+        """The batches of some samples and of the rows that wait since the window before, and the rows left to wait."""
         if self.batching == "samples" and self.row_tokens is None:
-            yield from _full([[index] for index in order], self.batch_size)
-            return
-        rng = random.Random(f"{self.seed} {epoch} rows")
-        waiting: Rows = []
-        for start in range(0, len(order), WINDOW):
-            lengths = {index: self.length(index) for index in order[start : start + WINDOW]}
-            rows = [[index] for index in lengths] if self.row_tokens is None else pack(lengths, self.row_tokens)
+            rows = [[index] for index in indices]
+        else:
+            lengths = [(index, self.length(index)) for index in indices]
+            packed = [[pair] for pair in lengths] if self.row_tokens is None else pack(lengths, self.row_tokens)
+            rows = [[index for index, _ in row] for row in packed]
+            rng.shuffle(rows)
             if self.batching == "tokens":
-                batches = by_tokens(rows, [sum(lengths[index] for index in row) for row in rows], self.batch_tokens)
+                sizes = dict(lengths)
+                batches = by_tokens(rows, [sum(sizes[index] for index in row) for row in rows], self.batch_tokens)
                 rng.shuffle(batches)
-                yield from batches
-            else:
-                rng.shuffle(rows)
-                waiting += rows
-                full = len(waiting) // self.batch_size * self.batch_size
-                yield from _full(waiting, self.batch_size)
-                waiting = waiting[full:]
+                return batches, []
+        rows = waiting + rows
+        full = len(rows) - len(rows) % self.batch_size
+        return [rows[at : at + self.batch_size] for at in range(0, full, self.batch_size)], rows[full:]
 
 
 class EvenBatches(Sampler[Rows]):
@@ -114,17 +122,17 @@ class EvenBatches(Sampler[Rows]):
         return len(self.batches)
 
 
-def pack(lengths: dict[int, int], capacity: int) -> Rows:
-    """Samples in rows of at most `capacity` tokens: the longest first, each into the first row that has room."""
-    rows: Rows = []
+def pack(lengths: Sequence[tuple[int, int]], capacity: int) -> list[list[tuple[int, int]]]:
+    """Pairs (sample, tokens) in rows of at most `capacity` tokens: the longest first, each into the first with room."""
+    rows: list[list[tuple[int, int]]] = []
     room: list[int] = []
-    for index in sorted(lengths, key=lambda index: -lengths[index]):
-        place = next((i for i, left in enumerate(room) if left >= lengths[index]), len(rows))
+    for pair in sorted(lengths, key=lambda pair: -pair[1]):
+        place = next((i for i, left in enumerate(room) if left >= pair[1]), len(rows))
         if place == len(rows):
             rows.append([])
             room.append(capacity)
-        rows[place].append(index)
-        room[place] -= lengths[index]
+        rows[place].append(pair)
+        room[place] -= pair[1]
     return rows
 
 
@@ -137,9 +145,3 @@ def by_tokens(rows: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
             batches.append([])
         batches[-1].append(row)
     return batches
-
-
-def _full(rows: Rows, size: int) -> Iterator[Rows]:
-    """The rows in batches of `size`, without what fills none."""
-    for start in range(0, len(rows) - size + 1, size):
-        yield rows[start : start + size]

@@ -75,6 +75,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
         self.bad_samples_file = bad_samples_file
+        self._start: dict[str, Any] | None = None  # of the training batches
 
     def connect(self, *, spec: VisualSpec, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         """Learn what a picture and a word are to the model."""
@@ -98,12 +99,7 @@ class VLMDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.splits["train"]
         rank, num_ranks = self._rank()
-        if self.batching == "samples" and not self.packing and len(source) < self.batch_size * num_ranks:
-            raise ValueError(
-                f"the train split has {len(source)} samples, fewer than the {self.batch_size} x {num_ranks} of a step; "
-                f"set data.batch_size={max(1, len(source) // num_ranks)} or less"
-            )
-        sampler = Batches(
+        self._batches = Batches(
             source,
             length=self._length,
             batching=self.batching,
@@ -113,9 +109,17 @@ class VLMDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=rank,
             num_ranks=num_ranks,
-            same_every_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
+            start=self._start,
         )
-        return self._loader("train", sampler)
+        return self._loader("train", self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data stands, for a run that goes on from here."""
+        assert self.trainer is not None
+        return self._batches.position(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start = state
 
     def val_dataloader(self) -> DataLoader[Batch]:
         rank, num_ranks = self._rank()
@@ -170,4 +174,5 @@ class VLMDataModule(pl.LightningDataModule):
             multiprocessing_context=multiprocessing.get_context("fork") if self.num_workers else None,
             collate_fn=partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources),
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or a loader would draw from the one that dropout draws from
         )
