@@ -80,6 +80,7 @@ def own_template(tokenizer: PreTrainedTokenizerFast, before: str, after: str) ->
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
         "{% else %}{{ '" + before + "' + m.content + '" + after + "' }}{% endif %}{% endfor %}"
+        "{{ '" + before + "' if add_generation_prompt }}"
     )
     return tokenizer
 

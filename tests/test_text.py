@@ -26,14 +26,15 @@ END_MARK = {
     "plain": "<eos>",
     "chatml": "<|im_end|>",
     "gemma": "<end_of_turn>",
+    "llama2": " <eos>",
     "llama3": "<|eot_id|>",
     "vicuna_v1": "<eos>",
     "mistral": "<eos>",
     "phi": "<|end|>",
     "t5": "<eos>",
 }
-TRIMS = {"gemma", "llama3", "mistral"}  # what stands around an answer
-SPACE_FIRST = {"vicuna_v1", "mistral"}  # between the generation prompt and the answer
+TRIMS = {"gemma", "llama2", "llama3", "mistral"}  # what stands around an answer
+SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ PREAMBLE = (
     ("template", "system", "text"),
     [
         ("llama3", "Be brief.", "<bos>{system}Be brief.<|eot_id|>{user}@Hi<|eot_id|>{assistant}⟦no<|eot_id|>⟧"),
+        ("llama2", "Be brief.", "<bos>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n@Hi [/INST] ⟦no <eos>⟧"),
         ("vicuna_v1", "Be brief.", "<bos>Be brief. USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
         ("vicuna_v1", None, f"<bos>{PREAMBLE} USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
         ("mistral", "Be brief.", "<bos>[INST] Be brief.\n\n@Hi[/INST] ⟦no<eos>⟧"),
