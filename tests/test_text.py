@@ -279,6 +279,18 @@ def test_images_before_and_display(bytes_only):
     assert layers.display(row) == "<bos>a<image×0><image×0>\n⟦b<eos>⟧<image×0>c\n⟦d<eos>⟧"
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_images_stand_where_their_placeholders_stood(merging, template):
+    messages = [say("system", "s", None), say("user", "wo", None, "rd ", None, None), say("assistant", "y", None, "es")]
+    for number in (0, 2):
+        subject = encoder(merging, template, num_image_tokens=number)
+        shown = subject.display(subject.encode("a/1", messages, 5))
+        image = f"<image×{number}>"
+        for part in (f"s{image}", f"wo{image}rd {image}{image}", f"{image}⟦es"):
+            assert part in shown
+        assert shown.count(image) == 5
+
+
 def test_prompt(bytes_only):
     subject = encoder(bytes_only, "chatml")
     prompt = subject.encode_prompt("a/1", ONE_TURN, 1)

@@ -170,6 +170,7 @@ def test_cut_rows_of_random_conversations(merging, template, num_image_tokens):
         assert cut.labels == row.labels[:length]
         assert cut.images_before[-1] == number
         assert sum(cut.image_mask) == sum(row.image_mask)
+        assert set(cut.labels) != {IGNORE}
         assert cut.labels[-1] != IGNORE or length == len(row.input_ids)
 
     check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
@@ -27,8 +28,7 @@ def disarmer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     parts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
     if not parts:
         return str
-    pattern = re.compile("|".join(parts))
-    return lambda text: pattern.sub(rf"\g<0>{BREAK}", text)
+    return partial(re.compile("|".join(parts)).sub, rf"\g<0>{BREAK}")
 
 
 def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
