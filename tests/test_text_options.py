@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms import ToTensor
 from transformers import PreTrainedTokenizerFast
 
 from tests.chat import byte_tokenizer, encoder, merging_tokenizer, say
 from tests.conversations import conversations, few, num_images
-from vlm.schema import IGNORE, BadSample
+from vlm.data.datamodule import VLMDataModule
+from vlm.schema import IGNORE, BadSample, VisualSpec
 from vlm.text.templates import TEMPLATES
 
 TWO_TURNS = [
@@ -26,6 +28,14 @@ def bytes_only() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def merging() -> PreTrainedTokenizerFast:
     return merging_tokenizer()
+
+
+def test_the_options_of_the_data_reach_the_encoder(bytes_only):
+    options = {"train_on": "last_assistant", "system_prompt": "Be brief.", "too_long": "truncate_text"}
+    data = VLMDataModule(source=lambda split: ["a", "b"], **options)
+    spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
+    data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
+    assert {name: getattr(data.text, name) for name in options} == options
 
 
 # --- train_on --------------------------------------------------------------------------------------------------------
