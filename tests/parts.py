@@ -19,7 +19,7 @@ from vlm.module import VLMModule
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.optim import set_trainable
 from vlm.schema import IGNORE, Batch, Message, Sample, VisualSpec
-from vlm.text.encode import Encoded
+from vlm.text.row import Encoded
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm.schema import IGNORE, Batch, Sample, VisualSpec
-from vlm.text.encode import Encoded
+from vlm.text.row import Encoded
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class VLMDataModule(pl.LightningDataModule):
         packing: put several training samples in a row of up to `max_length` tokens; none sees another.
         num_workers: processes that read and transform samples; 0 reads in the training process.
         max_length: tokens a row may have, visual tokens included.
+        train_on, system_prompt, too_long: as `TextEncoder` takes them.
         num_val_samples: how many of the held-out samples every validation takes (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_share: with `skip`, the share of bad samples above which the run stops all the same.
@@ -54,6 +55,9 @@ class VLMDataModule(pl.LightningDataModule):
         packing: bool = False,
         num_workers: int = 0,
         max_length: int = 512,
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        system_prompt: str | None = None,
+        too_long: Literal["drop", "truncate_text"] = "drop",
         num_val_samples: int | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_share: float = 0.01,
@@ -72,6 +76,7 @@ class VLMDataModule(pl.LightningDataModule):
             )
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.batching, self.batch_tokens, self.packing = batching, batch_tokens, packing
+        self.train_on, self.system_prompt, self.too_long = train_on, system_prompt, too_long
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
         self.bad_samples_file = bad_samples_file
@@ -87,6 +92,9 @@ class VLMDataModule(pl.LightningDataModule):
             chat_template=chat_template,
             tile_rows=spec.tile_rows,
             row_separator=spec.row_separator,
+            train_on=self.train_on,
+            system_prompt=self.system_prompt,
+            too_long=self.too_long,
         )
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
