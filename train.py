@@ -1,7 +1,11 @@
-"""Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …]."""
+"""Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …].
+
+`python train.py resume=<run dir>` goes on with a run that ended too soon.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +17,68 @@ def train(cfg: Any) -> None:
     # Imported here: a misspelt option should be told before a second's worth of libraries.
     import lightning.pytorch as pl
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from vlm import artifact, build, run
-    from vlm.callbacks.save import Save
-    from vlm.callbacks.stop import StopOnInterrupt
+    from vlm.callbacks.save import Save, newest_checkpoint
+    from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
     from vlm.cli import plan
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
 
-    hydra = HydraConfig.get().runtime
-    cfg.run_dir = hydra.output_dir  # a sweep has its own, and the loggers' folders follow
+    hydra = HydraConfig.get()
+    cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
     if plan.wanted(cfg):
         plan.plan(cfg)
         return
-    settings = build.plain(cfg)
+    run_dir = Path(hydra.runtime.output_dir)
+    if cfg.resume:
+        settings, choices = run.read_config(run_dir)
+        run.only_resumes(hydra.overrides.task)
+        checkpoint = newest_checkpoint(run_dir)
+    else:
+        settings, choices = build.plain(cfg), dict(hydra.runtime.choices)
+        checkpoint = None
     build.check(settings)
-    run_dir = Path(hydra.output_dir)
-    run.claim(run_dir)
+    if not cfg.resume:
+        run.claim(run_dir)
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)
     lineage, inherited = [], []
-    if settings["ckpt"]:
-        earlier = artifact.load(settings["ckpt"], model=model, manifest=manifest)
-        lineage, inherited = earlier["stages"], earlier["tensors"]
+    if ckpt := run_dir if checkpoint else settings["ckpt"]:  # a run that goes on has all of earlier stages itself
+        earlier = artifact.load(ckpt, model=model, manifest=manifest)
+        lineage, inherited = earlier["stages"][: -1 if checkpoint else None], earlier["tensors"]
         manifest["lora"] = earlier["lora"]
         if settings["stage"]["llm"] == "lora" and earlier["lora"] not in (None, settings["stage"]["lora"]):
             raise ValueError(
-                f"ckpt={settings['ckpt']} has an adapter with {earlier['lora']}, stage.lora is "
+                f"ckpt={ckpt} has an adapter with {earlier['lora']}, stage.lora is "
                 f"{settings['stage']['lora']}; use the same, one adapter is trained on"
             )
     module = build.build_module(settings, model)
     stage = settings["stage"]
     manifest |= {
         "lora": stage["lora"] if stage["llm"] == "lora" else manifest.get("lora"),
-        "stages": [*lineage, {"name": stage["name"], "run": str(run_dir), "options": dict(hydra.choices)}],
+        "stages": [*lineage, {"name": stage["name"], "run": str(run_dir), "options": choices}],
         "code": run.provenance(),
     }
     data = build.build_data(settings, model, run_dir)
-    run.print_parts(model, hydra.choices, stage)
+    run.print_parts(model, choices, stage)
     checks = settings["preflight"]
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
 
-    every = settings["checkpoint"]["every_n_steps"]
-    save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, every_n_steps=every)
+    save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     trainer = build.build_trainer(settings, run_dir, [save])
-    OmegaConf.save(OmegaConf.create(settings), run_dir / "config.yaml")  # from here on the directory is taken
+    if checkpoint is None:
+        run.write_config(run_dir, settings, choices)  # from here on the directory is taken
+    run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
     by_type = {type(callback): callback for callback in trainer.callbacks}
-    interrupted = StopOnInterrupt in by_type and by_type[StopOnInterrupt].interrupted
+    received = by_type[StopOnSignal].received if StopOnSignal in by_type else None
     metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name in ("train/loss",)}
     records: list[dict[str, Any]] = []
-    if not interrupted:
+    if received is None:
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
         metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -86,8 +97,8 @@ def train(cfg: Any) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             logger.finalize("success")
-    if interrupted:
-        raise KeyboardInterrupt
+    if received is not None:
+        sys.exit(128 + received)
 
 
 if __name__ == "__main__":

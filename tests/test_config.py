@@ -173,7 +173,7 @@ def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
             ["max_epoch"],
         ),
         ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
-        ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnInterrupt\n  soon: 1", ["callbacks.stop.soon"]),
+        ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnSignal\n  soon: 1", ["callbacks.stop.soon"]),
         ("encoder", "_target_: vlm.encoders.timm.TimmEncoder\nweights: random", ["encoder lacks the option name"]),
     ],
 )

@@ -33,14 +33,14 @@ TYPES = BeartypeConf(is_pep484_tower=True)  # a whole number is also a float
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
 STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
 SECTIONS = {
-    "checkpoint": {"every_n_steps"},
     "preflight": {"samples", "show"},
     "answers": {"num_samples", "batch_size", "max_new_tokens"},
     "plan": {"show", "json"},
     "stage": STAGE_KEYS,  # and the arguments of VLMModule
 }
+SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-VALUES = ("seed", "ckpt", "run_dir", "checkpoint", "preflight", "answers", "plan")
+VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def check(cfg: Mapping[str, Any]) -> None:
     _typed(
         "stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule
     )
-    for section in ("checkpoint", "preflight", "answers"):
+    bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
+    for section in ("preflight", "answers"):
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{section}.{key}={value!r} is not a whole number")
@@ -158,6 +159,8 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         options, tiles = split_tiles(cfg["encoder"])
         encoder = bind("encoder", options)().requires_grad_(False)
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
+    if cfg["data"]["packing"]:
+        llm.check_packing()
     bases = {
         part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
         for part, module in (("encoder", encoder), ("llm", llm))
@@ -210,8 +213,6 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
         transform, separator = tiles.around(model.encoder.transform), "\n" if tiles.row_separator else ""
         spec = replace(spec, transform=transform, tile_rows=transform.rows, row_separator=separator)
     data.connect(spec=spec, tokenizer=model.llm.tokenizer, chat_template=cfg["llm"]["chat_template"])
-    if data.packing:
-        model.llm.check_packing()
     return data
 
 

@@ -139,6 +139,13 @@ class VLMModule(pl.LightningModule):
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError unless the checkpoint holds exactly what trains; what is frozen is loaded already."""
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if odd := sorted(trainable ^ set(checkpoint["state_dict"])):
+            raise ValueError(f"the checkpoint does not fit this run: {len(odd)} tensors differ, first {odd[0]!r}")
+        self.strict_loading = False
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all ranks."""
         return self.trainer.strategy.reduce(values, reduce_op="sum")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +27,47 @@ def claim(run_dir: Path) -> None:
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
     run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
+    """config.yaml: the resolved settings, and which option each group had."""
+    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices)}), run_dir / "config.yaml")
+
+
+def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The settings and choices of a run. Raises ValueError where the directory holds none."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return settings, settings.pop("choices", {})
+
+
+def only_resumes(overrides: Sequence[str]) -> None:
+    """Raise ValueError where the command line has more than what names the run to resume."""
+    others = [override for override in overrides if not override.startswith(("resume=", "run_dir="))]
+    if others:
+        raise ValueError(
+            f"resume= goes on with a run as it was configured; leave out {' '.join(others)}, or start a new run from "
+            "its artefact with ckpt="
+        )
+
+
+def forget_after(run_dir: Path, *, step: int) -> None:
+    """Drop the metrics of steps that will be done again."""
+    file = run_dir / "metrics.jsonl"
+    if file.exists():
+        kept = [line for line in file.read_text().splitlines(keepends=True) if _step(line) <= step]
+        aside = file.with_name(file.name + ".tmp")
+        aside.write_text("".join(kept))
+        os.replace(aside, file)
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:  # a line that was being written when the run was killed
+        return float("inf")
 
 
 def provenance() -> dict[str, Any]:

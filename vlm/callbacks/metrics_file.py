@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 class MetricsFile(pl.Callback):
     """Appends the train metrics at every logged step and the val metrics at every validation of a fit."""
 
-    _last = 0
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._last = trainer.global_step  # not 0 where a run goes on
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step

@@ -39,8 +39,10 @@ class Progress(pl.Callback):
         )
         total = int(trainer.estimated_stepping_batches)
         self._task = self._bar.add_task("training", total=total, figures="")
-        self._last = 0
         self._bar.start()
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._last = trainer.global_step  # not 0 where a run goes on
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero or trainer.global_step == self._last:

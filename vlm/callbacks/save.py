@@ -1,30 +1,81 @@
-"""Saves what a run leaves behind: the artefact, and a checkpoint that holds what resuming will need."""
+"""Saves what a run leaves behind: the artefact, and checkpoints that hold all that resuming needs."""
 
 from __future__ import annotations
 
 import os
+import random
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 
 from vlm import artifact
 
+LAST = "last.ckpt"
+BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
+
 
 class Save(pl.Callback):
-    """Writes `artifact/` and `checkpoints/last.ckpt` every `every_n_steps` steps, at the end and on a failure.
+    """Writes `artifact/` and `checkpoints/last.ckpt` as a run goes on, at its end and on a failure.
 
-    The weights in memory are always those of a good step: a step that is not finite stops before its update.
+    The weights in memory are always those of a good step: a step that is not finite stops before its update. Where a
+    validation is due after a step, it comes first.
+
+    Args:
+        every_n_steps, every_n_minutes: when to save; None for the minutes looks at the steps alone.
+        keep_last: how many checkpoints to keep: `last.ckpt`, and before it `last-1.ckpt`, ….
+        best: keep the artefact of the validation with the best figure of that name under `best/`, which `ckpt=` takes.
     """
 
-    def __init__(self, *, run_dir: Path, manifest: Mapping[str, Any], inherited: list[str], every_n_steps: int) -> None:
+    def __init__(
+        self,
+        *,
+        run_dir: Path,
+        manifest: Mapping[str, Any],
+        inherited: list[str],
+        every_n_steps: int = 100,
+        every_n_minutes: float | None = None,
+        keep_last: int = 2,
+        best: Literal["val/loss", "val/visual_gain"] | None = None,
+    ) -> None:
+        if every_n_steps < 1 or keep_last < 1:
+            raise ValueError(
+                f"checkpoint.every_n_steps={every_n_steps} and checkpoint.keep_last={keep_last}; set both to 1 or more"
+            )
         self.run_dir, self.manifest, self.inherited = run_dir, manifest, inherited
-        self.every_n_steps, self._saved = every_n_steps, 0
+        self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_steps, every_n_minutes, keep_last
+        self.best, self._best_value = best, float("-inf")
+        self._saved, self._time = 0, time.monotonic()
+        self._rng: list[dict[str, Any]] = []  # of each rank, to take up again
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if self._rng:  # setting up a fit draws numbers too, so this is the first moment that is not too early
+            set_rng_state(self._rng[trainer.global_rank])
+            self._rng = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > self._saved and trainer.global_step % self.every_n_steps == 0:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        every = trainer.val_check_batch
+        validates = every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        if self._due(trainer) and (trainer.should_stop or not validates):
             self._save(trainer, module)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if trainer.global_step > self._saved and self._due(trainer):
+            self._save(trainer, module)
+        if self.best is not None and (value := self._figure(trainer)) > self._best_value:
+            self._best_value = value
+            self._save_artifact(trainer, module, self.run_dir / "best")
+            if trainer.is_global_zero:
+                shutil.copyfile(self.run_dir / "config.yaml", self.run_dir / "best" / "config.yaml")
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step > self._saved:
@@ -32,21 +83,99 @@ class Save(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         if trainer.global_step > self._saved and not isinstance(exception, artifact.SaveError):
-            self._save(trainer, module)
+            self._save_artifact(trainer, module, self.run_dir)  # in the middle of a step nothing can be resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self._rng_of_ranks, "best": self._best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rng, self._best_value = state_dict["rng"], state_dict["best"]
+
+    def _figure(self, trainer: pl.Trainer) -> float:
+        assert self.best is not None
+        return BETTER[self.best] * float(trainer.callback_metrics[self.best])
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        if trainer.should_stop or step == trainer.max_steps or step % self.every_n_steps == 0:
+            return True
+        if self.every_n_minutes is None:
+            return False
+        late = time.monotonic() - self._time >= 60 * self.every_n_minutes
+        return trainer.strategy.broadcast(late)  # clocks differ, and all ranks save or none
 
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
-        step = self._saved = trainer.global_step
-        names = artifact.trained_names(module.model, self.inherited)
-        if trainer.is_global_zero:
-            artifact.save(self.run_dir / "artifact", model=module.model, manifest=self.manifest, names=names, step=step)
-        file = self.run_dir / "checkpoints" / "last.ckpt"
+        self._save_artifact(trainer, module, self.run_dir)
+        self._rng_of_ranks: list[dict[str, Any]] = [{}] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(self._rng_of_ranks, rng_state())
+        else:
+            self._rng_of_ranks = [rng_state()]
+        file = self.run_dir / "checkpoints" / LAST
         file.parent.mkdir(exist_ok=True)
         try:
             trainer.save_checkpoint(file.with_suffix(".tmp"))
             if trainer.is_global_zero:
+                for number in range(self.keep_last - 1, 0, -1):
+                    if (newer := _numbered(file, number - 1)).exists():
+                        os.replace(newer, _numbered(file, number))
                 os.replace(file.with_suffix(".tmp"), file)
         except (OSError, RuntimeError) as error:
             file.with_suffix(".tmp").unlink(missing_ok=True)
             raise artifact.SaveError(
-                f"could not write {file} at step {step}: {error}; the artefact is saved"
+                f"could not write {file} at step {trainer.global_step}: {error}; the artefact is saved"
             ) from error
+        self._time = time.monotonic()
+
+    def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
+        step = self._saved = trainer.global_step
+        names = artifact.trained_names(module.model, self.inherited)
+        if trainer.is_global_zero:
+            artifact.save(folder / "artifact", model=module.model, manifest=self.manifest, names=names, step=step)
+
+
+def rng_state() -> dict[str, Any]:
+    """Where this process's random numbers stand."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `rng_state` stood."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
+    """The newest checkpoint that can be read, and its step; None where a run has saved none yet.
+
+    Raises ValueError where there are some and none can be read.
+    """
+    file = run_dir / "checkpoints" / LAST
+    found = sorted(file.parent.glob("last*.ckpt"), key=lambda path: (len(path.name), path.name))
+    for path in found:
+        try:
+            step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+        except Exception as error:  # a file cut off anywhere makes the reader trip over anything
+            print(f"{path} cannot be read ({' '.join(str(error).split())[:80]}); trying the checkpoint before it")
+            continue
+        return path, step
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {file.parent} can be read; start a new run with ckpt={run_dir}"
+        )
+    return None
+
+
+def _numbered(file: Path, number: int) -> Path:
+    return file.with_name(f"last-{number}.ckpt") if number else file

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run after the step in progress, with its artefact written; a second one ends it at once."""
+"""Ctrl-C or SIGTERM ends a run after the step in progress, with all saved; a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from a scheduler that wants the machine back
 
-class StopOnInterrupt(pl.Callback):
-    """Turns the first SIGINT into a stop request; `interrupted` tells that there was one."""
 
-    interrupted = False
+class StopOnSignal(pl.Callback):
+    """Turns the first signal into a stop request; `received` is that signal, or None."""
+
+    received: signal.Signals | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         def ask(signum: int, frame: Any) -> None:
-            signal.signal(signal.SIGINT, self._before)
-            self.interrupted = trainer.should_stop = True
-            print("\nStopping after this step; press Ctrl-C again to stop at once.", flush=True)
+            signal.signal(signum, self._before[signum])
+            self.received = signal.Signals(signum)
+            again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
+            print(f"\nStopping after this step{again}.", flush=True)
 
-        self._before = signal.signal(signal.SIGINT, ask)
+        self._before: dict[int, Any] = {signum: signal.signal(signum, ask) for signum in SIGNALS}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        asked = self.received is not None
+        if trainer.world_size > 1:  # ranks stop after the same step or wait for each other for ever
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        trainer.should_stop = trainer.should_stop or asked
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for signum, before in self._before.items():
+            signal.signal(signum, before)

@@ -19,9 +19,24 @@ class Throughput(pl.Callback):
     Tokens are those of the rows, visual ones and prompts included, padding not; per process.
     """
 
+    def __init__(self) -> None:
+        self._seconds = self._tokens = self._samples = self._steps = self._before = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {
+            "seconds": self._seconds,
+            "tokens": self._tokens,
+            "samples": self._samples,
+            "steps": self._steps,
+            "before": self._before + time.perf_counter() - self._start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, f"_{name}", value)
+
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._start = time.perf_counter()
-        self._seconds = self._tokens = self._samples = self._steps = 0.0
         self._mark: float | None = None
         self._window = [0.0, 0.0, 0.0]  # seconds, tokens, samples
 
@@ -60,7 +75,7 @@ class Throughput(pl.Callback):
             "perf/samples_per_second": self._samples / seconds,
             "perf/step_seconds": seconds / max(1.0, self._steps),
             "perf/peak_memory_gb": peak_memory_gb(),
-            "time/fit_seconds": time.perf_counter() - self._start,
+            "time/fit_seconds": self._before + time.perf_counter() - self._start,
         }
 
 

@@ -18,6 +18,7 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
     quiet()
     sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
+    sys.argv += [a.replace("resume=", "run_dir=", 1) for a in sys.argv if a.startswith("resume=")]  # where it was
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException

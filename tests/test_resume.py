@@ -1,0 +1,169 @@
+"""A run that was killed goes on bit for bit: mid-epoch, with packing, workers, accumulation and a LoRA's dropout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_cli import QUICK, ROOT, read, told, train
+from vlm.callbacks.save import newest_checkpoint, rng_state, set_rng_state
+
+__all__ = ["told"]  # a fixture
+OPTIONS = [
+    *QUICK,
+    "stage=instruct",
+    "data.packing=true",
+    "data.max_length=600",
+    "data.num_train=30",
+    "data.num_workers=2",
+    "trainer.max_steps=8",
+    "trainer.val_check_interval=6",
+    "trainer.accumulate_grad_batches=2",
+    "checkpoint.every_n_steps=3",
+    "checkpoint.best=val/loss",
+]
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """What every line of metrics.jsonl says, but for speeds."""
+    return [
+        (line.pop("step"), {name: value for name, value in line.items() if not name.startswith("perf/")})
+        for line in read(run / "metrics.jsonl")
+    ]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "artifact" / "weights.safetensors")
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert losses(run) == losses(whole)
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("resume") / "whole"
+    assert train(*OPTIONS, f"run_dir={run}") == 0
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8]
+    return run
+
+
+def until_stopped(run: Path, stop: signal.Signals, *, after: int) -> int:
+    """A new run in a process of its own, sent `stop` once it has logged step `after`; its exit code."""
+    with open(f"{run}.out", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *OPTIONS, f"run_dir={run}"], cwd=ROOT, stdout=out, stderr=out, process_group=0
+        )
+        try:
+            until = time.monotonic() + 240
+            while (
+                not (run / "metrics.jsonl").exists() or f'"step": {after},' not in (run / "metrics.jsonl").read_text()
+            ):
+                assert process.poll() is None, Path(out.name).read_text()
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            process.send_signal(stop)
+            return process.wait(timeout=60)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+
+
+def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    assert until_stopped(run, signal.SIGKILL, after=4) == -signal.SIGKILL
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert not (run / "metrics.json").exists()
+    assert train(f"resume={run}") == 0
+    assert_same(run, whole)
+    assert read(run / "samples.jsonl") == read(whole / "samples.jsonl")
+
+
+def test_terminated_and_resumed(whole: Path, tmp_path: Path) -> None:
+    """As a scheduler does that wants the machine back."""
+    run = tmp_path / "terminated"
+    assert until_stopped(run, signal.SIGTERM, after=2) == 128 + signal.SIGTERM
+    assert "Stopping after this step" in Path(f"{run}.out").read_text()
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    assert 2 <= checkpoint[1] < 8
+    assert train(f"resume={run}") == 0
+    assert [line for line in losses(run) if "train/loss" in line[1]] == [
+        line for line in losses(whole) if "train/loss" in line[1]
+    ]
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "truncated"
+    shutil.copytree(whole, run)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    capfd.readouterr()
+    assert train(f"resume={run}") == 0
+    assert "last.ckpt cannot be read" in capfd.readouterr().out
+    assert_same(run, whole)
+
+
+def test_without_a_readable_checkpoint_the_remedy_is_told(whole: Path, tmp_path: Path, told: Any) -> None:
+    run = tmp_path / "broken"
+    shutil.copytree(whole, run)
+    for file in (run / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    assert train(f"resume={run}") == 2
+    assert "none of the 2 checkpoints in" in (error := told())
+    assert f"ckpt={run}" in error
+
+
+def test_a_run_that_had_saved_nothing_begins_anew(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "early"
+    run.mkdir()
+    shutil.copyfile(whole / "config.yaml", run / "config.yaml")
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": 9.0}\n{"step": 2, "tra')
+    assert train(f"resume={run}") == 0
+    assert_same(run, whole)
+
+
+def test_nothing_can_be_changed_on_the_way(whole: Path, told: Any) -> None:
+    assert train(f"resume={whole}", "trainer.max_steps=20") == 2
+    assert "leave out trainer.max_steps=20" in told()
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, told: Any) -> None:
+    assert train(f"resume={tmp_path}") == 2
+    assert "it has no config.yaml" in told()
+
+
+def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
+    seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
+    best = json.loads((whole / "best" / "artifact" / "manifest.json").read_text())
+    assert best["step"] == min(seen, key=lambda step: seen[step])
+    assert train(*OPTIONS, f"ckpt={whole / 'best'}", f"run_dir={tmp_path / 'next'}", "trainer.max_steps=1") == 0
+
+
+def test_random_numbers_go_on() -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    state = rng_state()
+    first = draw()
+    assert draw() != first
+    set_rng_state(state)
+    assert draw() == first
