@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vlm.schema import Message
 from vlm.text.encode import TextEncoder
+from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
@@ -62,6 +65,27 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
+def sentencepiece_tokenizer(*, legacy: bool = False) -> PreTrainedTokenizerFast:
+    """As Llama 2's: BPE over "▁" for a space, byte fallback, "▁" before the text or, if `legacy`, before each part."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    learnt = json.loads(trained.to_str())["model"]
+    words = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    vocab = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    return _wrap(backend)
+
+
 def border_tokenizer() -> PreTrainedTokenizerFast:
     """A SentencePiece-like tokenizer with "▁yes", ":)" and a double newline as single tokens, and byte fallback."""
     words = ["<pad>", "<eos>", "▁", "y", "e", "s", "ye", "yes", "▁yes", ":", ")", ":)", "\n", "\n\n"]
@@ -80,6 +104,7 @@ def own_template(tokenizer: PreTrainedTokenizerFast, before: str, after: str) ->
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
         "{% else %}{{ '" + before + "' + m.content + '" + after + "' }}{% endif %}{% endfor %}"
+        "{{ '" + before + "' if add_generation_prompt }}"
     )
     return tokenizer
 
@@ -94,10 +119,23 @@ def text_of(message: Message) -> str:
     return "".join(item.get("text", IMAGE_PLACEHOLDER) for item in message["content"])
 
 
-def encoder(tokenizer, template: str | None, *, num_image_tokens: int = 3, max_length: int = 4096) -> TextEncoder:
+def encoder(
+    tokenizer, template: str | None, *, num_image_tokens: int = 3, max_length: int = 4096, **options
+) -> TextEncoder:
     return TextEncoder(
-        tokenizer=tokenizer, num_image_tokens=num_image_tokens, max_length=max_length, chat_template=template
+        tokenizer=tokenizer,
+        num_image_tokens=num_image_tokens,
+        max_length=max_length,
+        chat_template=template,
+        **options,
     )
+
+
+def special_ids(subject: TextEncoder, row: Encoded) -> list[int]:
+    """The special tokens of a row, in order, without what stands for images."""
+    special = {index for index, token in subject.tokenizer.added_tokens_decoder.items() if token.special}
+    pairs = zip(row.input_ids, row.image_mask, strict=True)
+    return [token for token, is_image in pairs if token in special and not is_image]
 
 
 ONE_TURN = [say("user", None, "Hi"), say("assistant", "no")]

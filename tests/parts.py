@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vlm.connectors.mlp import MLP
@@ -19,8 +18,8 @@ from vlm.models.composed import Composed
 from vlm.module import VLMModule
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.optim import set_trainable
-from vlm.schema import IGNORE, Batch, Sample, VisualSpec
-from vlm.text.encode import Encoded
+from vlm.schema import IGNORE, Batch, Message, Sample, VisualSpec
+from vlm.text.row import Encoded
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 
@@ -97,13 +96,12 @@ def pictures(num: int, *, seed: int = 0) -> list[Tensor]:
     return list(torch.randn(num, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)))
 
 
-def make_batch(
+def make_rows(
     *rows: tuple[list[int | None], list[int]],
     images: Sequence[Tensor] | None = None,
     num_tokens: int = NUM_TOKENS,
-    side: Any = "right",
     first_id: int = 0,
-) -> Batch:
+) -> list[Row]:
     """Rows of (prompt, answer): the answer is supervised; `IMAGE` in the prompt takes the next of `images`."""
     left = list(images if images is not None else pictures(sum(prompt.count(IMAGE) for prompt, _ in rows)))
     made = []
@@ -118,10 +116,16 @@ def make_batch(
             before += [seen] * width
         labels = [IGNORE] * (len(ids) - len(answer)) + answer
         encoded = Encoded(input_ids=ids, image_mask=mask, images_before=before, labels=labels, text="")
-        sample = Sample(id=f"sample/{first_id + number}", images=[Image.new("RGB", (1, 1))] * seen, messages=[])
-        made.append(Row(sample, encoded, [left.pop(0) for _ in range(seen)]))
+        messages: list[Message] = [{"role": "user", "content": [{"type": "image"}] * seen}]
+        sample = Sample(id=f"sample/{first_id + number}", images=[], messages=messages)
+        made.append(Row([sample], [encoded], [left.pop(0) for _ in range(seen)]))
     assert not left, "more images than places"
-    return collate(made, spec=SPEC, pad_id=0, side=side)
+    return made
+
+
+def make_batch(*rows: tuple[list[int | None], list[int]], side: Any = "right", **options: Any) -> Batch:
+    """A batch of `make_rows`."""
+    return collate(make_rows(*rows, **options), spec=SPEC, pad_id=0, side=side)
 
 
 def make_module(

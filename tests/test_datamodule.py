@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from chat import byte_tokenizer, say
 from PIL import Image
 from torch import Tensor
 
-from vlm.data.datamodule import EvenBatches, VLMDataModule
+from vlm.data.batching import EvenBatches
+from vlm.data.datamodule import VLMDataModule
 from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
 
 K = 3
@@ -53,6 +54,11 @@ def module(tmp_path: Path | None = None, bad: tuple[int, ...] = (), size: int = 
     return data
 
 
+def epoch(data: VLMDataModule, num: int = 1) -> list[Batch]:
+    """The training batches, three of four samples, of an epoch or several."""
+    return list(islice(data.train_dataloader(), 3 * num))
+
+
 def equal(a: Batch, b: Batch) -> bool:
     tensors = [f.name for f in fields(Batch) if isinstance(getattr(a, f.name), Tensor)]
     return a.ids == b.ids and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
@@ -62,7 +68,7 @@ def equal(a: Batch, b: Batch) -> bool:
 def test_even_batches(num: int, size: int) -> None:
     batches = list(EvenBatches(range(num), batch_size=size))
     lengths = [len(batch) for batch in batches]
-    assert list(chain(*batches)) == list(range(num))
+    assert list(chain(*batches)) == [[index] for index in range(num)]
     assert len(batches) == len(EvenBatches(range(num), batch_size=size)) == -(-num // size)
     assert max(lengths) - min(lengths) <= 1
     assert max(lengths) <= size
@@ -135,24 +141,22 @@ def test_validation_is_spread_over_the_split() -> None:
 
 
 def test_training_order_is_of_the_seed() -> None:
-    orders = [[b.ids for b in module(seed=seed).train_dataloader()] for seed in (0, 0, 1)]
+    orders = [[b.ids for b in epoch(module(seed=seed))] for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(chain(*orders[0])) == sorted(f"train/{i}" for i in range(12))
 
 
 def test_workers_give_the_same_batches() -> None:
-    alone = list(module().train_dataloader())
-    together = list(module(num_workers=2).train_dataloader())
-    assert len(alone) == len(together) == 3
+    alone, together = epoch(module()), epoch(module(num_workers=2))
     assert all(equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) -> None:
     data = module(tmp_path, bad=(3, 4), max_bad_share=0.2, num_workers=num_workers)
-    loader = data.train_dataloader()
-    for _ in range(2):  # a second epoch names none again
-        ids = sorted((name for batch in loader for name in batch.ids), key=lambda name: int(name.split("/")[1]))
+    batches = epoch(data, 2)
+    for part in (batches[:3], batches[3:]):  # a second epoch names none again
+        ids = sorted((name for batch in part for name in batch.ids), key=lambda name: int(name.split("/")[1]))
         assert ids == [f"train/{i}" for i in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 11)]
     lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     named = {line["index"]: line["error"] for line in lines}
@@ -168,13 +172,13 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowe
     data = module(tmp_path, bad=(3, 4, 5), **options)
     message = rf"sample 'train/\d' is broken; mend it \({allowed + 1} bad samples of 12, {allowed} allowed: repair"
     with pytest.raises(ValueError, match=message):
-        list(data.train_dataloader())
+        epoch(data)
 
 
 def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
     whole = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
     data = module(tmp_path, max_length=whole - 1, max_bad_share=0.1)
-    assert "train/11" not in [name for b in data.train_dataloader() for name in b.ids]
+    assert "train/11" not in [name for b in epoch(data) for name in b.ids]
     error = json.loads((tmp_path / "bad_samples.jsonl").read_text())["error"]
     assert "'train/11'" in error
     assert f"{whole}" in error

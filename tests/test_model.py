@@ -150,7 +150,7 @@ def test_generation_ends_at_a_stop_id() -> None:
 def test_the_first_token_and_the_last_position_are_never_scored() -> None:
     """The token after the kept position is the target, so T labels give at most T - 1 logits."""
     batch = make_batch(([], [11, 12, 13]))
-    assert batch.labels.tolist() == [[11, 12, 13]]
+    assert batch.labels.tolist() == [[IGNORE, 12, 13]]
     assert batch.keep.tolist() == [[True, True, False]]
     assert batch.targets.tolist() == [12, 13]
     assert IGNORE not in batch.targets

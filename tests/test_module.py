@@ -85,7 +85,7 @@ def test_cross_entropy_in_chunks_is_that_of_pytorch(monkeypatch: pytest.MonkeyPa
     reference = logits.detach().float().requires_grad_()
     expected = F.cross_entropy(reference, targets, reduction="sum")
     (2 * expected).backward()
-    loss = SummedCrossEntropy.apply(logits, targets)
+    loss, _ = SummedCrossEntropy.apply(logits, targets)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     (2 * loss).backward(retain_graph=True)
@@ -278,3 +278,33 @@ def test_a_checkpoint_holds_what_trains_alone(tmp_path: Path) -> None:
     assert state.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
     assert {name.split(".")[1] for name in state} == {"connector"}
     assert SPEC.num_tokens == module.model.connector.num_tokens
+
+
+def mixed(batch: Batch, *names: str) -> Batch:
+    """The batch with each of its samples from the source of that name."""
+    samples = [replace(sample, meta={"source": name}) for sample, name in zip(batch.samples, names, strict=True)]
+    return replace(batch, samples=samples, sources=("books", "signs", "maps"))
+
+
+def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
+    """By hand from the same samples alone; a source with no sample at hand has no figure."""
+    model = tiny_model()
+    output = LanguageModeling()(model, mixed(WHOLE, "books", "books", "maps", "maps"))
+    assert output.counts == {"lm_loss": 12, "loss/books": 3, "loss/signs": 0, "loss/maps": 9}
+    batches = [mixed(HALVES[0], "books", "books"), mixed(HALVES[1], "maps", "maps")]
+    _, metrics = fit(tmp_path, batches, accumulate_grad_batches=2)
+    for source, half in zip(("books", "maps"), HALVES, strict=True):
+        assert metrics[f"train/loss/{source}"].item() == pytest.approx(mean_loss(model, half), abs=1e-5)
+    assert "train/loss/signs" not in metrics
+    seen = make_trainer(tmp_path).validate(make_module(), loader(batches), verbose=False)[0]
+    assert seen["val/loss/maps"] == pytest.approx(mean_loss(model, HALVES[1]), abs=1e-5)
+    assert "val/loss/signs" not in seen
+
+
+def test_shares_of_padding_and_of_supervision(tmp_path: Path) -> None:
+    """Rows of 7 and 10 tokens, 3 padded: twice, with 6 and 6 tokens supervised."""
+    batches = [make_batch(ROWS[row], ROWS[row + 2], images=[IMAGES[row], IMAGES[row + 2]]) for row in (0, 1)]
+    assert [batch.attention_mask.sum(1).tolist() for batch in batches] == [[7, 10], [7, 10]]
+    _, metrics = fit(tmp_path, batches, accumulate_grad_batches=2)
+    assert metrics["train/padding_share"].item() == pytest.approx(6 / 40)
+    assert metrics["train/supervised_share"].item() == pytest.approx(12 / 34)

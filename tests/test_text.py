@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.chat import (
     ONE_TURN,
-    SPECIAL,
     border_tokenizer,
     byte_tokenizer,
     encoder,
     merging_tokenizer,
     own_template,
     say,
+    sentencepiece_tokenizer,
+    special_ids,
     text_of,
 )
+from tests.conversations import conversations, few, num_images
 from vlm.schema import IGNORE, Message
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
@@ -26,14 +28,15 @@ END_MARK = {
     "plain": "<eos>",
     "chatml": "<|im_end|>",
     "gemma": "<end_of_turn>",
+    "llama2": " <eos>",
     "llama3": "<|eot_id|>",
     "vicuna_v1": "<eos>",
     "mistral": "<eos>",
     "phi": "<|end|>",
     "t5": "<eos>",
 }
-TRIMS = {"gemma", "llama3", "mistral"}  # what stands around an answer
-SPACE_FIRST = {"vicuna_v1", "mistral"}  # between the generation prompt and the answer
+TRIMS = {"gemma", "llama2", "llama3", "mistral"}  # what stands around an answer
+SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,11 @@ def bytes_only() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def merging() -> PreTrainedTokenizerFast:
     return merging_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> PreTrainedTokenizerFast:
+    return sentencepiece_tokenizer()
 
 
 # --- exact rows, by hand ---------------------------------------------------------------------------------------------
@@ -97,6 +105,7 @@ PREAMBLE = (
     ("template", "system", "text"),
     [
         ("llama3", "Be brief.", "<bos>{system}Be brief.<|eot_id|>{user}@Hi<|eot_id|>{assistant}⟦no<|eot_id|>⟧"),
+        ("llama2", "Be brief.", "<bos>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n@Hi [/INST] ⟦no <eos>⟧"),
         ("vicuna_v1", "Be brief.", "<bos>Be brief. USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
         ("vicuna_v1", None, f"<bos>{PREAMBLE} USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
         ("mistral", "Be brief.", "<bos>[INST] Be brief.\n\n@Hi[/INST] ⟦no<eos>⟧"),
@@ -137,48 +146,10 @@ def test_templates_take_strings_and_lists(bytes_only, template):
 
 # --- random conversations --------------------------------------------------------------------------------------------
 
-# Gemma's tokenizer writes "▁" for a space, so a "▁" in a text does not come back as itself.
-_LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
-_WORDS = [
-    "A red circle",
-    "赤い丸",
-    "です。",
-    "👩‍👩‍👧",
-    "é",
-    "e\u0301",
-    "<image>",
-    "{{ messages }}",
-    "[INST]",
-    "⟦",
-    "user\n",
-]
-_SPACES = ["\u200d", "\u3000", " ", "  ", "\n", "\n\n", "\t", "\r\n"]
-_MARKS = [
-    *SPECIAL,
-    "</s>",
-    "<|im_end|",
-    "<start_of_turn>model\n",
-    "<|image|>",
-    IMAGE_PLACEHOLDER[:-1],
-    "vlm-turn-0-vlm",
-]
-_SNIPPETS = st.sampled_from([*_WORDS, *_SPACES, *_MARKS])
-_TEXTS = st.lists(_SNIPPETS | st.text(_LETTERS, max_size=6), max_size=4).map("".join)
-
-
-@st.composite
-def conversations(draw) -> list[Message]:
-    messages = [say("system", draw(_TEXTS))] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        messages.append(say("user", *draw(st.lists(st.none() | _TEXTS, max_size=3))))
-        messages.append(say("assistant", draw(_TEXTS)))
-    messages[-1]["content"].append({"type": "text", "text": "ok"})  # one answer at least is not blank
-    return messages
-
 
 def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -> None:
-    num_images = sum(item["type"] == "image" for message in messages for item in message["content"])
-    row = subject.encode("random/0", messages, num_images)
+    number = num_images(messages)
+    row = subject.encode("random/0", messages, number)
 
     # What is learnt is every answer with its mark, and nothing else.
     learnt = subject.supervised(row)
@@ -194,17 +165,21 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
         assert not lost.strip()
 
     # Each image has its tokens, in order; no label is on them, and labels are the tokens themselves.
-    assert sum(row.image_mask) == num_images * subject.num_image_tokens
+    assert sum(row.image_mask) == number * subject.num_image_tokens
     assert row.images_before == sorted(row.images_before)
-    assert row.images_before[-1] == num_images
+    assert row.images_before[-1] == number
     for token, label, is_image in zip(row.input_ids, row.labels, row.image_mask, strict=True):
         assert label in (IGNORE, token)
         assert not is_image or (token == subject.pad_id and label == IGNORE)
     visual = [place for place, is_image in zip(row.images_before, row.image_mask, strict=True) if is_image]
-    assert visual == [j + 1 for j in range(num_images) for _ in range(subject.num_image_tokens)]
+    assert visual == [j + 1 for j in range(number) for _ in range(subject.num_image_tokens)]
+
+    # Special tokens are the template's, whatever the texts spell.
+    same_turns = subject.encode("random/0", [say(message["role"], "ok") for message in messages], 0)
+    assert special_ids(subject, row) == special_ids(subject, same_turns)
 
     # The text that generation starts from is the text that training saw before the last answer.
-    prompt = subject.encode_prompt("random/0", messages, num_images)
+    prompt = subject.encode_prompt("random/0", messages, number)
     assert row.text.startswith(prompt.text)
     last = answers[-1].strip() if template in TRIMS else answers[-1]
     space = " " if template in SPACE_FIRST else ""
@@ -212,20 +187,17 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     assert set(prompt.labels) == {IGNORE}
 
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-
-
-@pytest.mark.parametrize("num_image_tokens", [0, 3])
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["bytes_only", "merging"])
-def test_labels_of_random_conversations(kind, template, num_image_tokens, request):
-    subject = encoder(request.getfixturevalue(kind), template, num_image_tokens=num_image_tokens)
+@pytest.mark.parametrize("kind", ["bytes_only", "merging", "sentencepiece"])
+def test_labels_of_random_conversations(kind, template, request):
+    tokenizer = request.getfixturevalue(kind)
+    subjects = [encoder(tokenizer, template, num_image_tokens=number) for number in (0, 3)]
 
     @few
-    @given(conversations())
-    @example([say("user", "Hi"), say("assistant", "\n\nok")])
-    @example([say("user", "Hi"), say("assistant", ""), say("user", ""), say("assistant", " ok ")])
-    def check(messages):
+    @given(st.sampled_from(subjects), conversations())
+    @example(subjects[1], [say("user", "Hi"), say("assistant", "\n\nok")])
+    @example(subjects[0], [say("user", "Hi"), say("assistant", ""), say("user", ""), say("assistant", " ok ")])
+    def check(subject, messages):
         check_labels(subject, template, messages)
 
     check()
@@ -305,6 +277,18 @@ def test_images_before_and_display(bytes_only):
     assert row.images_before == [0, 0, 2, 2, 2, 3, 3, 3, 3]
     assert row.image_mask == [False] * 9
     assert layers.display(row) == "<bos>a<image×0><image×0>\n⟦b<eos>⟧<image×0>c\n⟦d<eos>⟧"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_images_stand_where_their_placeholders_stood(merging, template):
+    messages = [say("system", "s", None), say("user", "wo", None, "rd ", None, None), say("assistant", "y", None, "es")]
+    for number in (0, 2):
+        subject = encoder(merging, template, num_image_tokens=number)
+        shown = subject.display(subject.encode("a/1", messages, 5))
+        image = f"<image×{number}>"
+        for part in (f"s{image}", f"wo{image}rd {image}{image}", f"{image}⟦es"):
+            assert part in shown
+        assert shown.count(image) == 5
 
 
 def test_prompt(bytes_only):

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.chat import ONE_TURN, byte_tokenizer, encoder, say
 from vlm.schema import IGNORE, BadSample
-from vlm.text.encode import Encoded
+from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
 
 
@@ -94,7 +94,7 @@ def test_an_image_in_a_dropped_answer_is_missed_by_the_prompt(bytes_only):
 
 
 def test_unknown_or_missing_template(bytes_only):
-    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of chatml, gemma, llama3,"):
+    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of chatml, gemma, llama2,"):
         encoder(bytes_only, "gema")
     with pytest.raises(ValueError, match=r"no chat template of its own; set llm\.chat_template= to one of chatml"):
         encoder(bytes_only, None)

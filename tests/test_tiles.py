@@ -24,7 +24,7 @@ from vlm.encoders.tiles import TiledTransform, Tiles
 from vlm.encoders.transform import Transform
 from vlm.models.composed import Composed
 from vlm.schema import Sample, VisualSpec
-from vlm.text.encode import Encoded
+from vlm.text.row import Encoded
 
 NEXT = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]  # LLaVA-NeXT's
 UP_TO_SIX = [[rows, cols] for rows in range(1, 7) for cols in range(1, 7) if rows * cols <= 6]

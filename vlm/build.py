@@ -210,6 +210,8 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
         transform, separator = tiles.around(model.encoder.transform), "\n" if tiles.row_separator else ""
         spec = replace(spec, transform=transform, tile_rows=transform.rows, row_separator=separator)
     data.connect(spec=spec, tokenizer=model.llm.tokenizer, chat_template=cfg["llm"]["chat_template"])
+    if data.packing:
+        model.llm.check_packing()
     return data
 
 
@@ -236,7 +238,7 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "check_val_every_n_epoch": None,
-        "use_distributed_sampler": True,
+        "use_distributed_sampler": False,
     }
     try:
         return bind("trainer", options, derived)()

@@ -39,7 +39,7 @@ class VLMModule(pl.LightningModule):
         self.model, self.objective = model, objective
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_share, self.lr_floor = warmup_share, lr_floor
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
         self.validated_step = -1  # the optimiser steps behind the validation figures
@@ -57,9 +57,16 @@ class VLMModule(pl.LightningModule):
         for name, value in output.sums.items():
             if not torch.isfinite(value):
                 self._stop(f"{name} is {value.item()}")
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-            self._counts[name] = self._counts.get(name, 0) + output.counts[name]
+            self._add(name, value.detach(), output.counts[name])
+        places, tokens = batch.attention_mask.numel(), int(batch.attention_mask.sum())
+        self._add("padding_share", places - tokens, places)
+        self._add("supervised_share", len(batch.targets), tokens)
         return sum(value for name, value in output.sums.items() if name.endswith("_loss"))
+
+    def _add(self, name: str, value: Tensor | int, count: int) -> None:
+        """Add to the sums of the optimiser step in progress."""
+        self._sums[name] = self._sums.get(name, 0) + value
+        self._counts[name] = self._counts.get(name, 0) + count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Lightning divided the sums by the accumulated batches, and DDP by the ranks.
@@ -75,19 +82,22 @@ class VLMModule(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
             self._stop(f"the gradient norm is {norm.item()}")
-        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True)}
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
         self.log_dict({f"train/{name}": value for name, value in means.items()} | {"train/loss": loss})
         self.log_dict({"train/grad_norm": norm, "train/tokens": tokens})
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:
-        self._seen = {name: torch.zeros(2, dtype=torch.float64) for name in ("loss", "correct", *CONDITIONS)}
+        zero = torch.zeros(2, dtype=torch.float64)
+        self._seen: dict[str, Tensor] = dict.fromkeys(("loss", "correct", *CONDITIONS), zero)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """The same rows with their own images, with others' and with blank ones."""
         output = self.objective(self.model, batch)
         self._see("loss", output)
+        for name in (name for name in output.sums if name.startswith("loss/")):  # of each source of a mixture
+            self._see_one(name, output.sums[name], output.counts[name])
         if batch_index == 0 and len(batch.pixels):  # visual tokens far louder or softer than words learn slowly
             visual = self.model.connector(self.model.encoder(batch.pixels))
             self.log("val/visual_rms", visual.float().square().mean().sqrt(), batch_size=1)
@@ -104,6 +114,7 @@ class VLMModule(pl.LightningModule):
         means = {name: total / count for name, (total, count) in zip(self._seen, totals, strict=True) if count}
         if "correct" not in means:
             raise ValueError("validation needs at least two different images in a batch to measure the visual gain")
+        self.log_dict({f"val/{name}": mean for name, mean in means.items() if name.startswith("loss/")})
         self.log_dict(
             {
                 "val/loss": means["loss"],
@@ -117,7 +128,11 @@ class VLMModule(pl.LightningModule):
     def _see(self, name: str, output: LossOutput) -> None:
         """Add an output's losses to the sums of one condition."""
         for loss in (key for key in output.sums if key.endswith("_loss")):
-            self._seen[name] += torch.tensor([output.sums[loss].item(), output.counts[loss]], dtype=torch.float64)
+            self._see_one(name, output.sums[loss], output.counts[loss])
+
+    def _see_one(self, name: str, value: Tensor, count: int) -> None:
+        pair = torch.tensor([value.item(), count], dtype=torch.float64)
+        self._seen[name] = self._seen.get(name, 0) + pair
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen tensors out: they are the base models'."""

@@ -54,6 +54,11 @@ class Sample:
         """Width and height of each image."""
         return [image.size for image in self.images]
 
+    @property
+    def num_images(self) -> int:
+        """Images that the messages speak of, whether they are at hand or not."""
+        return sum(item["type"] == "image" for message in self.messages for item in message["content"])
+
 
 class BadSample(ValueError):
     """A sample that cannot be used; the message names the sample, what is wrong and the remedy."""
@@ -93,23 +98,34 @@ class VisualSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of text with their images. Images lie in the order of their rows, then of their placeholders."""
+    """Rows of text with their images. Images lie in the order of their rows, then of their placeholders.
+
+    A row is one sample, or several side by side ("packed"), none of which may see another.
+    """
 
     pixels: Float[Tensor, "n 3 h w"]
     input_ids: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
-    positions: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]  # in the token's own sample
     image_mask: Bool[Tensor, "b t"]  # True where visual tokens go
     images_before: Int[Tensor, "b t"]  # how many of the row's images start before this token
+    images_hidden: Int[Tensor, "b t"]  # how many of those are another sample's
     labels: Int[Tensor, "b t"]  # the token itself where it is supervised, else IGNORE
+    sample_index: Int[Tensor, "b t"]  # which of `samples` the token belongs to, -1 for padding
     num_images: Int[Tensor, " b"]  # tiles, where images are tiled
-    ids: list[str]
-    samples: list[Sample] = field(default_factory=list)  # kept for scoring where the loader is asked to
+    ids: list[str]  # of the samples
+    samples: list[Sample]  # without their pictures
+    sources: tuple[str, ...] = ()  # what samples' meta["source"] can be, in a mixture
 
     @property
     def keep(self) -> Bool[Tensor, "b t"]:
         """Positions whose logits are needed: those before a supervised token."""
         return torch.nn.functional.pad(self.labels[:, 1:] != IGNORE, (0, 1), value=False)
+
+    @property
+    def llm_mask(self) -> Bool[Tensor, "b t"] | None:
+        """`attention_mask`; None for packed rows, whose samples an LLM tells apart by positions that begin anew."""
+        return None if len(self.ids) > len(self.input_ids) else self.attention_mask
 
     @property
     def targets(self) -> Int[Tensor, " m"]:

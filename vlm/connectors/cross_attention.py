@@ -152,6 +152,7 @@ class View:
     visual: Float[Tensor, "b s d"]  # the images of a row side by side, S = I·K; zeros where a row has fewer than I
     image: Int[Tensor, " s"]  # which of its row's images, from 1, a visual token belongs to
     images_before: Int[Tensor, "b t"]
+    images_hidden: Int[Tensor, "b t"]
     num_images: Int[Tensor, "b 1"]
     all_previous_images: bool
     differentiable: bool  # gradients were on where the context was entered
@@ -174,6 +175,7 @@ class View:
             visual=empty.index_put((filled,), visual).flatten(1, 2),
             image=slots.repeat_interleave(visual.shape[1]),
             images_before=batch.images_before,
+            images_hidden=batch.images_hidden,
             num_images=batch.num_images[:, None],
             all_previous_images=all_previous_images,
             differentiable=torch.is_grad_enabled(),
@@ -186,10 +188,17 @@ class View:
         LLM computes them alone. The beams of a row follow each other.
         """
         num_rows, num_tokens = self.images_before.shape
-        known = self.images_before[:, : num_tokens if length >= num_tokens else 0]
-        before = torch.cat([known, self.num_images.expand(-1, length - known.shape[1])], dim=1)  # B length
-        before = before.repeat(1, rows // num_rows)[:, :, None]  # B L 1
-        return self.image <= before if self.all_previous_images else self.image == before  # B L S
+        known = num_tokens if length >= num_tokens else 0
+        new = self.num_images.expand(-1, length - known)
+
+        def of_queries(known_part: Tensor, new_part: Tensor) -> Tensor:
+            both = torch.cat([known_part[:, :known], new_part], dim=1)  # B length
+            return both.repeat(1, rows // num_rows)[:, :, None]  # B L 1
+
+        before = of_queries(self.images_before, new)
+        hidden = of_queries(self.images_hidden, torch.zeros_like(new))
+        seen = self.image <= before if self.all_previous_images else self.image == before  # B L S
+        return seen & (self.image > hidden)
 
     def keys_and_values(self, block: GatedBlock) -> tuple[Tensor, Tensor]:
         """The block's; without gradients computed once, as they cost more than the rest of a generated token."""

@@ -2,51 +2,96 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlm.schema import IGNORE, Batch, Sample, VisualSpec
-from vlm.text.encode import Encoded
+from vlm.text.row import Encoded
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as the model will read it, its images transformed."""
+    """Samples as the model will read them, side by side, their images transformed. Mostly a row is one sample."""
 
-    sample: Sample  # without its pictures
-    encoded: Encoded
+    samples: list[Sample]  # without their pictures
+    encoded: list[Encoded]
     pixels: list[Tensor]  # each [3, H, W], of an image or a tile
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
+    """The row of one sample."""
     made = [spec.transform(image) for image in sample.images]
     tiles = [tile for pixels in made for tile in (pixels if pixels.ndim == 4 else [pixels])]
-    return Row(replace(sample, images=[]), encoded, tiles)
+    return Row([replace(sample, images=[])], [encoded], tiles)
 
 
-def collate(rows: Sequence[Row], *, spec: VisualSpec, pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
+def join(rows: Sequence[Row]) -> Row:
+    """One row of the samples of several."""
+    return Row(
+        samples=list(chain.from_iterable(row.samples for row in rows)),
+        encoded=list(chain.from_iterable(row.encoded for row in rows)),
+        pixels=list(chain.from_iterable(row.pixels for row in rows)),
+    )
+
+
+def collate(
+    rows: Sequence[Row],
+    *,
+    spec: VisualSpec,
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+    sources: Sequence[str] = (),
+) -> Batch:
     """Pad rows to the longest: on the right to train, on the left to generate."""
-    longest = max(len(row.encoded.input_ids) for row in rows)
+    first = accumulate((len(row.samples) for row in rows), initial=0)
+    columns = [_columns(row, number) for row, number in zip(rows, first, strict=False)]
+    longest = max(len(column["input_ids"]) for column in columns)
 
-    def pad(values: Sequence[int], fill: int) -> list[int]:
-        padding = [fill] * (longest - len(values))
-        return [*values, *padding] if side == "right" else [*padding, *values]
+    def padded(name: str, fill: int = 0) -> Tensor:
+        lines = []
+        for column in columns:
+            padding = [fill] * (longest - len(column[name]))
+            lines.append(column[name] + padding if side == "right" else padding + column[name])
+        return torch.tensor(lines)
 
-    mask = torch.tensor([pad([1] * len(row.encoded.input_ids), 0) for row in rows], dtype=torch.bool)
-    pixels = [image for row in rows for image in row.pixels]
+    samples = list(chain.from_iterable(row.samples for row in rows))
+    pixels = list(chain.from_iterable(row.pixels for row in rows))
     return Batch(
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, *spec.image_size),
-        input_ids=torch.tensor([pad(row.encoded.input_ids, pad_id) for row in rows]),
-        attention_mask=mask,
-        positions=(mask.long().cumsum(1) - 1).clamp(min=0),
-        image_mask=torch.tensor([pad(row.encoded.image_mask, 0) for row in rows], dtype=torch.bool),
-        images_before=torch.tensor([pad(row.encoded.images_before, 0) for row in rows]),
-        labels=torch.tensor([pad(row.encoded.labels, IGNORE) for row in rows]),
+        input_ids=padded("input_ids", pad_id),
+        attention_mask=padded("attention_mask").bool(),
+        positions=padded("positions"),
+        image_mask=padded("image_mask").bool(),
+        images_before=padded("images_before"),
+        images_hidden=padded("images_hidden"),
+        labels=padded("labels", IGNORE),
+        sample_index=padded("sample_index", -1),
         num_images=torch.tensor([len(row.pixels) for row in rows]),
-        ids=[row.sample.id for row in rows],
-        samples=[row.sample for row in rows],
+        ids=[sample.id for sample in samples],
+        samples=samples,
+        sources=tuple(sources),
     )
+
+
+def _columns(row: Row, first: int) -> dict[str, list[int]]:
+    """What the row holds for each token, by the names in `Batch`; `first` is the number of its first sample."""
+    columns: dict[str, list[int]] = defaultdict(list)
+    images = 0
+    for number, (sample, encoded) in enumerate(zip(row.samples, row.encoded, strict=True), start=first):
+        size = len(encoded.input_ids)
+        columns["input_ids"] += encoded.input_ids
+        columns["attention_mask"] += [1] * size
+        columns["positions"] += range(size)
+        columns["image_mask"] += encoded.image_mask
+        columns["images_before"] += [images + seen for seen in encoded.images_before]
+        columns["images_hidden"] += [images] * size
+        columns["labels"] += [IGNORE, *encoded.labels[1:]]  # nothing foretells a sample's first token
+        columns["sample_index"] += [number] * size
+        images += sample.num_images
+    return columns

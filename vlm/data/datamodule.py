@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from vlm.data.collate import Row, collate, make_row
+from vlm.data.batching import Batches, EvenBatches
+from vlm.data.collate import collate, make_row
 from vlm.data.preflight import PreflightReport, preflight
+from vlm.data.rows import Rows
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 
@@ -29,8 +29,13 @@ class VLMDataModule(pl.LightningDataModule):
     Args:
         source: makes a split from its name.
         batch_size: rows a batch and rank.
+        batching: training batches of `batch_size` rows (`samples`), or of rows of like length that hold up to
+            `batch_tokens` tokens, padding included (`tokens`).
+        batch_tokens: see `batching`.
+        packing: put several training samples in a row of up to `max_length` tokens; none sees another.
         num_workers: processes that read and transform samples; 0 reads in the training process.
         max_length: tokens a row may have, visual tokens included.
+        train_on, system_prompt, too_long: as `TextEncoder` takes them.
         num_val_samples: how many of the held-out samples every validation takes (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_share: with `skip`, the share of bad samples above which the run stops all the same.
@@ -45,8 +50,14 @@ class VLMDataModule(pl.LightningDataModule):
         *,
         source: Callable[..., Source],
         batch_size: int = 8,
+        batching: Literal["samples", "tokens"] = "samples",
+        batch_tokens: int = 8192,
+        packing: bool = False,
         num_workers: int = 0,
         max_length: int = 512,
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        system_prompt: str | None = None,
+        too_long: Literal["drop", "truncate_text"] = "drop",
         num_val_samples: int | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_share: float = 0.01,
@@ -58,10 +69,18 @@ class VLMDataModule(pl.LightningDataModule):
         for split, samples in self.splits.items():
             if len(samples) < 2:
                 raise ValueError(f"the {split} split has {len(samples)} samples, it needs at least 2; see data.*")
+        if batching == "tokens" and batch_tokens < max_length:
+            raise ValueError(
+                f"data.batch_tokens={batch_tokens} does not hold a row of data.max_length={max_length} tokens; "
+                f"set data.batch_tokens={max_length} or more"
+            )
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
+        self.batching, self.batch_tokens, self.packing = batching, batch_tokens, packing
+        self.train_on, self.system_prompt, self.too_long = train_on, system_prompt, too_long
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
         self.bad_samples_file = bad_samples_file
+        self._start: dict[str, Any] | None = None  # of the training batches
 
     def connect(self, *, spec: VisualSpec, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
         """Learn what a picture and a word are to the model."""
@@ -73,6 +92,9 @@ class VLMDataModule(pl.LightningDataModule):
             chat_template=chat_template,
             tile_rows=spec.tile_rows,
             row_separator=spec.row_separator,
+            train_on=self.train_on,
+            system_prompt=self.system_prompt,
+            too_long=self.too_long,
         )
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
@@ -83,13 +105,35 @@ class VLMDataModule(pl.LightningDataModule):
         ]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        generator = torch.Generator().manual_seed(self.seed)
-        sampler = RandomSampler(self.splits["train"], generator=generator)
-        return self._loader("train", batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        source = self.splits["train"]
+        rank, num_ranks = self._rank()
+        self._batches = Batches(
+            source,
+            length=self._length,
+            batching=self.batching,
+            batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
+            row_tokens=self.max_length if self.packing else None,
+            seed=self.seed,
+            rank=rank,
+            num_ranks=num_ranks,
+            start=self._start,
+        )
+        return self._loader("train", self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training data stands, for a run that goes on from here."""
+        assert self.trainer is not None
+        return self._batches.position(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start = state
 
     def val_dataloader(self) -> DataLoader[Batch]:
+        rank, num_ranks = self._rank()
         indices = self.val_indices(self.num_val_samples)
-        return self._loader("val", batch_sampler=EvenBatches(indices, batch_size=max(2, self.batch_size)))
+        size = max(2, self.batch_size)
+        return self._loader("val", EvenBatches(indices, batch_size=size, rank=rank, num_ranks=num_ranks))
 
     def val_indices(self, limit: int | None) -> list[int]:
         """Up to `limit` held-out samples, spread evenly over the split."""
@@ -106,7 +150,22 @@ class VLMDataModule(pl.LightningDataModule):
             rows.append(make_row(sample, encoded, self.spec))
         return collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
 
-    def _loader(self, split: Split, **options: Any) -> DataLoader[Batch]:
+    def _rank(self) -> tuple[int, int]:
+        """Which of how many ranks this process is."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _length(self, index: int) -> int:
+        """Tokens that a training sample takes in a row; 1 for one that cannot be used, which `Rows` will name."""
+        source: Any = self.splits["train"]
+        try:
+            # Where images are tiled, their sizes count too, and only the images tell.
+            outline = self.spec.tile_rows is None and hasattr(source, "outline")
+            sample = source.outline(index) if outline else source[index]
+            return len(self.text.encode(sample.id, sample.messages, sample.num_images, sample.sizes).input_ids)
+        except BadSample:
+            return 1
+
+    def _loader(self, split: Split, batches: Sampler[Any]) -> DataLoader[Batch]:
         dataset: Any = Rows(  # collation makes batches of its rows
             source=self.splits[split],
             text=self.text,
@@ -114,68 +173,14 @@ class VLMDataModule(pl.LightningDataModule):
             max_bad=int(self.max_bad_share * len(self.splits[split])),
             bad_samples_file=self.bad_samples_file,
         )
+        sources = getattr(self.splits[split], "names", ())
         return DataLoader(
             dataset,
+            batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             multiprocessing_context=multiprocessing.get_context("fork") if self.num_workers else None,
-            collate_fn=partial(collate, spec=self.spec, pad_id=self.text.pad_id),
+            collate_fn=partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources),
             pin_memory=torch.cuda.is_available(),
-            **options,
+            generator=torch.Generator(),  # or a loader would draw from the one that dropout draws from
         )
-
-
-class Rows(Dataset[Row]):
-    """A split as rows. A sample that cannot be used is named in a file and the next one takes its place.
-
-    Raises ValueError once more than `max_bad` samples of the split are bad.
-    """
-
-    def __init__(
-        self, *, source: Source, text: TextEncoder, spec: VisualSpec, max_bad: int, bad_samples_file: Path | None
-    ) -> None:
-        self.source, self.text, self.spec = source, text, spec
-        self.max_bad, self.bad_samples_file = max_bad, bad_samples_file
-        self.bad = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # seen by every worker
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Row:
-        while True:
-            try:
-                sample = self.source[index]
-                encoded = self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
-                return make_row(sample, encoded, self.spec)
-            except BadSample as error:
-                self._quarantine(index, error)
-            index = (index + 1) % len(self.source)
-
-    def _quarantine(self, index: int, error: BadSample) -> None:
-        if self.bad[index]:
-            return
-        self.bad[index] = True
-        num_bad = int(self.bad.sum())
-        if num_bad > self.max_bad:
-            raise ValueError(
-                f"{error} ({num_bad} bad samples of {len(self.source)}, {self.max_bad} allowed: repair them, or set "
-                f"data.on_bad_sample=skip and data.max_bad_share above {num_bad / len(self.source):.2g})"
-            ) from error
-        if self.bad_samples_file is not None:
-            with open(self.bad_samples_file, "a") as file:
-                file.write(json.dumps({"index": index, "error": str(error)}, ensure_ascii=False) + "\n")
-
-
-class EvenBatches(Sampler[list[int]]):
-    """Batches whose sizes differ by one at most, so that the last never holds a lonely image."""
-
-    def __init__(self, indices: Sequence[int], *, batch_size: int) -> None:
-        num = -(-len(indices) // batch_size)
-        bounds = [i * len(indices) // num for i in range(num + 1)]
-        self.batches = [list(indices[a:b]) for a, b in itertools.pairwise(bounds)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm.schema import IGNORE, BadSample, Source
-from vlm.text.encode import Encoded, TextEncoder
+from vlm.text.encode import TextEncoder
+from vlm.text.row import Encoded
 
 
 @dataclass(frozen=True)

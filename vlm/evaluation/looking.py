@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from vlm.schema import Batch
 
@@ -13,13 +14,15 @@ from vlm.schema import Batch
 def with_images(batch: Batch) -> Batch | None:
     """The rows that have an image, or None where no row has."""
     rows = (batch.num_images > 0).nonzero().flatten()
-    if len(rows) == len(batch.ids):
+    if len(rows) == len(batch.num_images):
         return batch
     if len(rows) == 0:
         return None
-    columns = ("input_ids", "attention_mask", "positions", "image_mask", "images_before", "labels", "num_images")
-    chosen = {name: getattr(batch, name)[rows] for name in columns}
-    return replace(batch, **chosen, ids=[batch.ids[int(row)] for row in rows])
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
+    del tensors["pixels"]
+    chosen = {name: tensor[rows] for name, tensor in tensors.items()}
+    samples = [int(number) for number in chosen["sample_index"].unique() if number >= 0]
+    return replace(batch, **chosen, ids=[batch.ids[number] for number in samples])
 
 
 def shuffled(batch: Batch) -> Batch | None:

@@ -90,6 +90,10 @@ class LanguageModel(nn.Module, ABC):
     def layers(self) -> list[nn.Module]:
         """The transformer layers, in the order of computation."""
 
+    @abstractmethod
+    def check_packing(self) -> None:
+        """Raise ValueError unless samples that share a row leave each other alone."""
+
     def embed(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
         """Input embeddings, with whatever scaling the model applies to them."""
         return self.model.get_input_embeddings()(ids)

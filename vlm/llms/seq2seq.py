@@ -61,6 +61,10 @@ class Seq2SeqLM(LanguageModel):
                 inputs_embeds=embeds, attention_mask=prompt, decoder_inputs_embeds=written, use_cache=False
             ).logits  # M V
 
+    def check_packing(self) -> None:
+        """Raise ValueError: a row has one answer."""
+        raise ValueError("an encoder-decoder llm reads one sample a row; set data.packing=false")
+
     def generate(self, embeds: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], **options: Any) -> Int[Tensor, "b s"]:
         return super().generate(embeds, mask, **options)[:, 1:]  # B S, without the start token
 

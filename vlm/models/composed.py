@@ -37,9 +37,9 @@ class Composed(nn.Module):
         embeds = self.llm.embed(batch.input_ids)  # B T D
         if self.connector.fusion == "tokens":
             embeds = place(visual, embeds, batch)  # B T D
-            return self.llm(embeds, batch.attention_mask, batch.positions, batch.keep)  # M V
+            return self.llm(embeds, batch.llm_mask, batch.positions, batch.keep)  # M V
         with self.connector.looking_at(visual, batch):
-            return self.llm(embeds, batch.attention_mask, batch.positions, batch.keep)  # M V
+            return self.llm(embeds, batch.llm_mask, batch.positions, batch.keep)  # M V
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:

@@ -13,38 +13,51 @@ CHUNK = 2**22  # logits handled at a time: their float32 copy (16 MB) stays in a
 
 
 class LanguageModeling:
-    """Cross-entropy in nats, summed over the supervised tokens, in float32 whatever the model's precision."""
+    """Cross-entropy in nats, summed over the supervised tokens, in float32 whatever the model's precision.
+
+    `lm_loss` is over all of them; in a mixture, `loss/<source>` is over those of one source.
+    """
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
         logits = model(batch)  # M V
-        loss = SummedCrossEntropy.apply(logits, batch.targets)
-        return LossOutput(sums={"lm_loss": loss}, counts={"lm_loss": len(batch.targets)})
+        loss, losses = SummedCrossEntropy.apply(logits, batch.targets)  # and M
+        sums, counts = {"lm_loss": loss}, {"lm_loss": len(batch.targets)}
+        if batch.sources:  # all of them, also those with no sample here: every rank adds up the same names
+            source = torch.tensor([batch.sources.index(sample.meta["source"]) for sample in batch.samples])
+            source = source.to(losses.device)[batch.sample_index[batch.keep]]  # M
+            for number, name in enumerate(batch.sources):
+                sums[f"loss/{name}"] = losses[source == number].sum()
+                counts[f"loss/{name}"] = int((source == number).sum())
+        return LossOutput(sums=sums, counts=counts)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """`F.cross_entropy(logits.float(), targets, reduction="sum")` a few rows at a time, the gradient on the way.
+
+    Returns the sum, and the loss of each row, which has no gradient.
 
     A vocabulary makes logits the largest tensor of a step by far; no float32 copy of all of them is ever made. The
     gradient of row m is softmax(logits[m]) - onehot(targets[m]).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # M V
-        loss = logits.new_zeros((), dtype=torch.float32)
+        losses = logits.new_empty(len(logits), dtype=torch.float32)  # M
         rows = max(1, CHUNK // logits.shape[1])
         for start in range(0, len(logits), rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]
             log_p = logits[chunk].log_softmax(1, dtype=torch.float32)  # at most `rows` V
-            loss -= log_p.gather(1, target).sum()
+            losses[chunk] = -log_p.gather(1, target)[:, 0]
             if gradient is not None:
                 p = log_p.exp_()
                 gradient[chunk] = p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
         ctx.save_for_backward(gradient)
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(grad_output), None  # in place: a second backward raises

@@ -9,36 +9,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any
-
-from tokenizers import AddedToken, Tokenizer
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.schema import IGNORE, BadSample, Message
-from vlm.text.spans import Span, answer_spans, learnable, pieces_between
-from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
-from vlm.text.turns import check_turns, count, texts_of
+from vlm.text.lengths import check_length, kept_length
+from vlm.text.row import Encoded
+from vlm.text.spans import Span, answer_spans, answers_at, pieces_between
+from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES, resolve
+from vlm.text.tokenizer import BREAK, disarmer, private_tokenizer
+from vlm.text.turns import check_turns, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Size = tuple[int, int]  # width and height in pixels
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row: T tokens, of which `num_image_tokens` in a row stand for each image or tile of one.
-
-    `images_before[t]` counts the images that start before or at token t, i.e. how many the token may see: the visual
-    tokens of image j (from 0) and the text after them, up to the next image, have j + 1; text before any image has 0.
-    """
-
-    input_ids: list[int]  # the pad id where visual tokens go
-    image_mask: list[bool]  # True where visual tokens go
-    images_before: list[int]
-    labels: list[int]  # the token itself where it is supervised, else IGNORE
-    text: str  # as rendered, with IMAGE_PLACEHOLDER for each image
+CHOOSE = f"set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}"
+PROBE: list[tuple[Literal["user", "assistant"], str]]
+PROBE = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
 
 class TextEncoder:
@@ -49,8 +38,16 @@ class TextEncoder:
     are tiled, `tile_rows` gives the tiles in each row for an image's width and height, and `row_separator` is the text
     between these rows.
 
-    Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located, or
-    one that ends no answer with a special token of the tokenizer; also for a tokenizer with neither pad nor eos token.
+    `train_on` says which tokens are supervised: those of every `assistant` turn, of the `last_assistant` turn only, or
+    `all` tokens but the images' (the template's own words too, as other trainers mean it). `system_prompt` opens each
+    conversation that has no system message. `too_long` says what becomes of a conversation beyond `max_length` tokens:
+    `drop` refuses it, `truncate_text` cuts it as `kept_length` tells.
+
+    A special token's name in a message is read as plain characters; only the template writes special tokens.
+
+    Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located,
+    that ends no answer with a special token of the tokenizer, or that opens an answer otherwise than its generation
+    prompt does; also for a tokenizer with neither pad nor eos token.
     """
 
     def __init__(
@@ -62,6 +59,9 @@ class TextEncoder:
         chat_template: str | None,
         tile_rows: Callable[[Size], list[int]] | None = None,
         row_separator: str = "",
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        system_prompt: str | None = None,
+        too_long: Literal["drop", "truncate_text"] = "drop",
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -73,63 +73,66 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.tile_rows = tile_rows
-        self.max_length = max_length
+        self.max_length, self.too_long = max_length, too_long
+        self.train_on, self.system_prompt = train_on, system_prompt
         self.pad_id: int = pad_id
-        self.template = _resolve(chat_template, tokenizer)
-        self._private = _with_placeholder(tokenizer)
+        self.template = resolve(chat_template, tokenizer)
+        self._disarm = disarmer(tokenizer)
+        self._private = private_tokenizer(tokenizer)
         self._separator = self._private.encode(row_separator, add_special_tokens=False).ids
-        self._image_id = self._private.token_to_id(IMAGE_PLACEHOLDER)
+        self._image_id, self._break_id = (self._private.token_to_id(name) for name in (IMAGE_PLACEHOLDER, BREAK))
         self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._form = self._probe()
+        self._form, self._end_of_turn = self._probe()
 
     def encode(
         self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
     ) -> Encoded:
-        """The whole conversation, every answer supervised; it must end with one.
+        """The whole conversation, supervised as `train_on` says; it must end with an answer.
 
         `sizes` are width and height of each image; only tiling asks for them.
         Raises BadSample where the sample is at fault (turns that do not alternate, images and placeholders that differ,
         nothing to learn, longer than `max_length`), ValueError where the template is.
         """
         check_turns(sample_id, messages, last="assistant")
-        texts = texts_of(sample_id, messages, num_images)
-        roles = [message["role"] for message in messages]
+        roles, texts = self._turns(sample_id, messages, num_images)
         answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
-        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in answers):
+        learnt = answers[-1:] if self.train_on == "last_assistant" else answers
+        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learnt):
             raise BadSample(
                 f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it"
             )
         try:
             text = self._render(roles, texts, self._form)
             tokens = self._private.encode(text, add_special_tokens=False)
-            learn = learnable(text, tokens.ids, tokens.offsets, self._spans(roles, texts, text, self._form))
+            places = answers_at(text, tokens.ids, tokens.offsets, self._spans(roles, texts, text, self._form))
         except ValueError as error:
             raise ValueError(f"sample '{sample_id}': {error}") from error
-        return self._row(sample_id, text, tokens.ids, learn, sizes)
+        return self._supervise(sample_id, *self._row(text, tokens.ids, places, sizes))
 
     def encode_prompt(
         self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
     ) -> Encoded:
-        """What stands before the last answer, up to the generation prompt; no label is set.
+        """What stands before the last answer, up to the generation prompt; no label is set and nothing is cut.
 
         A conversation that ends with a user message is a prompt already. Raises as `encode` does.
         """
         kept = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
         check_turns(sample_id, kept, last="user")
-        texts = texts_of(sample_id, kept, num_images)
+        roles, texts = self._turns(sample_id, kept, num_images)
         try:
-            text = self._render([message["role"] for message in kept], texts, self._form, prompt=True)
+            text = self._render(roles, texts, self._form, prompt=True)
         except ValueError as error:
             raise ValueError(f"sample '{sample_id}': {error}") from error
         ids = self._private.encode(text, add_special_tokens=False).ids
-        return self._row(sample_id, text, ids, [False] * len(ids), sizes)
+        row, _ = self._row(text, ids, [None] * len(ids), sizes)
+        row = replace(row, labels=[IGNORE] * len(row.labels))
+        check_length(sample_id, row, self.max_length)
+        return row
 
     @property
     def stop_ids(self) -> list[int]:
         """Ids after which an answer is over: the end-of-turn mark that the labels hold, and the end of text."""
-        turns = [Message(role=r, content=[{"type": "text", "text": "a"}]) for r in ("user", "assistant")]
-        learnt = [label for label in self.encode("stop", turns, 0).labels if label != IGNORE]
-        return sorted({learnt[-1], *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])})
+        return sorted({self._end_of_turn, self.tokenizer.eos_token_id} - {None})
 
     def runs(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """The row decoded in runs of one kind: (text, whether it is supervised); an image reads `<image×K>`."""
@@ -165,21 +168,40 @@ class TextEncoder:
         assert isinstance(text, str)
         return text
 
-    def _probe(self) -> Callable[[str], object]:
-        """The form of a message's content that the template takes: a string, or a list of items.
+    def _turns(self, sample_id: str, messages: Sequence[Message], num_images: int) -> tuple[list[str], list[str]]:
+        """Roles and texts as the template gets them."""
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            opening = Message(role="system", content=[{"type": "text", "text": self.system_prompt}])
+            messages = [opening, *messages]
+        texts = texts_of(sample_id, messages, num_images)
+        return [message["role"] for message in messages], [self._disarm(text) for text in texts]
+
+    def _probe(self) -> tuple[Callable[[str], object], int]:
+        """The form of a message's content that the template takes, a string or a list of items, and the end of turn.
 
         Strings come first: a template for strings would print a list's Python syntax without an error.
         """
-        roles, texts = ["user", "assistant"] * 2, ["a", "b", "c", "d"]
         try:
-            self._spans(roles, texts, self._render(roles, texts, _as_string), _as_string)
-            return _as_string
+            return _as_string, self._end_of(_as_string)
         except ValueError as error:
             try:
-                self._spans(roles, texts, self._render(roles, texts, _as_list), _as_list)
-                return _as_list
+                return _as_list, self._end_of(_as_list)
             except ValueError:
                 raise error from None
+
+    def _end_of(self, form: Callable[[str], object]) -> int:
+        """The id that ends an answer, found in a conversation that shows whether the template can be used."""
+        turns = [Message(role=role, content=[{"type": "text", "text": text}]) for role, text in PROBE]
+        roles, texts = self._turns("data.system_prompt", turns, 0)
+        rendered = self._render(roles, texts, form)
+        last = self._spans(roles, texts, rendered, form)[-1]
+        opening, prompt = rendered[: last.start], self._render(roles[:-1], texts[:-1], form, prompt=True)
+        if opening.rstrip(" ") != prompt.rstrip(" "):
+            raise ValueError(
+                f"the chat template opens an answer with {opening[-20:]!r} but its generation prompt ends with "
+                f"{prompt[-20:]!r}, so that no answer could begin as it was learnt; {CHOOSE}"
+            )
+        return last.mark
 
     def _render(
         self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object], prompt: bool = False
@@ -207,22 +229,46 @@ class TextEncoder:
         try:
             return answer_spans(rendered, pieces=pieces, roles=roles, texts=texts, marks=self._marks)
         except ValueError as error:
-            raise ValueError(f"{error}; set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}") from error
+            raise ValueError(f"{error}; {CHOOSE}") from error
 
     def _row(
-        self, sample_id: str, text: str, ids: Sequence[int], learn: Sequence[bool], sizes: Sequence[Size]
-    ) -> Encoded:
-        row = Encoded(input_ids=[], image_mask=[], images_before=[], labels=[], text=text)
+        self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]
+    ) -> tuple[Encoded, list[int | None]]:
+        """The row, every token but an image's a label, and the answer that each of its places belongs to."""
+        row = Encoded(input_ids=[], image_mask=[], images_before=[], labels=[], text=text.replace(BREAK, ""))
+        placed: list[int | None] = []
         num_images = 0
-        for token, supervised in zip(ids, learn, strict=True):
+        for token, answer in zip(ids, answers, strict=True):
+            if token == self._break_id:
+                continue
             is_image = token == self._image_id
             num_images += is_image
             places = self._places(num_images - 1, sizes) if is_image else [token]
             row.input_ids.extend(self.pad_id if place is None else place for place in places)
             row.image_mask.extend(place is None for place in places)
             row.images_before.extend([num_images] * len(places))
-            row.labels.extend([token if supervised and not is_image else IGNORE] * len(places))
-        self._check_length(sample_id, row)
+            row.labels.extend([IGNORE if is_image else token] * len(places))
+            placed.extend([answer] * len(places))
+        return row, placed
+
+    def _supervise(self, sample_id: str, row: Encoded, answers: Sequence[int | None]) -> Encoded:
+        """The row cut to its length where that is asked for, with the labels that `train_on` leaves."""
+        length = None
+        if self.too_long == "truncate_text" and len(answers) > self.max_length:
+            length = kept_length(row, answers, self.max_length)
+        kept = [answer for answer in answers[:length] if answer is not None]
+        learnt: set[int | None] = {kept[-1]} if self.train_on == "last_assistant" else set(kept)
+        if self.train_on == "all":
+            learnt.add(None)
+        labels = [label if answer in learnt else IGNORE for label, answer in zip(row.labels, answers, strict=True)]
+        row = Encoded(
+            input_ids=row.input_ids[:length],
+            image_mask=row.image_mask[:length],
+            images_before=row.images_before[:length],
+            labels=labels[:length],
+            text=row.text,
+        )
+        check_length(sample_id, row, self.max_length)
         return row
 
     def _places(self, image: int, sizes: Sequence[Size]) -> list[int | None]:
@@ -233,54 +279,6 @@ class TextEncoder:
             places += self._separator if number else []
             places += [None] * (num_tiles * self.num_image_tokens)
         return places
-
-    def _check_length(self, sample_id: str, row: Encoded) -> None:
-        length = len(row.input_ids)
-        if length <= self.max_length:
-            return
-        num_visual = sum(row.image_mask[self.max_length :])
-        num_supervised = sum(label != IGNORE for label in row.labels[self.max_length :])
-        raise BadSample(
-            f"sample '{sample_id}' takes {length} tokens but data.max_length is {self.max_length}, which would cut "
-            f"{count(num_visual, 'image token')} and {count(num_supervised, 'supervised token')}; "
-            f"set data.max_length={length} or more"
-        )
-
-
-def _resolve(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    choices = ", ".join(sorted(TEMPLATES))
-    if name is None:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer has no chat template of its own; set llm.chat_template= to one of {choices}"
-            )
-        return tokenizer.get_chat_template()
-    if name not in TEMPLATES:
-        raise ValueError(f"llm.chat_template={name} is unknown; choose one of {choices}")
-    return TEMPLATES[name]
-
-
-def _with_placeholder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A private tokenizer with one more token, on the shared vocabulary: a deep copy of Gemma's takes 5 s, this 20 ms.
-
-    The post-processor stays behind: it adds special tokens, which are the template's business, and some trim the spaces
-    off the offsets.
-    """
-    shared = tokenizer.backend_tokenizer
-    private = Tokenizer(shared.model)
-    if shared.normalizer is not None:
-        private.normalizer = shared.normalizer
-    if shared.pre_tokenizer is not None:
-        private.pre_tokenizer = shared.pre_tokenizer
-    added = shared.get_added_tokens_decoder()
-    private.add_tokens([added[index] for index in sorted(added)])
-    moved = [token.content for index, token in added.items() if private.token_to_id(token.content) != index]
-    if moved:  # ids with gaps among the added tokens cannot be had by adding them anew
-        private = Tokenizer.from_str(shared.to_str())
-        private.no_truncation()
-        private.no_padding()
-    private.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)])
-    return private
 
 
 def _as_string(text: str) -> str:

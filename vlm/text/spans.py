@@ -72,30 +72,34 @@ def _places(rendered: str, pieces: Sequence[str], texts: Sequence[str]) -> list[
     return places if at == len(rendered) else []
 
 
-def learnable(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens begin inside a span.
+def answers_at(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
+) -> list[int | None]:
+    """The number (from 0) of the span that each token begins in, or None.
 
     Where a token joins the end of the prompt with the start of an answer, it counts as the answer's if all it takes
     from the prompt is space and it brings more than space (SentencePiece's "▁yes" after "ASSISTANT: "). A newline
     joined with the prompt's newline stays the prompt's. Several byte tokens may share one character, and an empty token
     has the place where it stands. Raises ValueError for a span that does not end with its mark.
     """
-    supervised = [False] * len(ids)
+    answers: list[int | None] = [None] * len(ids)
     index = 0
-    for span in spans:
+    for number, span in enumerate(spans):
         last = None
         while index < len(ids) and offsets[index][0] < span.end:
             start, end = offsets[index]
             if start < span.start:
-                learn = end > span.start and text[start : span.start].isspace() and bool(text[span.start : end].strip())
+                inside = (
+                    end > span.start and text[start : span.start].isspace() and bool(text[span.start : end].strip())
+                )
             else:
-                learn = True
-            if learn:
-                supervised[index] = True
+                inside = True
+            if inside:
+                answers[index] = number
                 last = ids[index]
             index += 1
         if last != span.mark:
             raise ValueError(
                 f"the end of turn {text[span.start : span.end][-20:]!r} is not one token of this tokenizer"
             )
-    return supervised
+    return answers

@@ -6,6 +6,11 @@ No template looks at what a content says (not even whether it is empty), so that
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Private: no tokenizer has it and no text may hold it. `TextEncoder` puts the visual tokens in its place.
 IMAGE_PLACEHOLDER = "<|vlm:image|>"
 
@@ -73,6 +78,19 @@ _VICUNA_V1 = (
     "{{- 'ASSISTANT:' if add_generation_prompt else '' -}}"
 )
 
+# Every pair of turns opens with a bos token. The marks are plain words, and so is one that a user types.
+_LLAMA2 = (
+    "{%- set fold = messages[0]['role'] == 'system' -%}"
+    "{%- for message in (messages[1:] if fold else messages) -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{- ' ' + render(message['content']) | trim + ' ' + eos_token -}}"
+    "{%- else -%}"
+    "{{- (bos_token or '') + '[INST] ' -}}"
+    "{{- '<<SYS>>\\n' + render(messages[0]['content']) + '\\n<</SYS>>\\n\\n' if fold and loop.first else '' -}}"
+    "{{- render(message['content']) | trim + ' [/INST]' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
 # Mistral has no system role: its text opens the first user turn. It trims the answers.
 _MISTRAL = (
     "{{- bos_token or '' -}}"
@@ -104,6 +122,7 @@ _BODIES = {
     "plain": _PLAIN,
     "chatml": _CHATML,
     "gemma": _GEMMA,
+    "llama2": _LLAMA2,
     "llama3": _LLAMA3,
     "vicuna_v1": _VICUNA_V1,
     "mistral": _MISTRAL,
@@ -111,3 +130,20 @@ _BODIES = {
     "t5": _T5,
 }
 TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
+
+
+def resolve(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text of the template `name`, or of the tokenizer's own where that is None.
+
+    Raises ValueError for an unknown name, and for a tokenizer without a template of its own.
+    """
+    choices = ", ".join(sorted(TEMPLATES))
+    if name is None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer has no chat template of its own; set llm.chat_template= to one of {choices}"
+            )
+        return tokenizer.get_chat_template()
+    if name not in TEMPLATES:
+        raise ValueError(f"llm.chat_template={name} is unknown; choose one of {choices}")
+    return TEMPLATES[name]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vlm.schema import BadSample, Message
 from vlm.text.templates import IMAGE_PLACEHOLDER
+from vlm.text.tokenizer import BREAK
 
 
 def check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> None:
@@ -35,8 +36,9 @@ def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> li
         "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])
         for message in messages
     ]
-    if sum(text.count(IMAGE_PLACEHOLDER) for text in texts) != num_marks:
-        raise BadSample(f"sample '{sample_id}' has the reserved {IMAGE_PLACEHOLDER} in its text; remove it")
+    for reserved, expected in ((IMAGE_PLACEHOLDER, num_marks), (BREAK, 0)):
+        if sum(text.count(reserved) for text in texts) != expected:
+            raise BadSample(f"sample '{sample_id}' has the reserved {reserved} in its text; remove it")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON's \\ud83d gives

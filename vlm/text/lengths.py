@@ -1,0 +1,47 @@
+"""How long a row may be, and where one that is longer may be cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from vlm.schema import IGNORE, BadSample
+from vlm.text.row import Encoded
+from vlm.text.turns import count
+
+
+def check_length(sample_id: str, row: Encoded, max_length: int) -> None:
+    """Raise BadSample for a row of more than `max_length` tokens."""
+    length = len(row.input_ids)
+    if length <= max_length:
+        return
+    num_visual = sum(row.image_mask[max_length:])
+    num_supervised = sum(label != IGNORE for label in row.labels[max_length:])
+    raise BadSample(
+        f"sample '{sample_id}' takes {length} tokens but data.max_length is {max_length}, which would cut "
+        f"{count(num_visual, 'image token')} and {count(num_supervised, 'supervised token')}; "
+        f"set data.max_length={length} or more"
+    )
+
+
+def kept_length(row: Encoded, answers: Sequence[int | None], max_length: int) -> int | None:
+    """How many tokens of a row longer than `max_length` to keep, or None where no cut leaves what a row needs.
+
+    `answers[t]` numbers the answer that token t belongs to. The turns at the end go first, up to an answer that says
+    something and fits as a whole; where there is none, the row ends inside an answer, without the mark that ends the
+    turn. Every image stays.
+    """
+    all_seen = row.images_before.index(row.images_before[-1]) + 1
+    last_image = max((place + 1 for place, is_image in enumerate(row.image_mask) if is_image), default=0)
+    at_least = max(all_seen, last_image)
+    kept = None
+    end = 0
+    for answer, run in itertools.groupby(answers):
+        size = len(list(run))
+        end += size
+        if answer is not None and size > 1 and at_least <= end <= max_length:
+            kept = end
+    if kept is None and at_least <= max_length and not row.image_mask[max_length - 1]:
+        last, first_cut = answers[max_length - 1 : max_length + 1]
+        kept = max_length if last is not None and last == first_cut else None
+    return kept

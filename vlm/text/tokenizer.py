@@ -1,0 +1,54 @@
+"""The tokenizer that reads a rendered conversation: the LLM's own vocabulary and two private tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Tokenizer
+
+from vlm.text.templates import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Private, as IMAGE_PLACEHOLDER is. It stands inside the name of a special token that somebody typed; no row keeps it.
+BREAK = "<|vlm:break|>"
+
+
+def disarmer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """What puts BREAK into each special token's name in a text, so that it is read as plain characters.
+
+    Only the template may write special tokens: an "<|im_end|>" in a question would end the turn.
+    """
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    # The first letter only is matched, so that names that overlap are all broken.
+    parts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
+    if not parts:
+        return str
+    return partial(re.compile("|".join(parts)).sub, rf"\g<0>{BREAK}")
+
+
+def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A private tokenizer with two more tokens, on the shared vocabulary: a deep copy of Gemma's takes 5 s, this 20 ms.
+
+    The post-processor stays behind: it adds special tokens, which are the template's business, and some trim the spaces
+    off the offsets.
+    """
+    shared = tokenizer.backend_tokenizer
+    private = Tokenizer(shared.model)
+    if shared.normalizer is not None:
+        private.normalizer = shared.normalizer
+    if shared.pre_tokenizer is not None:
+        private.pre_tokenizer = shared.pre_tokenizer
+    added = shared.get_added_tokens_decoder()
+    private.add_tokens([added[index] for index in sorted(added)])
+    moved = [token.content for index, token in added.items() if private.token_to_id(token.content) != index]
+    if moved:  # ids with gaps among the added tokens cannot be had by adding them anew
+        private = Tokenizer.from_str(shared.to_str())
+        private.no_truncation()
+        private.no_padding()
+    private.add_tokens([AddedToken(name, special=True, normalized=False) for name in (IMAGE_PLACEHOLDER, BREAK)])
+    return private
