@@ -63,7 +63,7 @@ def train(cfg: Any) -> None:
         "code": run.provenance(),
     }
     data = build.build_data(settings, model, run_dir)
-    run.print_parts(model, choices, stage)
+    run.print_parts(run.count_parameters(model), choices, stage)
     checks = settings["preflight"]
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
 

@@ -27,6 +27,7 @@ def manifest_of(model: Composed, **changes: Any) -> dict[str, Any]:
     return {
         "parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2}, "encoder": {"layer": -1}},
         "bases": {part: {"pretrained": None, "fingerprint": artifact.fingerprint(m)} for part, m in parts.items()},
+        "quantization": "none",
         "chat_template": "chatml",
         "num_image_tokens": 4,
         "lora": None,
@@ -152,10 +153,11 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
          r"parts\.connector\.depth = 2, here it is 3"),
         ({"parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2}, "encoder": {"layer": -2}}},
          r"parts\.encoder\.layer = -1, here it is -2"),
+        ({"quantization": "nf4"}, r"llm\.quantization = none, here it is nf4; use the same parts"),
         ({"chat_template": "llama3"}, "chat_template = chatml, here it is llama3"),
         ({"num_image_tokens": 9}, "num_image_tokens = 4, here it is 9"),
     ],
-    ids=["connector option", "encoder option", "template", "token count"],
+    ids=["connector option", "encoder option", "quantization", "template", "token count"],
 )  # fmt: skip
 def test_another_part_is_refused_with_both_values(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     align(tmp_path)
@@ -164,6 +166,21 @@ def test_another_part_is_refused_with_both_values(tmp_path: Path, changes: dict[
     with pytest.raises(ValueError, match=text):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model, **changes))
     assert torch.equal(outputs(model), before), "a refused artefact changes nothing"
+
+
+def test_rounded_weights_are_named_before_the_fingerprint_that_they_change(tmp_path: Path) -> None:
+    after = align(tmp_path)
+    path = tmp_path / "artifact" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    other = tiny_model(llm=tiny_llm(seed=5))
+    path.write_text(json.dumps(manifest | {"quantization": "int8"}))
+    with pytest.raises(ValueError, match=r"trained with llm\.quantization = int8, here it is none"):
+        artifact.load(tmp_path, model=other, manifest=manifest_of(other))
+    del manifest["quantization"]  # as artefacts were at first
+    path.write_text(json.dumps(manifest))
+    model = tiny_model(seed=9)
+    artifact.load(tmp_path, model=model, manifest=manifest_of(model))
+    assert torch.equal(outputs(model), after)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_tower_is_the_published_one_less_what_features_do_not_need(option: s
     assert config["pretrained"]
     whole = {name: p.shape for name, p in reference(config).named_parameters()}
     ours = {name.partition(".")[2]: p.shape for name, p in encoder.named_parameters()}
-    assert sum(shape.numel() for shape in whole.values()) == published
+    assert sum(shape.numel() for shape in whole.values()) == published == encoder.published_size()
     assert ours.items() <= whole.items()
     after = f".{num_blocks}."  # blocks count from 0, so the first that is not run bears this number
     dropped = [name for name in whole.keys() - ours.keys() if name.split(".")[0] not in TAIL]
@@ -74,6 +74,7 @@ def test_the_joined_tower_is_the_sum_of_both() -> None:
     assert siglip == sum(p.numel() for p in build("siglip_so400m14_384", small=False, weights="meta").parameters())
     assert (encoder.width, encoder.grid, encoder.image_size) == (1024 + 1152, (27, 27), (378, 378))
     assert [len(one.blocks()) for one in encoder.encoders] == [23, 26]
+    assert encoder.published_size() == 304_370_688 + FACTS["siglip_so400m14_384"][0]
 
 
 def test_tiny_is_tiny() -> None:

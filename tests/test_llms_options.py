@@ -178,6 +178,33 @@ def test_rounded_weights_do_not_train(state: str) -> None:
     assert told.startswith("stage.llm=full" if state == "full" else "stage.llm={'last_n': 2}")
 
 
+META = ("encoder.weights=meta", "llm.weights=meta")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_manifest_tells_how_weights_are_stored(quantization: str) -> None:
+    _, manifest = build.build_model(settings("llm=tiny", *META, f"llm.quantization={quantization}"))
+    assert manifest["quantization"] == quantization
+
+
+def test_rows_longer_than_the_llms_positions_are_refused() -> None:
+    build.build_model(settings("llm=tiny", *META, "data.max_length=2048"))
+    said = "data.max_length=2049, but this llm has positions for 2048 tokens; set data.max_length=2048 or less"
+    with pytest.raises(ValueError, match=said):
+        build.build_model(settings("llm=tiny", *META, "data.max_length=2049"))
+    small_llm("flan_t5_xl").check_length(10**6)  # its positions are relative
+
+
+def test_several_answers_for_an_encoder_decoder_are_refused_before_the_first_step() -> None:
+    words = ("llm=flan_t5_xl", *META, "llm.config.num_layers=1", "stage=instruct")
+    model, _ = build.build_model(settings(*words))
+    data = build.build_data(settings(*words), model, None)
+    with pytest.raises(ValueError, match=r"has 3 answers, but an encoder-decoder llm learns 1 a row; set data."):
+        data.preflight(num_samples=1, show=0)
+    for change in ("data.train_on=last_assistant", "data.num_questions=1"):
+        build.build_data(settings(*words, change), model, None).preflight(num_samples=1, show=0)
+
+
 def test_a_connector_on_the_layers_needs_a_decoder_only_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "fusion", "layers")
     build.check(settings("llm=opt_2_7b"))

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import train as training
+from tests.test_encoders_sizes import FACTS as TOWERS
 from vlm import build, run
 from vlm.cli.entry import CONF, start
 from vlm.cli.plan import build_meta, describe, memory_gb
@@ -27,6 +28,7 @@ CONNECTORS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yam
 CONNECTOR = 2 * (64 * 64 + 64) + 2 * 64 + 64 * 64
 # Per block 2 norms, 3·64 + 64 columns of attention and a perceptron of width 256; a class token, positions, patches.
 ENCODER = 2 * (2 * 128 + 64 * 192 + 192 + 64 * 64 + 64 + 2 * 64 * 256 + 256 + 64) + 64 + 65 * 64 + 3 * 8 * 8 * 64 + 64
+WHOLE = ENCODER + (28 * 28 - 8 * 8) * 64 + 2 * 64  # its positions at 224 pixels, and the last norm, which nothing reads
 LINEAR = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)  # q, k and v of half as many heads, o; gate, up, down
 LLM = 320 * 64 + LINEAR + 5 * 64  # the table, which is also the output matrix, counts once; five norms
 
@@ -72,7 +74,7 @@ def test_a_plan_is_printed_and_written_and_leaves_no_run(
     assert train("trainer.precision=32-true", *(argument.format(file) for argument in order)) == 0
     plan = json.loads(file.read_text())
     assert plan["parts"] == {
-        "encoder": {"total": ENCODER, "trainable": 0},
+        "encoder": {"total": WHOLE, "loaded": ENCODER, "trainable": 0},
         "connector": {"total": CONNECTOR, "trainable": CONNECTOR},
         "llm": {"total": LLM, "trainable": 0},
     }
@@ -83,7 +85,14 @@ def test_a_plan_is_printed_and_written_and_leaves_no_run(
     printed = capfd.readouterr().out
     for words in ("What trains", f"{LLM:,}", "Plan at precision 32-true", "mean of 16 samples, with a byte tokenizer"):
         assert words in printed
+    assert row(printed, "encoder: loaded and run") == [f"{ENCODER:,}", f"of {WHOLE:,} parameters"]
+    assert row(printed, "visual tokens per image") == ["64", ""]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def row(printed: str, quantity: str) -> list[str]:
+    (line,) = [line for line in printed.splitlines() if quantity in line]
+    return [cell.strip() for cell in line.strip("│").split("│")[1:]]
 
 
 def test_a_plan_without_data(train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,3 +204,25 @@ def test_every_connector_can_be_planned(connector: str) -> None:
 def test_the_llm_has_its_published_size(llm: str, total: int) -> None:
     _, model = planned(f"llm={llm}")
     assert run.count_parameters(model)["llm"] == {"total": total, "trainable": 0}
+
+
+@pytest.mark.parametrize("encoder", ["clip_vit_l14_336", "efficientnet_lite0"])
+def test_the_encoder_has_its_published_size_and_the_memory_of_what_runs(encoder: str) -> None:
+    cfg, model = planned(f"encoder={encoder}", "trainer.precision=bf16-mixed", "preflight.samples=1")
+    report, _ = describe(cfg, model)
+    loaded = sum(parameter.numel() for parameter in model.encoder.parameters())
+    assert report["parts"]["encoder"] == {"total": TOWERS[encoder][0], "loaded": loaded, "trainable": 0}
+    assert loaded < TOWERS[encoder][0]
+    connector = sum(parameter.numel() for parameter in model.connector.parameters())
+    assert report["memory_gb"]["weights"] == pytest.approx((2 * (loaded + LLM) + 4 * connector) / 1e9)
+
+
+def test_a_plan_with_tiles_tells_the_most_tokens_of_an_image(
+    train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grids = "encoder.tiles.grids=[[1,1],[1,3],[2,2]]"  # a picture and 2×2 tiles; a grid of one is the picture alone
+    assert train("plan=true", f"plan.json={tmp_path / 'plan.json'}", grids, "encoder.image_size=32") == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["visual_tokens_per_image"], plan["visual_tokens_per_tile"]) == (5 * 16, 16)
+    assert row(capfd.readouterr().out, "visual tokens per image") == ["80", "at most: 5 tiles of 16"]
+    assert plan["tokens_per_sample"] > 80

@@ -106,6 +106,14 @@ def test_what_cannot_be_trained_on_stops_it(plain, messages, error):
         preflight(name="val", source=Conversations(GOOD, messages), encoder=plain, num_samples=2, show=0)
 
 
+def test_more_answers_than_the_llm_takes_stop_it(plain):
+    source = Conversations(GOOD, [*GOOD, say("user", "a"), say("assistant", "b")])
+    options = {"name": "train", "source": source, "encoder": plain, "show": 0, "max_answers": 1}
+    assert preflight(num_samples=1, **options).num_samples == 1
+    with pytest.raises(ValueError, match=r"sample 'talk/1' has 2 answers, but .* 1 a row; set data.train_on=last_a"):
+        preflight(num_samples=2, **options)
+
+
 def test_missing_end_of_turn_stops_it():
     # This template forgets the end-of-turn token in conversations of more than four messages.
     tokenizer = own_template(byte_tokenizer(), "", "' + ('</s>' if messages | length > 4 else '<eos>') + '")

@@ -26,6 +26,7 @@ from vlm.connectors.qformer_weights import TEXT_VOCABULARY, to_blip2
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.optim import parameter_groups
+from vlm.schema import Batch
 
 SIZES: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (1, 5), "output_rms": 0.7}
 TINY: dict[str, Any] = {**SIZES, "num_queries": 4, "depth": 3, "width": 16, "num_heads": 2}
@@ -89,10 +90,10 @@ def retrieval(folder: Path) -> Blip2ForImageTextRetrieval:
     return model
 
 
-def captioner(folder: Path) -> Blip2ForConditionalGeneration:
+def captioner(folder: Path, llm: dict[str, Any] = OPT) -> Blip2ForConditionalGeneration:
     """A BLIP-2 of the second stage, with its LLM."""
     config = Blip2Config(
-        qformer_config=THEIRS, vision_config=VISION, text_config=OPT, num_query_tokens=4, image_token_index=IMAGE_ID
+        qformer_config=THEIRS, vision_config=VISION, text_config=llm, num_query_tokens=4, image_token_index=IMAGE_ID
     )
     model = shaken(Blip2ForConditionalGeneration(config))
     model.save_pretrained(folder)
@@ -179,18 +180,23 @@ class Eye(nn.Module):
         return self.tower(pixels, output_hidden_states=True).hidden_states[-1]
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Any, Any]:
-    """The same model twice: Transformers' and ours."""
-    reference = captioner(tmp_path).requires_grad_(False)
+def twin(reference: Blip2ForConditionalGeneration, folder: Path, llm: Any) -> Composed:
+    """Ours with the same weights; of both, the Q-Former learns."""
+    reference.requires_grad_(False)
     for part in (reference.qformer, reference.language_projection, reference.vision_model.post_layernorm):
         part.requires_grad_(True)
     reference.query_tokens.requires_grad_(True)
-    llm = tiny_llm(**OPT)
     llm.model.load_state_dict(reference.language_model.state_dict())
-    connector = start(tmp_path, init_projection=True)
+    connector = start(folder, init_projection=True)
     ours = Composed(encoder=Eye(reference.vision_model), connector=connector, llm=llm.requires_grad_(False))
-    return reference, ours.eval()
+    return ours.eval()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Any, Any]:
+    """The same model twice: Transformers' and ours."""
+    reference = captioner(tmp_path)
+    return reference, twin(reference, tmp_path, tiny_llm(**OPT))
 
 
 ROWS = (([IMAGE, 5, 6], [7, 8, 9]), ([3, IMAGE, 4, IMAGE], [10, 11]), ([12, 13], [14]))  # one, two and no picture
@@ -204,11 +210,16 @@ def test_composed_with_opt_is_blip2(pair: tuple[Any, Any]) -> None:
         pixel_values=batch.pixels, input_ids=ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
     )
     torch.testing.assert_close(ours(batch), theirs.logits[batch.keep], atol=1e-5, rtol=0)
+    assert_learns_alike(reference, ours, batch, theirs.loss)
+
+
+def assert_learns_alike(reference: Any, ours: Composed, batch: Batch, theirs: Tensor) -> None:
+    """The loss of ours is `theirs`, the reference's own, and so are the gradients of the Q-Former."""
     output = LanguageModeling()(ours, batch)
     loss = output.sums["lm_loss"] / output.counts["lm_loss"]
-    torch.testing.assert_close(loss, theirs.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=0)
     loss.backward()
-    theirs.loss.backward()
+    theirs.backward()
     gradients = to_blip2({name: parameter.grad for name, parameter in ours.connector.named_parameters()})
     expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected.keys()

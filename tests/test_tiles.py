@@ -189,7 +189,7 @@ def settings(*overrides: str) -> dict[str, Any]:
 
 
 def test_the_command_line_sets_it() -> None:
-    cfg = settings("encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "data.max_length=4096")
+    cfg = settings("encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "data.max_length=2048")
     build.check(cfg)
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]

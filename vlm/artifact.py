@@ -103,6 +103,8 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
     manifests' bases differ, or the tensors that do not fit.
     """
     theirs = read_manifest(run)
+    rounded = theirs.get("quantization", "none")  # not recorded at first
+    _compare("llm.quantization", rounded, manifest["quantization"], run)  # before the fingerprint, which it changes
     for field in ("bases", "parts", "chat_template", "num_image_tokens"):
         _compare(field, theirs[field], manifest[field], run)
     if theirs["lora"] and not lora_names(model.llm):  # type: ignore[arg-type]

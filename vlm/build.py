@@ -159,6 +159,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         options, tiles = split_tiles(cfg["encoder"])
         encoder = bind("encoder", options)().requires_grad_(False)
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
+    llm.check_length(cfg["data"]["max_length"])
     if cfg["data"]["packing"]:
         llm.check_packing()
     bases = {
@@ -183,6 +184,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
             | ({"tiles": cfg["encoder"]["tiles"]} if tiles.grids else {}),
         },
         "bases": bases,
+        "quantization": cfg["llm"].get("quantization", "none"),
         "chat_template": cfg["llm"]["chat_template"] or "the tokenizer's own",
         "num_image_tokens": placeholders(connector),
     }
@@ -212,7 +214,8 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
     if tiles.grids:
         transform, separator = tiles.around(model.encoder.transform), "\n" if tiles.row_separator else ""
         spec = replace(spec, transform=transform, tile_rows=transform.rows, row_separator=separator)
-    data.connect(spec=spec, tokenizer=model.llm.tokenizer, chat_template=cfg["llm"]["chat_template"])
+    llm, template = model.llm, cfg["llm"]["chat_template"]
+    data.connect(spec=spec, tokenizer=llm.tokenizer, chat_template=template, max_answers=llm.max_answers)
     return data
 
 

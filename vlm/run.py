@@ -97,12 +97,14 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     }
 
 
-def print_parts(model: nn.Module, options: Mapping[str, str | None], states: dict[str, Any]) -> None:
-    """What trains: one line a part."""
+def print_parts(
+    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], states: Mapping[str, Any]
+) -> None:
+    """What trains: one line a part, with its parameters as `count_parameters` has them."""
     table = Table(title="What trains")
     for heading in ("part", "option", "state", "trainable", "total"):
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
-    for part, numbers in count_parameters(model).items():
+    for part, numbers in counts.items():
         state = states[part] if isinstance(states[part], str) else f"last {states[part]['last_n']}"
         table.add_row(part, options[part], state, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
     CONSOLE.print(table)

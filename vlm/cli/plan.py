@@ -46,7 +46,7 @@ def plan(cfg: DictConfig) -> None:
     model = build_meta(settings)
     report, remark = describe(settings, model)
     hydra = HydraConfig.get().runtime
-    run.print_parts(model, hydra.choices, settings["stage"])
+    run.print_parts(report["parts"], hydra.choices, settings["stage"])
     run.CONSOLE.print(render(report, remark))
     if settings["plan"]["json"]:
         artifact.write_json(Path(settings["plan"]["json"]), report)
@@ -67,12 +67,20 @@ def build_meta(settings: Mapping[str, Any]) -> Any:
 
 
 def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], str]:
-    """The plan as JSON takes it, and a remark on how `tokens_per_sample` came about."""
+    """The plan as JSON takes it, and a remark on how `tokens_per_sample` came about.
+
+    The encoder's total is that of the published tower; `loaded` of it are held in memory and run. Where images are
+    tiled, `visual_tokens_per_image` is the most that an image can have.
+    """
     tokens, remark = _tokens_per_sample(settings, model)
+    parts = run.count_parameters(model)
+    parts["encoder"] |= {"total": model.encoder.published_size(), "loaded": parts["encoder"]["total"]}
+    _, tiles = build.split_tiles(settings["encoder"])
     report = {
         "precision": build.precision(settings),
-        "parts": run.count_parameters(model),
-        "visual_tokens_per_image": model.connector.num_tokens,
+        "parts": parts,
+        "visual_tokens_per_image": model.connector.num_tokens * tiles.most,
+        "visual_tokens_per_tile": model.connector.num_tokens,
         "tokens_per_sample": tokens,
         "memory_gb": memory_gb(model, quantization=settings["llm"].get("quantization", "none")),
     }
@@ -96,8 +104,12 @@ def render(report: Mapping[str, Any], remark: str) -> Table:
     table.add_column("quantity")
     table.add_column("value", justify="right")
     table.add_column("remark")
-    tokens = report["tokens_per_sample"]
-    table.add_row("visual tokens per image", f"{report['visual_tokens_per_image']:,}")
+    encoder, tokens = report["parts"]["encoder"], report["tokens_per_sample"]
+    if encoder["loaded"] != encoder["total"]:
+        table.add_row("encoder: loaded and run", f"{encoder['loaded']:,}", f"of {encoder['total']:,} parameters")
+    visual, per_tile = report["visual_tokens_per_image"], report["visual_tokens_per_tile"]
+    most = f"at most: {visual // per_tile} tiles of {per_tile:,}" if visual != per_tile else ""
+    table.add_row("visual tokens per image", f"{visual:,}", most)
     table.add_row("tokens per sample", "unknown" if tokens is None else f"{tokens:,.0f}", remark.replace("[", r"\["))
     for name, size in report["memory_gb"].items():
         table.add_row(f"memory: {name.replace('_', ' ')}", f"{size:,.3f} GB")

@@ -82,9 +82,16 @@ class VLMDataModule(pl.LightningDataModule):
         self.bad_samples_file = bad_samples_file
         self._start: dict[str, Any] | None = None  # of the training batches
 
-    def connect(self, *, spec: VisualSpec, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-        """Learn what a picture and a word are to the model."""
-        self.spec = spec
+    def connect(
+        self,
+        *,
+        spec: VisualSpec,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        max_answers: int | None = None,
+    ) -> None:
+        """Learn what a picture and a word are to the model, and how many answers a row may hold (None: any number)."""
+        self.spec, self.max_answers = spec, max_answers
         self.text = TextEncoder(
             tokenizer=tokenizer,
             num_image_tokens=spec.num_tokens,
@@ -99,10 +106,8 @@ class VLMDataModule(pl.LightningDataModule):
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
         """Read some samples of each split as training will, and stop at what would train wrongly."""
-        return [
-            preflight(name=split, source=source, encoder=self.text, num_samples=num_samples, show=show)
-            for split, source in self.splits.items()
-        ]
+        look = partial(preflight, encoder=self.text, num_samples=num_samples, show=show, max_answers=self.max_answers)
+        return [look(name=split, source=source) for split, source in self.splits.items()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.splits["train"]

@@ -25,12 +25,20 @@ class PreflightReport:
     shown: list[str]  # the first rows decoded, the supervised part between ⟦ and ⟧
 
 
-def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: int, show: int) -> PreflightReport:
+def preflight(
+    *,
+    name: str,
+    source: Source,
+    encoder: TextEncoder,
+    num_samples: int,
+    show: int,
+    max_answers: int | None = None,
+) -> PreflightReport:
     """Takes `num_samples` samples, evenly spread over the split `name`, through tokenizer and chat template.
 
     Raises ValueError on the first sample that `TextEncoder.encode` refuses (no supervised token, a missing end of turn,
-    cut image tokens, images and placeholders that differ), and where no sample can be had at all. A sample that cannot
-    be read is counted only.
+    cut image tokens, images and placeholders that differ) or that has more than `max_answers` to learn, and where no
+    sample can be had at all. A sample that cannot be read is counted only.
     """
     taken = min(num_samples, len(source))
     if taken < 1:
@@ -48,6 +56,7 @@ def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: i
             continue
         try:
             row = encoder.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
+            _check_answers(sample.id, len(encoder.supervised(row)), max_answers)
         except ValueError as error:
             raise ValueError(f"preflight of '{name}': {error}") from error
         rows.append(row)
@@ -67,6 +76,14 @@ def preflight(*, name: str, source: Source, encoder: TextEncoder, num_samples: i
         longest_row=max(len(row.input_ids) for row in rows),
         shown=shown,
     )
+
+
+def _check_answers(sample_id: str, num_answers: int, most: int | None) -> None:
+    if most is not None and num_answers > most:
+        raise ValueError(
+            f"sample '{sample_id}' has {num_answers} answers, but an encoder-decoder llm learns {most} a row; "
+            "set data.train_on=last_assistant or choose data with one answer a sample (of shapes, data.num_questions=1)"
+        )
 
 
 def render(reports: Sequence[PreflightReport]) -> str:

@@ -68,6 +68,7 @@ class HFEncoder(nn.Module):
 
         with torch.device("meta"):
             skeleton = AutoModel.from_config(architecture)
+        self._published_size = sum(p.numel() for p in skeleton.parameters())
         # Towers that interpolate unasked, or have no positions to interpolate, have no such argument.
         asks = "interpolate_pos_encoding" in inspect.signature(skeleton.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if asks and size != architecture.image_size else {}
@@ -85,6 +86,10 @@ class HFEncoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks that are run, in order."""
         return list(self.tower.get_submodule(self._blocks_name).children())
+
+    def published_size(self) -> int:
+        """Parameters of the whole tower, those that features do not need among them."""
+        return self._published_size
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
         if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes

@@ -84,6 +84,10 @@ class JoinedEncoder(nn.Module):
         levels = [[block for block in level if block is not None] for level in zip_longest(*columns)]
         return [nn.ModuleList(level) for level in reversed(levels)]
 
+    def published_size(self) -> int:
+        """Parameters of all the encoders as they were published."""
+        return sum(encoder.published_size() for encoder in self.encoders)  # type: ignore[operator]
+
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
         features = [encoder(self._rescaled(pixels, encoder.transform)) for encoder in self.encoders]  # each N P ·
         return torch.cat(features, dim=-1)  # N P Dv

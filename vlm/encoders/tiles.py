@@ -35,6 +35,11 @@ class Tiles:
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"encoder.tiles.grids holds {list(grid)}; give pairs of rows and columns, 1 or more")
 
+    @property
+    def most(self) -> int:
+        """Tiles of an image in the largest grid, the thumbnail among them."""
+        return max((sum(_rows(grid)) for grid in self.grids), default=1)
+
     def around(self, whole: Transform) -> TiledTransform:
         """The transform of an encoder, made to cut tiles."""
         return TiledTransform(whole=whole, grids=self.grids)
@@ -70,8 +75,7 @@ class TiledTransform:
 
     def rows(self, size: tuple[int, int]) -> list[int]:
         """How many tiles stand in each row for a picture of width and height `size`; the thumbnail is the first row."""
-        rows, cols = self.grid(size)
-        return [1] if rows * cols == 1 else [1, *[cols] * rows]
+        return _rows(self.grid(size))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "tiles 3 h w"]:
         thumbnail = self.whole(image)[None]  # 1 3 H W
@@ -94,3 +98,9 @@ class TiledTransform:
         canvas = Image.new("RGB", (width, height))
         canvas.paste(scaled, ((width - size[0]) // 2, (height - size[1]) // 2))
         return canvas
+
+
+def _rows(grid: Sequence[int]) -> list[int]:
+    """Tiles in each row; the thumbnail is the first."""
+    rows, cols = grid
+    return [1] if rows * cols == 1 else [1, *[cols] * rows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +66,7 @@ class TimmEncoder(nn.Module):
             close = ", ".join(get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)) or "see timm.list_models()"
             raise ValueError(f"timm has no model {name!r}; close names: {close}")
         options = dict(model_args or {})
+        self._whole = partial(timm.create_model, name, num_classes=0, **options)
         if image_size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = image_size
         headless = {**options, "num_classes": 0, "global_pool": ""}
@@ -103,6 +105,11 @@ class TimmEncoder(nn.Module):
                 return list(getattr(self.model, name))
         stages = [self.model.get_submodule(info["module"]) for info in self.model.feature_info]
         return [stage for stage in stages if any(True for _ in stage.parameters())]
+
+    def published_size(self) -> int:
+        """Parameters of the whole model at its own image size but for a classifier; features do not need all."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self._whole().parameters())
 
     def train(self, mode: bool = True) -> TimmEncoder:
         """Training mode, but for batch norm, which always uses its running statistics.

@@ -41,6 +41,7 @@ class LanguageModel(nn.Module, ABC):
 
     auto_class: ClassVar[Any]  # Transformers' class that finds the architecture
     fusions: ClassVar[tuple[str, ...]]  # kinds of connector that it works with
+    max_answers: ClassVar[int | None] = None  # to learn in a row; None: any number
 
     def __init__(
         self,
@@ -89,6 +90,15 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def layers(self) -> list[nn.Module]:
         """The transformer layers, in the order of computation."""
+
+    def check_length(self, max_length: int) -> None:
+        """Raise ValueError where the model has no positions for `max_length` tokens, the option `data.max_length`."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and max_length > limit:
+            raise ValueError(
+                f"data.max_length={max_length}, but this llm has positions for {limit} tokens; "
+                f"set data.max_length={limit} or less"
+            )
 
     @abstractmethod
     def check_packing(self) -> None:

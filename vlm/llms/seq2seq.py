@@ -29,6 +29,7 @@ class Seq2SeqLM(LanguageModel):
 
     auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
     fusions: ClassVar[tuple[str, ...]] = ("tokens",)
+    max_answers: ClassVar[int | None] = 1
 
     def layers(self) -> list[nn.Module]:
         return [*self.model.get_encoder().block, *self.model.get_decoder().block]
