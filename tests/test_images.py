@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.images import load_image, pad_to_square
+from vlm.data.images import decode_image, load_image, pad_to_square
 from vlm.schema import BadSample
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -41,6 +42,16 @@ def refusal(path: str | Path, root: Path, **limits: int) -> str:
     assert str(path) in message
     assert "\n" not in message
     return message
+
+
+def test_bytes_from_anywhere_are_decoded_under_the_name_given() -> None:
+    png = BytesIO()
+    picture().save(png, "PNG")
+    assert decode_image(png.getvalue(), name="row 7").getpixel((0, 0)) == RED
+    with pytest.raises(BadSample, match=r"^image 'row 7' has 24 pixels \(6 x 4\), more than the limit of 23; make"):
+        decode_image(png.getvalue(), name="row 7", max_pixels=23)
+    with pytest.raises(BadSample, match=r"^image 'row 8' is none of JPEG, "):
+        decode_image(b"hello", name="row 8")
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "jpg"])
