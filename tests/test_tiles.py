@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from parts import tiny_llm
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
 from vlm import build
 from vlm.cli.entry import CONF
@@ -57,7 +57,7 @@ def test_the_tiles_are_llava_nexts(size: tuple[int, int]) -> None:
     ours = tiles(side=32)(picture)
     options = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}, "do_normalize": False}
     pinpoints = [[rows * 32, cols * 32] for rows, cols in NEXT]
-    theirs = LlavaNextImageProcessorPil(**options, image_grid_pinpoints=pinpoints)(picture, return_tensors="pt")
+    theirs = LlavaNextImageProcessor(**options, image_grid_pinpoints=pinpoints)(picture, return_tensors="pt")
     assert ours.shape == theirs["pixel_values"][0].shape
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
 
