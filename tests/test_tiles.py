@@ -189,10 +189,12 @@ def settings(*overrides: str) -> dict[str, Any]:
 
 
 def test_the_command_line_sets_it() -> None:
-    cfg = settings("encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "data.max_length=4096")
+    tiled = ["encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "encoder.resize=crop"]
+    cfg = settings(*tiled, "data.max_length=4096")
     build.check(cfg)
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]
+    assert manifest["parts"]["encoder"]["resize"] == "crop"  # another way at evaluation would be refused
     data = build.build_data(cfg, model, None)
     batch = next(iter(data.val_dataloader()))
     assert batch.num_images.tolist() == [5, 5]  # square pictures: a thumbnail and 2×2 tiles
@@ -204,7 +206,9 @@ def test_the_command_line_sets_it() -> None:
 def test_without_grids_nothing_changes() -> None:
     cfg = settings()
     model, manifest = build.build_model(cfg)
-    assert "tiles" not in manifest["parts"]["encoder"]  # artefacts from before there were tiles still fit
+    assert (
+        not {"tiles", "resize"} & manifest["parts"]["encoder"].keys()
+    )  # artefacts from before there were any still fit
     assert build.build_data(cfg, model, None).spec.transform is model.encoder.transform
 
 

@@ -138,4 +138,4 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         seen = image.convert("RGBA")
         image = Image.new("RGB", seen.size, WHITE)
         image.paste(seen, mask=seen.getchannel("A"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
