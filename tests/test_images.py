@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data.images import load_image, pad_to_square
+from vlm.data.images import decode_image, load_image, pad_to_square
 from vlm.schema import BadSample
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -24,12 +25,12 @@ def picture(size: tuple[int, int] = (6, 4)) -> Image.Image:
     return image
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing: what a decompression bomb looks like from outside."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0" * 99))]
+def png(width: int, height: int, rows: bytes, *extra: tuple[bytes, bytes], depth: int = 8) -> bytes:
+    """An RGB PNG file by hand: what its header claims, the uncompressed rows that it holds, and chunks before them."""
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in [*chunks, (b"IEND", b"")]
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -41,6 +42,16 @@ def refusal(path: str | Path, root: Path, **limits: int) -> str:
     assert str(path) in message
     assert "\n" not in message
     return message
+
+
+def test_bytes_from_anywhere_are_decoded_under_the_name_given() -> None:
+    png = BytesIO()
+    picture().save(png, "PNG")
+    assert decode_image(png.getvalue(), name="row 7").getpixel((0, 0)) == RED
+    with pytest.raises(BadSample, match=r"^image 'row 7' has 24 pixels \(6 x 4\), more than the limit of 23; make"):
+        decode_image(png.getvalue(), name="row 7", max_pixels=23)
+    with pytest.raises(BadSample, match=r"^image 'row 8' is none of JPEG, "):
+        decode_image(b"hello", name="row 8")
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "jpg"])
@@ -117,14 +128,14 @@ def test_a_bomb_is_refused_from_its_header_whatever_pillow_is_set_to(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded before the size was checked"))
-    (tmp_path / "bomb.png").write_bytes(png_header(50_000, 40_000))
+    (tmp_path / "bomb.png").write_bytes(png(50_000, 40_000, b"\0" * 99))
     assert refusal("bomb.png", tmp_path) == (
         "image 'bomb.png' has 2,000,000,000 pixels (50000 x 40000), more than the limit of 67,108,864; make it smaller"
     )
 
 
 def test_a_bomb_past_pillows_own_limit(tmp_path: Path) -> None:
-    (tmp_path / "bomb.png").write_bytes(png_header(50_000, 40_000))
+    (tmp_path / "bomb.png").write_bytes(png(50_000, 40_000, b"\0" * 99))
     message = refusal("bomb.png", tmp_path)
     assert message.startswith("image 'bomb.png' has too many pixels (Image size (2000000000 pixels) exceeds limit")
     assert message.endswith("; make it smaller")
@@ -134,6 +145,52 @@ def test_the_pixel_limit_itself_is_allowed(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
     assert load_image("a.png", root=tmp_path, max_pixels=24).size == (6, 4)
     assert "has 24 pixels (6 x 4), more than the limit of 23;" in refusal("a.png", tmp_path, max_pixels=23)
+
+
+ONE_RED = b"\0" + bytes(RED)  # the row of a PNG of one pixel
+ZEROS = zlib.compress(b"\0" * 2**21)  # of Pillow's limit of 2**20 bytes for a chunk that unpacks
+
+
+@pytest.mark.parametrize(
+    "chunk", [(b"zTXt", b"a\0\0" + ZEROS), (b"iTXt", b"a\0\1\0\0\0" + ZEROS), (b"iCCP", b"a\0\0" + ZEROS)]
+)
+def test_what_a_png_says_about_itself_is_no_way_in_for_a_bomb(chunk: tuple[bytes, bytes]) -> None:
+    with pytest.raises(BadSample, match=r"^image 'a' cannot be decoded \(ValueError: Decompressed data too large "):
+        decode_image(png(1, 1, ONE_RED, chunk), name="a")
+
+
+def test_rows_past_the_last_are_not_unpacked() -> None:
+    assert decode_image(png(1, 1, ONE_RED + b"\0" * 2**21), name="a").getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp", "tiff"])
+def test_later_frames_are_never_reached(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    file, later = BytesIO(), Image.new("RGB", (8, 8) if suffix != "tiff" else (900, 900), GREEN)
+    Image.new("RGB", (8, 8), RED).save(file, suffix, save_all=True, append_images=[later] * 3)
+    for reader in ("Png", "Gif", "WebP", "Tiff"):
+        monkeypatch.setattr(f"PIL.{reader}ImagePlugin.{reader}ImageFile.seek", lambda *_: pytest.fail("moved on"))
+    assert decode_image(file.getvalue(), name="a", max_pixels=64).size == (8, 8)
+
+
+def test_a_gif_whose_frame_is_larger_than_its_screen() -> None:
+    screen = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x80, 0, 0) + bytes(6)
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 9000, 9000, 0) + b"\x02\x02\x4c\x01\x00;"
+    with pytest.raises(BadSample, match=r"^image 'a' has 81,000,000 pixels \(9000 x 9000\), more than the limit of"):
+        decode_image(screen + frame, name="a")
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+def test_exif_that_claims_more_than_the_file_holds_still_turns_the_picture() -> None:
+    tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x9286, 7, 2**31 - 1, 8)
+    file = BytesIO()
+    picture((8, 4)).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + tags + bytes(4))
+    assert decode_image(file.getvalue(), name="a").size == (4, 8)
+
+
+def test_a_large_colour_profile_costs_no_more_than_its_bytes() -> None:
+    file = BytesIO()
+    Image.new("RGB", (8, 8), RED).save(file, "JPEG", icc_profile=b"x" * 2**20)
+    assert decode_image(file.getvalue(), name="a").getpixel((4, 4))[0] > 250
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
@@ -210,14 +267,21 @@ def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
     for name in ("a.png", "a.tiff"):
         values.save(tmp_path / name)
         assert [pixel[0] for pixel in load_image(name, root=tmp_path).get_flattened_data()] == [0, 128, 255]
+    colours = decode_image(png(2, 1, b"\0" + struct.pack(">6H", 0, 0x8001, 0xFFFF, *[0x7FFF] * 3), depth=16), name="a")
+    assert list(colours.get_flattened_data()) == [(0, 128, 255), (127, 127, 127)]
     values.save(tmp_path / "key.png", transparency=0)
     assert [pixel[0] for pixel in load_image("key.png", root=tmp_path).get_flattened_data()] == [255, 128, 255]
 
 
 def test_other_modes(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    assert b"Adobe" in (tmp_path / "cmyk.jpg").read_bytes()  # and so its values are inverted
     red, green, blue = load_image("cmyk.jpg", root=tmp_path).getpixel((4, 4))
     assert red > 250 > 5 > max(green, blue)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.tiff")
+    assert load_image("cmyk.tiff", root=tmp_path).getpixel((4, 4)) == RED
+    Image.new("LAB", (8, 8), (255, 128, 128)).save(tmp_path / "lab.tiff")
+    assert min(load_image("lab.tiff", root=tmp_path).getpixel((4, 4))) > 250
     Image.new("1", (2, 2), 1).save(tmp_path / "bit.png")
     assert load_image("bit.png", root=tmp_path).getpixel((0, 0)) == WHITE
     Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tiff")

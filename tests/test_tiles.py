@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from parts import tiny_llm
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
 from vlm import build
 from vlm.cli.entry import CONF
@@ -57,7 +57,7 @@ def test_the_tiles_are_llava_nexts(size: tuple[int, int]) -> None:
     ours = tiles(side=32)(picture)
     options = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}, "do_normalize": False}
     pinpoints = [[rows * 32, cols * 32] for rows, cols in NEXT]
-    theirs = LlavaNextImageProcessorPil(**options, image_grid_pinpoints=pinpoints)(picture, return_tensors="pt")
+    theirs = LlavaNextImageProcessor(**options, image_grid_pinpoints=pinpoints)(picture, return_tensors="pt")
     assert ours.shape == theirs["pixel_values"][0].shape
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-5, rtol=0)
 
@@ -189,10 +189,12 @@ def settings(*overrides: str) -> dict[str, Any]:
 
 
 def test_the_command_line_sets_it() -> None:
-    cfg = settings("encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "data.max_length=2048")
+    tiled = ["encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "encoder.resize=crop"]
+    cfg = settings(*tiled, "data.max_length=2048")
     build.check(cfg)
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]
+    assert manifest["parts"]["encoder"]["resize"] == "crop"  # another way at evaluation would be refused
     data = build.build_data(cfg, model, None)
     batch = next(iter(data.val_dataloader()))
     assert batch.num_images.tolist() == [5, 5]  # square pictures: a thumbnail and 2×2 tiles
@@ -204,7 +206,9 @@ def test_the_command_line_sets_it() -> None:
 def test_without_grids_nothing_changes() -> None:
     cfg = settings()
     model, manifest = build.build_model(cfg)
-    assert "tiles" not in manifest["parts"]["encoder"]  # artefacts from before there were tiles still fit
+    assert (
+        not {"tiles", "resize"} & manifest["parts"]["encoder"].keys()
+    )  # artefacts from before there were any still fit
     assert build.build_data(cfg, model, None).spec.transform is model.encoder.transform
 
 

@@ -181,6 +181,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         "parts": {
             "connector": dict(cfg["connector"]),
             "encoder": {key: options.get(key) for key in ("_target_", "image_size", "layer")}
+            | {key: options[key] for key in ("resize",) if options.get(key, "squash") != "squash"}
             | ({"tiles": cfg["encoder"]["tiles"]} if tiles.grids else {}),
         },
         "bases": bases,

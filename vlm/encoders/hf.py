@@ -36,6 +36,7 @@ class HFEncoder(nn.Module):
         image_size: side in pixels; None is the tower's own. Position embeddings are interpolated.
         drop_tokens: how many tokens come before the patches (class and registers): CLIP 1, SigLIP 0; None counts them.
         mean, std, interpolation: what the weights were trained with; None reads them at `pretrained`.
+        resize: what becomes of a picture of another shape, as in Transform.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
     """
 
@@ -51,6 +52,7 @@ class HFEncoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         interpolation: str | None = "bicubic",
+        resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class HFEncoder(nn.Module):
             )
         self.image_size = (size, size)
         self.grid = (size // patch, size // patch)
-        self.transform = _transform(pretrained, self.image_size, mean, std, interpolation)
+        self.transform = _transform(pretrained, self.image_size, mean, std, interpolation, resize)
         self._layers = resolve_layers(layer, first=1, last=architecture.num_hidden_layers)
         self.width = architecture.hidden_size * len(self._layers)
 
@@ -160,6 +162,7 @@ def _transform(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     interpolation: str | None,
+    resize: Literal["squash", "pad", "crop"],
 ) -> Transform:
     """The transform as given; what is None is as the image processor's file has it."""
     if mean is None or std is None or interpolation is None:
@@ -167,7 +170,7 @@ def _transform(
             facts, _ = ImageProcessingMixin.get_image_processor_dict(pretrained)
         mean, std = mean or facts["image_mean"], std or facts["image_std"]
         interpolation = interpolation or Image.Resampling(facts["resample"]).name.lower()
-    return Transform(size=size, mean=mean, std=std, interpolation=interpolation)
+    return Transform(size=size, mean=mean, std=std, interpolation=interpolation, resize=resize)
 
 
 def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any] | None) -> PreTrainedModel:

@@ -27,6 +27,7 @@ class JoinedEncoder(nn.Module):
         weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
         image_size: side in pixels, the same for all; None is their own.
         layer: as in TimmEncoder, of each.
+        resize: what becomes of a picture of another shape, as in Transform.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
         model_args: more arguments of `timm.create_model` for each.
 
@@ -41,6 +42,7 @@ class JoinedEncoder(nn.Module):
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
         image_size: int | None = None,
         layer: int | list[int] = -2,
+        resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
         model_args: list[dict[str, Any]],
     ) -> None:
@@ -57,6 +59,7 @@ class JoinedEncoder(nn.Module):
                 weights=weights,
                 image_size=image_size,
                 layer=layer,
+                resize=resize,
                 gradient_checkpointing=gradient_checkpointing,
                 model_args=arguments,
             )

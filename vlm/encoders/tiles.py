@@ -6,16 +6,15 @@ connector every tile is an image, so that any of them will do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlm.encoders.transform import Transform
+from vlm.encoders.transform import Transform, centred, pixels_of
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TiledTransform:
-    """PIL image -> [tiles, 3, H, W]: the whole picture squashed to a tile, then the grid's tiles row by row.
+    """PIL image -> [tiles, 3, H, W]: the whole picture as a thumbnail, then the grid's tiles row by row.
 
     The picture is scaled to fit into the grid that suits it best, its shape kept and black around it. A grid of one
-    tile would show the thumbnail again, so it is the thumbnail alone.
+    tile would show the thumbnail again, so it is the thumbnail alone. LLaVA-NeXT squashes the thumbnail, which is
+    `encoder.resize=squash`.
     """
 
     whole: Transform
@@ -83,21 +83,13 @@ class TiledTransform:
         if rows * cols == 1:
             return thumbnail
         height, width = self._pixels((rows, cols))
-        canvas = replace(self.whole, size=(height, width))(self._fitted(image, width, height))  # 3 rows·H cols·W
+        fitted = self.whole.fitted(pixels_of(image), (height, width))  # 3 h w
+        canvas = self.whole.normalised(centred(fitted, (height, width)))  # 3 rows·H cols·W
         tiles = canvas.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))  # 3 rows H cols W
         return torch.cat([thumbnail, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])  # tiles 3 H W
 
     def _pixels(self, grid: Sequence[int]) -> tuple[int, int]:
         return grid[0] * self.whole.size[0], grid[1] * self.whole.size[1]
-
-    def _fitted(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """The picture as large as `width` and `height` allow, in the middle of black."""
-        scale = min(width / image.width, height / image.height)
-        size = (min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height))
-        scaled = image.convert("RGB").resize(size, self.whole.filter)
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(scaled, ((width - size[0]) // 2, (height - size[1]) // 2))
-        return canvas
 
 
 def _rows(grid: Sequence[int]) -> list[int]:

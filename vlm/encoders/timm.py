@@ -42,6 +42,7 @@ class TimmEncoder(nn.Module):
         layer: block (ViT) or feature stage (ConvNet) from 0, or from the end: -1 is the last. A list joins several on
             the feature axis.
         mean, std, interpolation: None is what the model was trained with.
+        resize: what becomes of a picture of another shape, as in Transform.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
         model_args: more arguments of `timm.create_model`.
     """
@@ -58,6 +59,7 @@ class TimmEncoder(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         interpolation: str | None = None,
+        resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class TimmEncoder(nn.Module):
             mean=mean or data["mean"],
             std=std or data["std"],
             interpolation=interpolation or data["interpolation"],
+            resize=resize,
         )
 
         if weights == "meta":
