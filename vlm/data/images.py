@@ -38,26 +38,30 @@ def load_image(
     number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
     Raises `BadSample`, naming the file, what is wrong and the remedy.
     """
-    data = _read(path, root=root, max_bytes=max_bytes)
+    return decode_image(_read(path, root=root, max_bytes=max_bytes), name=str(path), max_pixels=max_pixels)
+
+
+def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file's bytes, as `load_image` gives it. Raises `BadSample` that names `name`."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadSample(
-                    f"image '{path}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
+                    f"image '{name}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
                     f"{max_pixels:,}; make it smaller"
                 )
             image.load()
-            return _to_rgb(_upright(image), path)
+            return _to_rgb(_upright(image), name)
     except BadSample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # past Pillow's own limit: no size
-        raise BadSample(f"image '{path}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
+        raise BadSample(f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
     except UnidentifiedImageError as error:
-        raise BadSample(f"image '{path}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
+        raise BadSample(f"image '{name}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadSample(f"image '{path}' cannot be decoded ({reason}); replace the file") from error
+        raise BadSample(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
 
 
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm.data.annotations import Records, Row, existing_file, existing_folder, read_csv, read_json, read_jsonl
+from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image
 from vlm.data.split import check_split, image_key, in_split
 from vlm.schema import BadSample, Sample, Split
@@ -65,27 +67,23 @@ class Captions:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.outline(index)
+        try:
+            return replace(sample, images=[load_image(sample.meta["image"], root=self.images)])
+        except BadSample as error:
+            raise BadSample(f"sample '{sample.id}': {error}") from error
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its image, which is not opened."""
         captions = [_Caption(*values) for values in self._records[index]]
         for caption in captions:
             if caption.problem:
                 raise BadSample(f"sample '{caption.id}' {caption.problem}")
         first = captions[0]
-        try:
-            image = load_image(first.image, root=self.images)
-        except BadSample as error:
-            raise BadSample(f"sample '{first.id}': {error}") from error
         meta = {"image": first.image}
         if self._with_references:
             meta["references"] = json.dumps([caption.text for caption in captions], ensure_ascii=False)
-        return Sample(
-            id=first.id,
-            images=[image],
-            messages=[
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
-                {"role": "assistant", "content": [{"type": "text", "text": first.text}]},
-            ],
-            meta=meta,
-        )
+        return Sample(id=first.id, images=[], messages=caption_messages(self.prompt, first.text), meta=meta)
 
 
 class _Caption(NamedTuple):
