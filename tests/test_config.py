@@ -22,6 +22,7 @@ NEEDED = {
     ("data", "captions"): FILES,
     ("data", "image_folder"): ["data.root=a"],
     ("data", "instruct"): FILES,
+    ("data", "webdataset"): ["data.shards=a.tar"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],

@@ -40,6 +40,24 @@ def conversation(record: dict[str, Any], *, num_images: int) -> list[Message]:
     return messages
 
 
+def turns_record(turns: Any, *, num_images: int) -> dict[str, Any]:
+    """The record of turns that stand alone, as in a table's column, whatever their form.
+
+    Beside LLaVA's and chat turns these are the_cauldron's `[{"user", "assistant"}]` (Laurençon et al. 2024,
+    arXiv:2405.02246), whose images come before the first question where no placeholder says otherwise.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns) or not turns:
+        return {"messages": turns}
+    if "from" in turns[0]:
+        return {"conversations": turns}
+    if "user" not in turns[0]:
+        return {"messages": turns}
+    texts = [(role, turn.get(role)) for turn in turns for role in ("user", "assistant")]
+    if num_images and isinstance(texts[0][1], str) and not any(MARK in str(text) for _, text in texts):
+        texts[0] = ("user", MARK * num_images + texts[0][1])
+    return {"messages": [{"role": role, "content": text} for role, text in texts]}
+
+
 def image_paths(record: dict[str, Any]) -> list[str]:
     """The images that a record names: LLaVA's `image` is a path or a list, `images` a list; null is none.
 
