@@ -30,8 +30,8 @@ class WebDataset:
     """A sample per key: members `KEY.jpg` with `KEY.txt` (its caption) or `KEY.json` make one.
 
     A key is a member's path up to the first dot of its name. The json is a LLaVA record, chat messages or a
-    `{"caption"}`; it is used where there is no txt (img2dataset writes both). Images of a key (`KEY.0.jpg`, `KEY.1.png`) are in the
-    order of the archive. Members of another kind are counted in `num_ignored`.
+    `{"caption"}`; it is used where there is no txt (img2dataset writes both). Images of a key (`KEY.0.jpg`,
+    `KEY.1.png`) are in the order of the archive. Members of another kind are counted in `num_ignored`.
 
     `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers, and nothing else, are read once. Without
     `val_shards` the split is by a hash of shard and key; with it, each set of shards is taken as it is. An archive that
