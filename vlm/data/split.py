@@ -40,7 +40,7 @@ def image_key(name: str, *, root: Path) -> str:
     """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
     if os.path.isabs(name):
         name = os.path.relpath(name, root)
-    return Path(os.path.normpath(name)).as_posix()
+    return os.path.normpath(name).replace(os.sep, "/")
 
 
 def group_keys(names: Sequence[Sequence[str]]) -> list[str]:

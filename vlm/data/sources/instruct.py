@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-from vlm.data.annotations import Records, Row, existing_file, existing_folder, read_json, read_jsonl
+import numpy as np
+from jaxtyping import UInt64
+
+from vlm.data.annotations import Row, existing_file, existing_folder
 from vlm.data.conversations import Malformed, conversation, image_paths
 from vlm.data.images import load_image
-from vlm.data.split import check_split, group_keys, image_key, in_split
+from vlm.data.record_file import RecordFile, plain_image
+from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.schema import BadSample, Sample, Split
 
 
@@ -18,7 +23,8 @@ class Instruct:
     A record is LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}` or
     `{"id", "images": [paths], "messages": [{"role", "content": text or list of {"type": "text"|"image"}}]}`, in a JSON
     list or one per line. Without `val_annotations` the split is by a hash of the images' names (of the id where there
-    are none), and conversations that share an image stay together; with it, each file is taken as it is.
+    are none), and conversations that share an image stay together; with it, each file is taken as it is. `images` may
+    be None where no conversation has any.
     """
 
     def __init__(
@@ -26,37 +32,40 @@ class Instruct:
         *,
         split: Split,
         annotations: str | Path,
-        images: str | Path,
+        images: str | Path | None,
         val_annotations: str | Path | None = None,
         val_fraction: float = 0.05,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
-        self.images = existing_folder(images, option="images")
+        self.images = existing_folder(images, option="images") if images is not None else None
         if split == "val" and val_annotations is not None:
             file = existing_file(val_annotations, option="val_annotations")
         else:
             file = existing_file(annotations, option="annotations")
-        rows = _read(file)
-        if not rows:
-            raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
-        kept = [True] * len(rows)
-        if val_annotations is None:
-            keys = group_keys([_split_names(row, root=self.images.absolute()) for row in rows])
-            kept = [in_split(key, split=split, val_fraction=val_fraction) for key in keys]
-        if not any(kept):
+        status = file.stat()
+        root = self.images.absolute() if self.images is not None else Path()
+        self._records, digests, num_with_images = _index(file, root, status.st_mtime_ns, status.st_size)
+        if images is None and num_with_images:
             raise ValueError(
-                f"none of the {len(rows)} conversations in '{file}' falls into {split} with val_fraction "
+                f"{num_with_images} of {len(digests)} conversations in '{file}' have images and data.images is null; "
+                "set data.images= to the folder that holds them"
+            )
+        self._rows = np.arange(len(digests))
+        if val_annotations is None:
+            self._rows = np.flatnonzero(held_out(digests, val_fraction=val_fraction) == (split == "val"))
+        if not len(self._rows):
+            raise ValueError(
+                f"none of the {len(digests)} conversations in '{file}' falls into {split} with val_fraction "
                 f"{val_fraction}; set data.val_fraction= to another share, or data.val_annotations= to a file"
             )
-        self._records = Records(
-            [_id(row), row.record, row.problem] for row, keep in zip(rows, kept, strict=True) if keep
-        )
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
         sample, paths = self._read(index)
+        if not paths or self.images is None:
+            return sample
         try:
             return replace(sample, images=[load_image(path, root=self.images) for path in paths])
         except BadSample as error:
@@ -67,9 +76,13 @@ class Instruct:
         return self._read(index)[0]
 
     def _read(self, index: int) -> tuple[Sample, list[str]]:
-        name, record, problem = self._records[index]
-        if problem:
-            raise BadSample(f"sample '{name}' {problem}")
+        try:
+            row = self._records[int(self._rows[index])]
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        name, record = _id(row), row.record
+        if row.problem:
+            raise BadSample(f"sample '{name}' {row.problem}")
         try:
             paths = image_paths(record)
             messages = conversation(record, num_images=len(paths))
@@ -78,15 +91,24 @@ class Instruct:
         return Sample(id=name, images=[], messages=messages, meta={"image": ", ".join(paths)} if paths else {}), paths
 
 
-def _read(file: Path) -> list[Row]:
-    if file.suffix == ".jsonl":
-        return list(read_jsonl(file))
-    if file.suffix != ".json":
+@lru_cache(maxsize=2)  # the train and the val split of a file look through it once
+def _index(file: Path, root: Path, changed: int, size: int) -> tuple[RecordFile, UInt64[np.ndarray, " n"], int]:
+    """The records of a file as it is now, what each is split by, and how many have images."""
+    if file.suffix not in (".json", ".jsonl"):
         raise ValueError(f"'{file}' ends in '{file.suffix}'; give a .json or .jsonl file")
-    document = read_json(file)
-    if isinstance(document, dict):
-        raise ValueError(f"'{file}' holds one object; give a list of conversations")
-    return document
+    records = RecordFile(file)
+    if not len(records):
+        raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
+    names: list[list[str]] = []
+    num_with_images = 0
+    for number, data in enumerate(records.raw()):
+        image = plain_image(data)
+        row = Row("", {}) if image is not None else records.row(number, data)
+        paths = [image] if image is not None else _paths(row)
+        num_with_images += bool(paths)
+        names.append([image_key(path, root=root) for path in paths] or [f"id:{_id(row)}"])
+    digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
+    return records, digests, num_with_images
 
 
 def _id(row: Row) -> str:
@@ -94,9 +116,8 @@ def _id(row: Row) -> str:
     return row.place if given in (None, "") else str(given)
 
 
-def _split_names(row: Row, *, root: Path) -> list[str]:
+def _paths(row: Row) -> list[str]:
     try:
-        paths = image_paths(row.record)
+        return image_paths(row.record)
     except Malformed:  # a bad sample: it is refused when read, in whichever split
-        paths = []
-    return [image_key(path, root=root) for path in paths] or [f"id:{_id(row)}"]
+        return []
