@@ -59,7 +59,7 @@ class RecordFile:
 
     def raw(self) -> Iterator[bytes]:
         """The bytes of every record in turn."""
-        with self.file.open("rb") as handle:
+        with self.file.open("rb", buffering=2**20) as handle:
             for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
                 handle.seek(start)
                 yield handle.read(end - start)
@@ -155,7 +155,7 @@ def _escaped(data: UInt8[np.ndarray, " n"], quotes: Int[np.ndarray, " m"]) -> Bo
 def _only_commas(file: Path, starts: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"]) -> bool:
     """Whether there is nothing but one comma between the items, and the list's brackets around them."""
     gaps = zip([0, *ends.tolist()], [*starts.tolist(), file.stat().st_size], strict=True)
-    with file.open("rb") as handle:
+    with file.open("rb", buffering=2**20) as handle:
         found = []
         for start, end in gaps:
             handle.seek(start)
