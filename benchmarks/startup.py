@@ -16,8 +16,6 @@ from pathlib import Path
 from vlm.data.sources.instruct import Instruct
 
 WORDS = ("the", "a", "cat", "dog", "table", "red", "blue", "image", "shows", "person", "\n", "street", "building")
-    ["the", "a", "cat", "dog", "is", "on", "in", "table", "red", "blue", "large", "image", "shows", "person", "\\n", "next", "of", "street", "building", "what", "how", "many"]
-)
 
 
 def write(file: Path, num_rows: int) -> None:

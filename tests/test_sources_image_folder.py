@@ -54,7 +54,7 @@ def test_validation_sees_an_image_once_and_never_one_of_training(tree: Path) -> 
 def test_what_lacks_its_other_half_is_named_and_counted(tree: Path) -> None:
     (tree / "2.txt").unlink()
     write(tree / "a" / "0.txt", " \n")
-    (tree / "a" / "b" / "1.txt").write_bytes(b"caf\xe9")
+    (tree / "a" / "b" / "1.txt").write_bytes(b"\xe9t")
     write(tree / "README.txt", "about")
     picture(tree / "._hidden.png")
     source = folder(tree)

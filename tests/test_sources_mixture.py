@@ -134,11 +134,14 @@ def test_the_shipped_mixture_shows_captions_and_questions() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("+data.sources.captions.langage=en", "data.sources.captions.langage; did you mean language? choose one of"),
+        (
+            "+data.sources.captions.languages=en",
+            "data.sources.captions.languages; did you mean language? choose one of",
+        ),
         ("data.sources.captions.num_train=x", "data.sources.captions.num_train='x' is a str"),
         ("data.sources.captions._target_=os.system", "data.sources.captions._target_=os.system is not allowed"),
         ("+data.sources.more={}", "data.sources.more._target_=None is not allowed"),
-        ("+data.wights={}", "data.wights; did you mean weights?"),
+        ("+data.weight={}", "data.weight; did you mean weights?"),
         ("data.weights={captions: much}", "data.weights={'captions': 'much'} is a dict"),
     ],
 )

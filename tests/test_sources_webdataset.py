@@ -122,7 +122,7 @@ def test_split_by_key_or_by_shards(tmp_path: Path) -> None:
         ({"a.png": png(0), "a.txt": " \n"}, "has no text in its txt; write a caption or a conversation there"),
         ({"a.png": png(0), "a.json": {"url": "u"}}, "has no text in its json; write a caption or a conversation there"),
         ({"a.png": png(0), "a.json": "[1]"}, "has a json that is no object; write it as {...}"),
-        ({"a.png": png(0), "a.txt": b"caf\xe9"}, "has a txt that cannot be read ('utf-8' codec"),
+        ({"a.png": png(0), "a.txt": b"\xe9t"}, "has a txt that cannot be read ('utf-8' codec"),
         ({"a.txt": "A dot."}, "has 0 images for 1 caption; give it one"),
         ({"a.png": png(0), "a.json": {"messages": []}}, "has 0 turns of a conversation; add"),
     ],

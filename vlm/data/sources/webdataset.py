@@ -104,12 +104,12 @@ class WebDataset:
             [rng.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows]
         )
 
-    def _read(self, index: int) -> tuple[Sample, list[tuple[int, int, int]]]:
+    def _read(self, index: int) -> tuple[Sample, list[list[int]]]:
         """The sample without its images, and the members that hold these."""
         key = self._keys[index]  # also the check of the index
         index = range(len(self))[index]
         name = f"{self.shards[self._shard[index]].name}/{key}"
-        members = [tuple(map(int, row)) for row in self._members[self._first[index] : self._first[index + 1]]]
+        members = self._members[self._first[index] : self._first[index + 1]].tolist()
         pictures = [member for member in members if KINDS[member[0]] == "image"]
         texts = {KINDS[kind]: (offset, size) for kind, offset, size in members if kind > 0}
         try:
