@@ -20,7 +20,9 @@ TINY = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
 NEEDED = {
     ("data", "captions"): FILES,
+    ("data", "image_folder"): ["data.root=a"],
     ("data", "instruct"): FILES,
+    ("data", "webdataset"): ["data.shards=a.tar"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],
@@ -120,7 +122,7 @@ def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
     ("override", "said"),
     [
         ("connector=foo", ["connector=foo", "choose one of average_pool, ", "linear, mlp"]),
-        ("data=foo", ["data=foo", "captions, instruct, shapes, stamps"]),
+        ("data=foo", ["data=foo", "captions, ", "instruct, "]),
         ("stage=alignn", ["stage=alignn", "did you mean align?"]),
         ("conector=mlp", ["conector", "did you mean connector?"]),
         ("connector.dpth=3", ["connector.dpth", "did you mean depth?", "hidden_width"]),

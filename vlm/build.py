@@ -68,7 +68,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
     _typed("data", loader, VLMDataModule)
-    bind("data", source, derived={"split": "train"})
+    bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)
     sizes = dict.fromkeys(("vision_width", "llm_width", "grid", "output_rms"))
@@ -113,6 +113,14 @@ def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     shared = _parameters(VLMDataModule).keys()
     loader = {key: value for key, value in options.items() if key in shared}
     return loader, {key: value for key, value in options.items() if key not in shared}
+
+
+def bind_source(name: str, options: Mapping[str, Any]) -> partial[Any]:
+    """The call that makes a split of a source; those that it mixes are bound first, each with its own options."""
+    if isinstance(mixed := options.get("sources"), dict):
+        parts = {key: bind_source(f"{name}.sources.{key}", split_data(part)[1]) for key, part in mixed.items()}
+        options = {**options, "sources": parts}
+    return bind(name, options, derived={"split": "train"})
 
 
 def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
@@ -200,9 +208,8 @@ def placeholders(connector: Any) -> int:
 def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMDataModule:
     """The data, told what a picture and a word are to the model."""
     loader, source = split_data(cfg["data"])
-    make = bind("data", source, derived={"split": "train"})
     data = VLMDataModule(
-        source=lambda split: make(split=split),
+        source=bind_source("data", source),
         bad_samples_file=run_dir / "bad_samples.jsonl" if run_dir else None,
         **loader,
     )

@@ -76,7 +76,7 @@ def read_json(file: Path) -> dict[str, Any] | list[Row]:
         return document
     if not isinstance(document, list):
         raise ValueError(f"'{file}' holds {_kind(document)}; give a list of samples or an object that holds them")
-    return [_row(f"{file.name}[{index}]", record) for index, record in enumerate(document)]
+    return [to_row(f"{file.name}[{index}]", record) for index, record in enumerate(document)]
 
 
 def read_jsonl(file: Path) -> Iterator[Row]:
@@ -90,7 +90,7 @@ def read_jsonl(file: Path) -> Iterator[Row]:
             raise _not_json(file, number, error.msg) from error
         except (RecursionError, ValueError) as error:
             raise ValueError(f"'{file}' line {number} is JSON that cannot be read ({error}); simplify it") from error
-        yield _row(f"{file.name}:{number}", record)
+        yield to_row(f"{file.name}:{number}", record)
 
 
 def read_csv(file: Path, *, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -121,7 +121,8 @@ def read_csv(file: Path, *, columns: tuple[str, ...]) -> Iterator[Row]:
         raise ValueError(f"'{file}' line {line} is not CSV ({error}); correct that line") from error
 
 
-def _row(place: str, record: Any) -> Row:
+def to_row(place: str, record: Any) -> Row:
+    """The record as a row, which has a problem where it is no object."""
     if isinstance(record, dict):
         return Row(place, record)
     return Row(place, {}, f"is {_kind(record)} where an object is needed; write it as {{...}}")

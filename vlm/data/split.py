@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool, UInt64
+
 from vlm.schema import Split
 
 
@@ -19,17 +22,25 @@ def check_split(*, split: Split, val_fraction: float) -> None:
 
 
 def in_split(key: str, *, split: Split, val_fraction: float) -> bool:
-    """Whether what `key` names belongs to `split`. Python's own `hash` would differ from process to process."""
-    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    is_val = int.from_bytes(digest, "big") < val_fraction * 2**64
-    return is_val == (split == "val")
+    """Whether what `key` names belongs to `split`."""
+    return (digest(key) < int(val_fraction * 2**64)) == (split == "val")
+
+
+def held_out(digests: UInt64[np.ndarray, " n"], *, val_fraction: float) -> Bool[np.ndarray, " n"]:
+    """`in_split(..., split="val")` for the digests of many keys at once."""
+    return digests < np.uint64(int(val_fraction * 2**64))
+
+
+def digest(key: str) -> int:
+    """A hash in 64 bits that is the same in every process, unlike Python's own `hash`."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def image_key(name: str, *, root: Path) -> str:
     """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
     if os.path.isabs(name):
         name = os.path.relpath(name, root)
-    return Path(os.path.normpath(name)).as_posix()
+    return os.path.normpath(name).replace(os.sep, "/")
 
 
 def group_keys(names: Sequence[Sequence[str]]) -> list[str]:

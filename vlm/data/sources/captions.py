@@ -4,21 +4,90 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm.data.annotations import Records, Row, existing_file, existing_folder, read_csv, read_json, read_jsonl
+from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image
 from vlm.data.split import check_split, image_key, in_split
 from vlm.schema import BadSample, Sample, Split
 
 
-class Captions:
+class Caption(NamedTuple):
+    """What a text says of an image, or the problem with it."""
+
+    id: str
+    image: str
+    text: str
+    problem: str
+
+
+class CaptionedImages:
     """In train a sample per (image, caption); in val a sample per image, its first caption being the reference.
 
-    All captions of a validation image are in `meta["references"]`, a JSON list. Without `val_annotations` the split is
-    by a hash of the image's name, so that no image is in both; with it, each file is taken as it is. Samples lie in
-    the order of the file, an image's captions next to each other. `num_without_caption` counts COCO images with none.
+    All captions of a validation image are in `meta["references"]`, a JSON list. The split is by a hash of the image's
+    name, so that no image is in both; a `val_fraction` of None takes everything. An image's captions lie next to each
+    other, the first one where the image comes first.
+    """
+
+    def __init__(
+        self,
+        captions: list[Caption],
+        *,
+        split: Split,
+        images: Path,
+        where: Path,
+        val_fraction: float | None,
+        prompt: str,
+    ) -> None:
+        self.images, self.prompt = images, prompt
+        by_image: dict[str, list[Caption]] = {}
+        for caption in captions:
+            key = image_key(caption.image, root=images.absolute()) if caption.image else caption.id
+            by_image.setdefault(key, []).append(caption)
+        groups = [
+            group
+            for key, group in by_image.items()
+            if val_fraction is None or in_split(key, split=split, val_fraction=val_fraction)
+        ]
+        if not groups:
+            raise ValueError(
+                f"none of the {len(by_image)} images in '{where}' falls into {split} with val_fraction {val_fraction}; "
+                "set data.val_fraction= to another share, or name a validation set of its own"
+            )
+        chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
+        self._with_references = split == "val"
+        self._records = Records(chosen)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.outline(index)
+        try:
+            return replace(sample, images=[load_image(sample.meta["image"], root=self.images)])
+        except BadSample as error:
+            raise BadSample(f"sample '{sample.id}': {error}") from error
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its image, which is not opened."""
+        captions = [Caption(*values) for values in self._records[index]]
+        for caption in captions:
+            if caption.problem:
+                raise BadSample(f"sample '{caption.id}' {caption.problem}")
+        first = captions[0]
+        meta = {"image": first.image}
+        if self._with_references:
+            meta["references"] = json.dumps([caption.text for caption in captions], ensure_ascii=False)
+        return Sample(id=first.id, images=[], messages=caption_messages(self.prompt, first.text), meta=meta)
+
+
+class Captions(CaptionedImages):
+    """A file of captions. Without `val_annotations` images are held out by name; with it, each file is as it is.
+
+    `num_without_caption` counts COCO images with none.
     """
 
     def __init__(
@@ -32,70 +101,19 @@ class Captions:
         prompt: str = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
-        self.images = existing_folder(images, option="images")
-        self.prompt = prompt
+        root = existing_folder(images, option="images")
         if split == "val" and val_annotations is not None:
             file = existing_file(val_annotations, option="val_annotations")
         else:
             file = existing_file(annotations, option="annotations")
         captions, self.num_without_caption = _read(file)
-
         if not captions:
             raise ValueError(f"'{file}' holds 0 captions; set data.annotations= to a file that has some")
-
-        by_image: dict[str, list[_Caption]] = {}
-        for caption in captions:
-            key = image_key(caption.image, root=self.images.absolute()) if caption.image else caption.id
-            by_image.setdefault(key, []).append(caption)
-        groups = [
-            group
-            for key, group in by_image.items()
-            if val_annotations is not None or in_split(key, split=split, val_fraction=val_fraction)
-        ]
-        if not groups:
-            raise ValueError(
-                f"none of the {len(by_image)} images in '{file}' falls into {split} with val_fraction {val_fraction}; "
-                "set data.val_fraction= to another share, or data.val_annotations= to a file of its own"
-            )
-        chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
-        self._with_references = split == "val"
-        self._records = Records(chosen)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        captions = [_Caption(*values) for values in self._records[index]]
-        for caption in captions:
-            if caption.problem:
-                raise BadSample(f"sample '{caption.id}' {caption.problem}")
-        first = captions[0]
-        try:
-            image = load_image(first.image, root=self.images)
-        except BadSample as error:
-            raise BadSample(f"sample '{first.id}': {error}") from error
-        meta = {"image": first.image}
-        if self._with_references:
-            meta["references"] = json.dumps([caption.text for caption in captions], ensure_ascii=False)
-        return Sample(
-            id=first.id,
-            images=[image],
-            messages=[
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
-                {"role": "assistant", "content": [{"type": "text", "text": first.text}]},
-            ],
-            meta=meta,
-        )
+        share = val_fraction if val_annotations is None else None
+        super().__init__(captions, split=split, images=root, where=file, val_fraction=share, prompt=prompt)
 
 
-class _Caption(NamedTuple):
-    id: str
-    image: str
-    text: str
-    problem: str
-
-
-def _read(file: Path) -> tuple[list[_Caption], int]:
+def _read(file: Path) -> tuple[list[Caption], int]:
     """The file's captions, and how many of its images have none."""
     if file.suffix == ".jsonl":
         return [caption for row in read_jsonl(file) for caption in _of_row(row)], 0
@@ -117,31 +135,31 @@ def _read(file: Path) -> tuple[list[_Caption], int]:
     return list(_of_coco(document, file)), num_without
 
 
-def _of_row(row: Row) -> Iterator[_Caption]:
+def _of_row(row: Row) -> Iterator[Caption]:
     """The captions of one row: `caption` is a text or a list of them."""
     image, problem = _image_name(row.record, "image", row.problem)
     texts = row.record.get("caption")
     texts = texts if isinstance(texts, list) else [texts]
     if not texts:
-        yield _Caption(row.place, image, "", problem or "has 0 captions; write one or remove the sample")
+        yield Caption(row.place, image, "", problem or "has 0 captions; write one or remove the sample")
     for number, text in enumerate(texts):
-        yield _caption(f"{row.place}#{number}" if number else row.place, image, text, problem)
+        yield caption_of(f"{row.place}#{number}" if number else row.place, image, text, problem)
 
 
-def _of_coco(document: dict[str, Any], file: Path) -> Iterator[_Caption]:
+def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
     entries = {str(entry["id"]): entry for entry in document["images"] if isinstance(entry, dict) and "id" in entry}
     for index, annotation in enumerate(document["annotations"]):
         place = f"{file.name}[annotations][{index}]"
         if not isinstance(annotation, dict):
-            yield _Caption(place, "", "", "is not an object; write it as {...}")
+            yield Caption(place, "", "", "is not an object; write it as {...}")
             continue
         name = str(annotation.get("id", place))
         wanted = str(annotation.get("image_id"))
         if wanted not in entries:
-            yield _Caption(name, "", "", f"names image_id {wanted}, which is not in 'images'; add that image")
+            yield Caption(name, "", "", f"names image_id {wanted}, which is not in 'images'; add that image")
             continue
         image, problem = _image_name(entries[wanted], "file_name", "")
-        yield _caption(name, image, annotation.get("caption"), problem)
+        yield caption_of(name, image, annotation.get("caption"), problem)
 
 
 def _image_name(record: dict[str, Any], key: str, problem: str) -> tuple[str, str]:
@@ -151,7 +169,8 @@ def _image_name(record: dict[str, Any], key: str, problem: str) -> tuple[str, st
     return "", problem or f"has no image name under '{key}'; write the file's path there"
 
 
-def _caption(name: str, image: str, text: Any, problem: str) -> _Caption:
+def caption_of(name: str, image: str, text: Any, problem: str = "") -> Caption:
+    """A caption, or the problem that it has no text."""
     if isinstance(text, str) and text.strip():
-        return _Caption(name, image, text.strip(), problem)
-    return _Caption(name, image, "", problem or "has no text as its caption; write one or remove the sample")
+        return Caption(name, image, text.strip(), problem)
+    return Caption(name, image, "", problem or "has no text as its caption; write one or remove the sample")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
+from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image, pad_to_square
 from vlm.data.split import check_split, in_split
 from vlm.schema import BadSample, Sample, Split
@@ -75,23 +77,19 @@ class Stamps:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.outline(index)
+        image = load_image(sample.id, root=self.root)
+        try:
+            return replace(sample, images=[pad_to_square(image)])
+        except ValueError as error:
+            raise BadSample(f"stamp '{sample.id}' cannot be used: {error}") from error
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its image, which is not opened."""
         name, caption = self.items[index]
         if "\ufffd" in caption:
             raise BadSample(f"stamp '{name}' has a caption that is not UTF-8; save its .txt file as UTF-8")
-        image = load_image(name, root=self.root)
-        try:
-            image = pad_to_square(image)
-        except ValueError as error:
-            raise BadSample(f"stamp '{name}' cannot be used: {error}") from error
-        return Sample(
-            id=name,
-            images=[image],
-            messages=[
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]},
-                {"role": "assistant", "content": [{"type": "text", "text": caption}]},
-            ],
-            meta={"image": name},
-        )
+        return Sample(id=name, images=[], messages=caption_messages(self.prompt, caption), meta={"image": name})
 
 
 def _names(root: Path, pattern: str) -> list[str]:

@@ -1,0 +1,126 @@
+"""Tables of Hugging Face datasets on disk: what they yield, how they split, and what they refuse."""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.test_sources_files import answer, refusal, samples
+from vlm.data.sources.huggingface import HuggingFace
+
+datasets = pytest.importorskip("datasets")
+datasets.disable_progress_bars()
+
+
+def png(red: int, size: tuple[int, int] = (4, 2)) -> dict[str, Any]:
+    data = BytesIO()
+    Image.new("RGB", size, (red, 0, 0)).save(data, "PNG")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def table(columns: dict[str, list[Any]], *, images: bool = False) -> Any:
+    made = datasets.Dataset.from_dict(columns)
+    image = datasets.List(datasets.Image()) if images else datasets.Image()
+    return made.cast_column("images" if images else "image", image)
+
+
+def source(path: Path, **options: Any) -> HuggingFace:
+    return HuggingFace(**{"split": "train", "path": path, "val_fraction": 0.0, **options})
+
+
+@pytest.fixture
+def captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = range(12)
+    return table({"image": [png(i) for i in rows], "text": [f" Dot {i}. " for i in rows], "of": [i // 3 for i in rows]})
+
+
+def test_captions_from_disk_and_from_parquet_say_the_same(captions: Any, tmp_path: Path) -> None:
+    captions.save_to_disk(tmp_path / "disk")
+    (tmp_path / "files").mkdir()
+    captions.to_parquet(tmp_path / "files" / "train-00000-of-00001.parquet")
+    disk, parquet = (samples(source(tmp_path / kind, prompt="What?")) for kind in ("disk", "files"))
+    assert disk == parquet
+    assert (disk[7].id, answer(disk[7])) == ("train/7", "Dot 7.")
+    assert disk[7].images[0].getpixel((0, 0)) == (7, 0, 0)
+    assert disk[7].messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+def test_rows_of_a_group_stay_on_one_side(captions: Any, tmp_path: Path) -> None:
+    captions.save_to_disk(tmp_path / "disk")
+    train, val = (
+        [
+            int(s.id.split("/")[1])
+            for s in samples(source(tmp_path / "disk", split=split, val_fraction=0.4, **{"group_column": "of"}))
+        ]
+        for split in ("train", "val")
+    )
+    assert sorted(train + val) == list(range(12))
+    assert not {i // 3 for i in train} & {i // 3 for i in val}
+    datasets.DatasetDict({"train": captions, "test": captions.select([3])}).save_to_disk(tmp_path / "both")
+    assert [s.id for s in samples(source(tmp_path / "both", split="val", val_split="test"))] == ["test/0"]
+    assert len(source(tmp_path / "both", val_split="test", val_fraction=0.4)) == 12
+
+
+def test_the_layout_of_the_cauldron(captions: Any, tmp_path: Path) -> None:
+    turns = [
+        {"user": "Same?", "assistant": "No.", "source": "x"},
+        {"user": "Sure?", "assistant": "Yes.", "source": "x"},
+    ]
+    marked = [{"user": "Is <image> red?", "assistant": "Yes.", "source": "x"}]
+    columns = {"images": [[png(1), png(2)], [png(3)], [], [png(4)]], "texts": [turns, marked, turns, []]}
+    table(columns, images=True).save_to_disk(tmp_path / "disk")
+    made = source(tmp_path / "disk", image_column="images", messages_column="texts")
+    two, one, none = (made[index] for index in range(3))
+    assert [piece.get("text", "<image>") for piece in two.messages[0]["content"]] == ["<image>", "<image>", "Same?"]
+    assert [image.getpixel((0, 0))[0] for image in two.images] == [1, 2]
+    assert [message["role"] for message in two.messages] == ["user", "assistant"] * 2
+    assert [piece.get("text", "<image>") for piece in one.messages[0]["content"]] == ["Is ", "<image>", " red?"]
+    assert (none.images, answer(none)) == ([], "Yes.")
+    assert refusal(made, 3) == "sample 'train/3' has 0 turns of a conversation; add a user turn and its answer"
+
+
+def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
+    bad = {"bytes": png(0)["bytes"][:45], "path": None}
+    table({"image": [png(0), None, bad], "text": [" ", "x", "x"]}).save_to_disk(tmp_path / "disk")
+    made = source(tmp_path / "disk")
+    assert refusal(made, 0) == "sample 'train/0' has no text in column 'text'; write one or remove the row"
+    assert refusal(made, 1) == "sample 'train/1' has 0 images for 1 caption; give it one"
+    assert refusal(made, 2).startswith("sample 'train/2': image '1' cannot be decoded (")
+    assert made.outline(2).messages[-1]["content"] == [{"type": "text", "text": "x"}]  # no picture was opened
+
+    paths = datasets.Dataset.from_dict({"image": ["/etc/hostname"], "text": ["x"]})
+    paths.save_to_disk(tmp_path / "paths")
+    outside = "sample 'train/0': image '/etc/hostname' lies outside the folder"
+    assert refusal(source(tmp_path / "paths")).startswith(outside)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": None}, r"data\.path=None and data\.name=None are neither given; set data\.path="),
+        ({"name": "x/y"}, r"are both given; set"),
+        ({"text_column": "caption"}, r"no column 'caption', only image, text, of; set data\.image_column="),
+        ({"val_split": "test", "split": "val"}, r"has no split 'test', only train; set data\.train_split= or"),
+        ({"split": "val"}, r"none of the 12 rows of 'train' falls into val with val_fraction 0\.0; set"),
+    ],
+)
+def test_options_that_do_not_fit(captions: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    captions.save_to_disk(tmp_path / "disk")
+    with pytest.raises(ValueError, match=message):
+        source(**{"path": tmp_path / "disk", **options})
+
+
+def test_a_folder_without_tables_and_a_machine_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read as a dataset \(.*\); see data\.path="):
+        source(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the package datasets.*; run pip install -e '\.\[datasets\]'$"):
+        source(tmp_path)

@@ -1,0 +1,156 @@
+"""Tar shards: what they yield, in which order, how they split, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.test_sources_files import answer, refusal, samples
+from vlm.data.sources.webdataset import WebDataset, shard_files
+
+
+def png(red: int) -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (4, 2), (red, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+def shard(file: Path, members: dict[str, bytes | str | dict[str, Any]]) -> Path:
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            text = json.dumps(content) if isinstance(content, dict) else content
+            data = text.encode() if isinstance(text, str) else text
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, BytesIO(data))
+    return file
+
+
+def captions(file: Path, *numbers: int) -> Path:
+    members = [
+        (f"{n:04d}.{kind}", content) for n in numbers for kind, content in (("png", png(n)), ("txt", f"Dot {n}."))
+    ]
+    return shard(file, dict(members))
+
+
+def source(shards: Path | str, **options: Any) -> WebDataset:
+    return WebDataset(**{"split": "train", "shards": str(shards), "val_fraction": 0.0, **options})
+
+
+def test_members_of_one_key_are_a_sample(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image><image>Same?"}, {"from": "gpt", "value": "No."}]
+    text_only = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey"}]
+    shard(
+        tmp_path / "0.tar",
+        {
+            "x/a.png": png(1),
+            "x/b.0.png": png(2),  # keys need not lie together
+            "x/a.txt": " A dot.\n",
+            "x/a.json": {"caption": "Not this.", "url": "u"},
+            "x/b.1.PNG": png(3),
+            "x/b.json": {"conversations": talk},
+            "x/c.json": {"messages": text_only},
+            "x/d.png": png(4),
+            "x/d.json": {"caption": "Four."},
+            "x/d.cls": "7",
+        },
+    )
+    made = source(tmp_path / "0.tar", prompt="What?")
+    a, b, c, d = samples(made)
+    assert [s.id for s in (a, b, c, d)] == ["0.tar/x/a", "0.tar/x/b", "0.tar/x/c", "0.tar/x/d"]
+    assert [answer(s) for s in (a, b, c, d)] == ["A dot.", "No.", "Hey", "Four."]
+    assert a.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert [[image.getpixel((0, 0))[0] for image in s.images] for s in (a, b, c, d)] == [[1], [2, 3], [], [4]]
+    assert made.num_ignored == 1
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("a-08", "a-09", "a-10", "b-09"):
+        captions(tmp_path / f"{name}.tar", 0)
+
+    def found(pattern: str) -> list[str]:
+        return [file.stem for file in shard_files(str(tmp_path / pattern), option="shards")]
+
+    assert found("a-{08..10}.tar") == ["a-08", "a-09", "a-10"]
+    assert found("{b,a}-09.tar") == ["b-09", "a-09"]
+    assert found("{b,a}-*.tar") == ["b-09", "a-08", "a-09", "a-10"]
+    with pytest.raises(ValueError, match=r"finds 2 of the 4 shards, first '.*a-11\.tar' missing; name existing"):
+        found("a-{09..12}.tar")
+    with pytest.raises(ValueError, match=r"^data\.shards='.*' finds no shard; name existing \.tar files$"):
+        found("c*.tar")
+
+
+def test_an_epoch_is_shuffled_within_a_few_shards(tmp_path: Path) -> None:
+    for number in range(9):
+        captions(tmp_path / f"{number}.tar", *range(10 * number, 10 * number + 10))
+    made = source(tmp_path / "*.tar")
+    order = made.order(0, seed=1)
+    assert sorted(order) == list(range(90))
+    windows = [{int(i) // 10 for i in part} for part in (order[:40], order[40:80], order[80:])]
+    assert [len(window) for window in windows] == [4, 4, 1]
+    assert len({int(i) // 10 for i in order[:8]}) > 1  # shards of a window are mixed
+    assert list(order) == list(made.order(0, seed=1))
+    assert list(order) != list(made.order(1, seed=1))
+    assert list(order) != list(made.order(0, seed=2))
+
+
+def test_split_by_key_or_by_shards(tmp_path: Path) -> None:
+    captions(tmp_path / "0.tar", *range(20))
+    captions(tmp_path / "1.tar", 20, 21)
+    train, val = (samples(source(tmp_path / "0.tar", split=split, val_fraction=0.4)) for split in ("train", "val"))
+    assert len(val) > 2
+    assert sorted(answer(s) for s in train + val) == sorted(f"Dot {n}." for n in range(20))
+    own = {"val_shards": str(tmp_path / "1.tar"), "val_fraction": 0.4}
+    assert len(source(tmp_path / "0.tar", **own)) == 20
+    assert [answer(s) for s in samples(source(tmp_path / "0.tar", split="val", **own))] == ["Dot 20.", "Dot 21."]
+    with pytest.raises(
+        ValueError, match=r"none of the 20 samples in 1 shards of '.*' falls into val with val_fraction 0"
+    ):
+        source(tmp_path / "0.tar", split="val")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": png(0)}, "has neither a txt nor a json member; add its text or remove its images"),
+        ({"a.png": png(0), "a.txt": " \n"}, "has no text in its txt; write a caption or a conversation there"),
+        ({"a.png": png(0), "a.json": {"url": "u"}}, "has no text in its json; write a caption or a conversation there"),
+        ({"a.png": png(0), "a.json": "[1]"}, "has a json that is no object; write it as {...}"),
+        ({"a.png": png(0), "a.txt": b"\xe9t"}, "has a txt that cannot be read ('utf-8' codec"),
+        ({"a.txt": "A dot."}, "has 0 images for 1 caption; give it one"),
+        ({"a.png": png(0), "a.json": {"messages": []}}, "has 0 turns of a conversation; add"),
+    ],
+)
+def test_one_bad_sample(tmp_path: Path, members: dict[str, Any], message: str) -> None:
+    made = source(shard(tmp_path / "0.tar", {**members, "b.png": png(1), "b.txt": "Fine."}))
+    assert refusal(made).startswith(f"sample '0.tar/a' {message}")
+    assert answer(made[1]) == "Fine."
+
+
+def test_a_picture_that_cannot_be_decoded(tmp_path: Path) -> None:
+    made = source(shard(tmp_path / "0.tar", {"a.png": png(0)[:45], "a.txt": "A dot."}))
+    assert refusal(made).startswith("sample '0.tar/a': image '1' cannot be decoded (")
+    assert made.outline(0).messages[-1]["content"][0]["text"] == "A dot."  # the picture was not opened
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:2580], "is not a whole, plain tar"),  # in a member
+        (lambda data: data[:2048], "breaks off at byte 2,048 of 2,048, where a header or the end mark is due"),
+        (lambda data: data[:2048] + b"x" * 512 + data[2560:], "breaks off at byte 2,048 of 10,240"),  # a header
+        (lambda data: b"x" * 512 + data[512:], "is not a whole, plain tar"),
+        (lambda data: b"", "is not a whole, plain tar"),
+    ],
+)
+def test_a_shard_that_is_cut_or_broken(tmp_path: Path, damage: Any, message: str) -> None:
+    file = captions(tmp_path / "0.tar", 0, 1)  # each member is a header and a block of 512 bytes: 2,048 bytes a key
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^shard '.*0\.tar' {message}"):
+        source(file)

@@ -1,0 +1,79 @@
+"""A folder tree of images, each with its captions in a text file of the same name: `a/cat.jpg` and `a/cat.txt`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vlm.data.annotations import existing_folder
+from vlm.data.sources.captions import Caption, CaptionedImages, caption_of
+from vlm.data.split import check_split
+from vlm.schema import Split
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class ImageFolder(CaptionedImages):
+    """The layout of img2dataset's `files` output and of kohya's scripts.
+
+    Every line of a text file that is not blank is a caption of its own, as with kohya's `enable_wildcard`: train takes
+    them all, val the first, with all of them as references. A caption of several lines must be written as one.
+
+    An image without a text file, or with an empty one, is a bad sample: named and counted like one that cannot be
+    decoded. `num_without_caption` counts those without a file over both splits, `num_without_image` text files that
+    belong to no image. The split is by the path under `root`. Links to folders are not followed.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        root: str | Path,
+        val_root: str | Path | None = None,
+        val_fraction: float = 0.05,
+        prompt: str = "Describe the image.",
+    ) -> None:
+        check_split(split=split, val_fraction=val_fraction)
+        if split == "val" and val_root is not None:
+            folder = existing_folder(val_root, option="val_root")
+        else:
+            folder = existing_folder(root, option="root")
+        names = sorted(_names(folder))
+        texts = {name for name in names if name.lower().endswith(".txt")}
+        images = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if not images:
+            raise ValueError(
+                f"'{folder}' holds 0 images among {len(names)} files; set data.root= to the folder of images"
+            )
+        beside = {image: os.path.splitext(image)[0] + ".txt" for image in images}
+        self.num_without_caption = sum(text not in texts for text in beside.values())
+        self.num_without_image = len(texts - set(beside.values()))
+        captions = [
+            caption for image, text in beside.items() for caption in _captions(folder, image, text, text in texts)
+        ]
+        share = val_fraction if val_root is None else None
+        super().__init__(captions, split=split, images=folder, where=folder, val_fraction=share, prompt=prompt)
+
+
+def _names(folder: Path, inside: str = "") -> Iterator[str]:
+    with os.scandir(folder / inside) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _names(folder, f"{inside}{entry.name}/")
+            elif not entry.name.startswith("."):  # macOS leaves ._cat.jpg beside cat.jpg
+                yield inside + entry.name
+
+
+def _captions(folder: Path, image: str, text: str, exists: bool) -> list[Caption]:
+    if not exists:
+        return [Caption(image, image, "", f"has no '{os.path.basename(text)}' beside it; write its caption there")]
+    try:
+        lines = [line for line in (folder / text).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (UnicodeDecodeError, OSError) as error:
+        return [
+            Caption(
+                image, image, "", f"has a '{os.path.basename(text)}' that cannot be read ({error}); save it as UTF-8"
+            )
+        ]
+    return [caption_of(f"{image}#{i}" if i else image, image, line) for i, line in enumerate(lines or [""])]

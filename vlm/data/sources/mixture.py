@@ -1,0 +1,124 @@
+"""Several sources as one, each with its share of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm.schema import BadSample, Sample, Source, Split
+
+
+class Mixture:
+    """The sources' samples one after another, and an order that draws each source by its share.
+
+    A source's share is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, more
+    favours the small ones, towards equal shares. An epoch has `num_samples` (None: the sum of sizes). A source is
+    read in its own order, through to its end before a sample comes again, over epochs too. Validation takes the
+    held-out samples of every source. `Sample.meta["source"]` and the start of the id are the source's name.
+
+    Raises ValueError where `weights` do not name exactly the sources, are negative or all zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        sources: dict[str, Callable[..., Source]],
+        weights: dict[str, int | float] | None = None,
+        temperature: int | float = 1.0,
+        num_samples: int | None = None,
+    ) -> None:
+        if not sources:
+            raise ValueError("data.sources names 0 sources; add one under a name of your choice")
+        if weights is not None and weights.keys() != sources.keys():
+            raise ValueError(
+                f"data.weights names {', '.join(weights) or 'nothing'} and data.sources {', '.join(sources)}; give "
+                "every source its weight"
+            )
+        if weights is not None and (min(weights.values()) < 0 or not any(weights.values())):
+            raise ValueError(f"data.weights={weights} are no shares; give numbers from 0 up, one of them above 0")
+        if temperature <= 0:
+            raise ValueError(f"data.temperature={temperature} is not above 0; choose 1 to draw by size, 2 for less so")
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"data.num_samples={num_samples} is no length of an epoch; choose 1 or more, or null")
+        self.sources = {name: _made(make, name, split) for name, make in sources.items()}
+        self.names = list(self.sources)
+        sizes = np.array([len(source) for source in self.sources.values()])
+        self._ends = np.cumsum(sizes)
+        self.num_samples = num_samples or int(self._ends[-1])
+        shares = sizes ** (1 / temperature) if weights is None else np.array([weights[n] for n in sources], dtype=float)
+        self.shares: Float[np.ndarray, " s"] = shares / shares.sum()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._read(index, lambda source, inside: source[inside])
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its images; a source without outlines opens them."""
+        return self._read(index, _outline)
+
+    def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
+        """The `num_samples` indices of an epoch."""
+        past = sum((self._counts(e, seed) for e in range(epoch)), np.zeros(len(self.names), dtype=np.int64))
+        counts = self._counts(epoch, seed)
+        turns = np.repeat(np.arange(len(self.names)), counts)
+        np.random.default_rng((seed, epoch, 1)).shuffle(turns)
+        order = np.empty(len(turns), dtype=np.int64)
+        for place, first in enumerate(self._ends - np.diff(self._ends, prepend=0)):
+            order[turns == place] = first + self._drawn(place, int(past[place]), int(counts[place]), seed)
+        return order
+
+    def _read(self, index: int, read: Callable[[Any, int], Sample]) -> Sample:
+        index = range(len(self))[index]
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        name = self.names[place]
+        source = self.sources[name]
+        try:
+            sample = read(source, index - int(self._ends[place]) + len(source))
+        except BadSample as error:
+            raise BadSample(f"source '{name}': {error}") from error
+        return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, "source": name})
+
+    def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
+        """Samples of each source in an epoch: its share rounded down, the few that remain drawn by what was cut off."""
+        exact = self.num_samples * self.shares
+        counts = np.floor(exact + 1e-6).astype(np.int64)
+        rest = np.clip(exact - counts, 0, None)
+        if counts.sum() < self.num_samples:
+            rng = np.random.default_rng((seed, epoch, 0))
+            counts += rng.multinomial(self.num_samples - counts.sum(), rest / rest.sum())
+        return counts
+
+    def _drawn(self, place: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
+        """`count` samples of a source, `start` having been drawn before, as its rounds follow on each other."""
+        source = self.sources[self.names[place]]
+        length = len(_round(source, 0, seed, place)) if count else 1
+        rounds = range(start // length, -(-(start + count) // length))
+        drawn = [_round(source, number, seed, place) for number in rounds]
+        return np.concatenate([np.empty(0, np.int64), *drawn])[start % length :][:count]
+
+
+def _made(make: Callable[..., Source], name: str, split: Split) -> Source:
+    try:
+        return make(split=split)
+    except ValueError as error:
+        raise ValueError(f"source '{name}': {error}") from error
+
+
+def _outline(source: Any, index: int) -> Sample:
+    outline = getattr(source, "outline", None)
+    return outline(index) if outline is not None else replace(source[index], images=[])
+
+
+def _round(source: Any, number: int, seed: int, place: int) -> Sequence[int] | Int[np.ndarray, " n"]:
+    """A source once through: in the order that it gives, else shuffled."""
+    order = getattr(source, "order", None)
+    if order is not None:
+        return order(number, seed=seed)
+    return np.random.default_rng((seed, number, 2, place)).permutation(len(source))

@@ -1,0 +1,215 @@
+"""WebDataset's tar shards (Aizman et al. 2020, arXiv:2001.01858), as img2dataset writes them, read in place."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm.data.annotations import Records
+from vlm.data.conversations import Malformed, caption_messages, conversation
+from vlm.data.images import MAX_BYTES, decode_image
+from vlm.data.split import check_split, digest, held_out
+from vlm.schema import BadSample, Sample, Split
+
+SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
+KINDS = ("image", "txt", "json")
+WINDOW = 4  # shards whose samples are shuffled together
+BLOCK = 512  # bytes of a tar header, and of the zeros that end an archive
+
+
+class WebDataset:
+    """A sample per key: members `KEY.jpg` with `KEY.txt` (its caption) or `KEY.json` make one.
+
+    A key is a member's path up to the first dot of its name. The json is a LLaVA record, chat messages or a
+    `{"caption"}`; it is used where there is no txt (img2dataset writes both). Images of a key (`KEY.0.jpg`,
+    `KEY.1.png`) are in the order of the archive. Members of another kind are counted in `num_ignored`.
+
+    `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers, and nothing else, are read once. Without
+    `val_shards` the split is by a hash of shard and key; with it, each set of shards is taken as it is. An archive that
+    is cut or not a plain tar raises ValueError; a sample without text or image is bad.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        shards: str,
+        val_shards: str | None = None,
+        val_fraction: float = 0.05,
+        prompt: str = "Describe the image.",
+    ) -> None:
+        check_split(split=split, val_fraction=val_fraction)
+        self.prompt = prompt
+        option = "val_shards" if split == "val" and val_shards is not None else "shards"
+        pattern = val_shards if split == "val" and val_shards is not None else shards
+        self.shards = shard_files(pattern, option=option)
+        samples = [sample for number, file in enumerate(self.shards) for sample in _samples(file, number)]
+        num_found = len(samples)
+        self.num_ignored = sum(member.kind < 0 for _, _, members in samples for member in members)
+        if val_shards is None:
+            digests = np.array([digest(f"{self.shards[n].name}/{key}") for n, key, _ in samples], dtype=np.uint64)
+            mine = held_out(digests, val_fraction=val_fraction) == (split == "val")
+            samples = [sample for sample, keep in zip(samples, mine, strict=True) if keep]
+        if not samples:
+            raise ValueError(
+                f"none of the {num_found} samples in {len(self.shards)} shards of '{pattern}' falls into {split} with "
+                f"val_fraction {val_fraction}; set data.val_fraction= to another share, or data.{option}= to others"
+            )
+        # Arrays and one block of bytes: a list would be copied into every worker.
+        self._keys = Records(key for _, key, _ in samples)
+        self._shard = np.array([number for number, _, _ in samples], dtype=np.int32)
+        self._first = np.cumsum([0, *(len(members) for _, _, members in samples)])
+        self._members = np.array([member for _, _, members in samples for member in members], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample, pictures = self._read(index)
+        try:
+            images = []
+            for number, (_, offset, size) in enumerate(pictures, start=1):
+                if size > MAX_BYTES:
+                    raise BadSample(
+                        f"image {number} has {size:,} bytes, more than the limit of {MAX_BYTES:,}; make it smaller"
+                    )
+                images.append(decode_image(self._bytes(index, offset, size), name=str(number)))
+        except BadSample as error:
+            raise BadSample(f"sample '{sample.id}': {error}") from error
+        return replace(sample, images=images)
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its images, which are not read."""
+        return self._read(index)[0]
+
+    def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
+        """Every sample once: shards in random order, samples shuffled among those of a few shards at a time.
+
+        So reads stay within a few files, which a disk or a network mount serves faster than a jump for each sample.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        starts = np.searchsorted(self._shard, np.arange(len(self.shards) + 1))
+        shards = rng.permutation(len(self.shards))
+        windows = [shards[first : first + WINDOW] for first in range(0, len(shards), WINDOW)]
+        return np.concatenate(
+            [rng.permutation(np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w])) for w in windows]
+        )
+
+    def _read(self, index: int) -> tuple[Sample, list[list[int]]]:
+        """The sample without its images, and the members that hold these."""
+        key = self._keys[index]  # also the check of the index
+        index = range(len(self))[index]
+        name = f"{self.shards[self._shard[index]].name}/{key}"
+        members = self._members[self._first[index] : self._first[index + 1]].tolist()
+        pictures = [member for member in members if KINDS[member[0]] == "image"]
+        texts = {KINDS[kind]: (offset, size) for kind, offset, size in members if kind > 0}
+        try:
+            if not texts:
+                raise Malformed("has neither a txt nor a json member; add its text or remove its images")
+            kind = "txt" if "txt" in texts else "json"
+            record = _record(self._bytes(index, *texts[kind]), kind)
+            caption = record.get("caption")
+            if "conversations" in record or "messages" in record:
+                messages = conversation(record, num_images=len(pictures))
+            elif not isinstance(caption, str) or not caption.strip():
+                raise Malformed(f"has no text in its {kind}; write a caption or a conversation there")
+            elif len(pictures) != 1:
+                raise Malformed(f"has {len(pictures)} images for 1 caption; give it one")
+            else:
+                messages = caption_messages(self.prompt, caption.strip())
+        except Malformed as error:
+            raise BadSample(f"sample '{name}' {error}") from error
+        return Sample(id=name, images=[], messages=messages, meta={}), pictures
+
+    def _bytes(self, index: int, offset: int, size: int) -> bytes:
+        try:
+            with open(self.shards[self._shard[index]], "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise BadSample(f"shard '{self.shards[self._shard[index]]}' cannot be read ({error.strerror})") from error
+
+
+class _Member(NamedTuple):
+    kind: int  # an index into KINDS, or -1
+    offset: int
+    size: int
+
+
+def shard_files(pattern: str, *, option: str) -> list[Path]:
+    """The files that a pattern names, in order; `{000..009}` and `{a,b}` must all exist, `*` takes what there is.
+
+    Raises `ValueError` where a named file is missing or nothing matches.
+    """
+    files: list[Path] = []
+    for name in _braces(str(Path(pattern).expanduser())):
+        found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        files += [Path(file) for file in found]
+    missing = [file for file in files if not file.is_file()]
+    if not files or missing:
+        what = f"{len(missing)} of the {len(files)} shards, first '{missing[0]}'" if missing else "no shard"
+        raise ValueError(
+            f"data.{option}='{pattern}' finds {what + ' missing' if missing else what}; name existing .tar files"
+        )
+    return files
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    words = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
+    for word in words:
+        yield from _braces(pattern[: match.start()] + word + pattern[match.end() :])
+
+
+def _samples(file: Path, number: int) -> list[tuple[int, str, list[_Member]]]:
+    """The shard's keys with their members, in the order of the archive."""
+    found: dict[str, list[_Member]] = {}
+    for name, offset, size in _members(file):
+        folder, slash, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        kind = SUFFIXES.get(suffix.rpartition(".")[2].lower())
+        found.setdefault(folder + slash + stem, []).append(_Member(KINDS.index(kind) if kind else -1, offset, size))
+    return [(number, key, members) for key, members in found.items()]
+
+
+def _members(file: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every file in an archive, from its headers alone."""
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
+            with open(file, "rb") as raw:  # it also takes a broken header for the end
+                raw.seek(archive.offset)
+                end = raw.read(BLOCK)
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"shard '{file}' is not a whole, plain tar ({error}); copy or unpack it again") from error
+    if end != bytes(BLOCK):
+        raise ValueError(
+            f"shard '{file}' breaks off at byte {archive.offset:,} of {file.stat().st_size:,}, where a header or the "
+            "end mark is due; copy it again or leave it out of data.shards="
+        )
+
+
+def _record(data: bytes, kind: str) -> dict[str, Any]:
+    try:
+        text = data.decode("utf-8-sig")
+        record = {"caption": text} if kind == "txt" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"has a {kind} that cannot be read ({error}); save it as UTF-8") from error
+    if not isinstance(record, dict):
+        raise Malformed("has a json that is no object; write it as {...}")
+    return record
