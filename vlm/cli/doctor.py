@@ -23,87 +23,83 @@ class Options:
 
 def doctor(cfg: Any) -> None:
     """Read both splits, report what was found, and write the files."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from functools import partial
+
     from torch.utils.data import DataLoader, Dataset
 
     from vlm import artifact, build, run
     from vlm.cli import doctor_report
     from vlm.cli.doctor_score import scores
     from vlm.data.checkup import BAD, Checkup, Folder, Reader
-    from vlm.data.duplicates import Looks
-    from vlm.data.findings import KINDS, find, lowest_scores
-    from vlm.schema import Split
+    from vlm.data.findings import find, lowest_scores
     from vlm.text.language import identifier
 
-    settings = build.plain(cfg)
-    options: Options = build.bind("doctor", {"_target_": f"{__package__}.doctor.Options", **settings.pop("doctor")})()
-    for kind in options.filter_kinds:
-        if kind not in KINDS:
-            raise ValueError(build.unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
-    if options.score and not settings["ckpt"]:
-        raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
-    if settings["ckpt"]:
-        settings |= _parts_of(settings["ckpt"])
-    build.check(settings)
-    out = Path(options.out)
-    if out.exists():
-        raise ValueError(f"doctor.out={out} exists already; choose another folder")
+    settings, options = _settings(cfg)
     language = identifier() if options.languages else None
     benchmark = Folder(options.against) if options.against else None
     model = _model(settings, weights=options.score)
     data = build.build_data({**settings, "data": {**settings["data"], "packing": False}}, model, None)
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=run.CONSOLE,
-        disable=not run.CONSOLE.is_terminal,
-    )
+    bar = _bar()
 
     def read(dataset: Dataset[Any], what: str) -> Any:
         """The dataset's items in order, read by the loader's workers."""
         workers = data.num_workers
         context = "fork" if workers else None
         loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
-        return bar.track(loader, total=len(dataset), description=what)  # type: ignore[arg-type]
+        return bar.track(loader, total=len(loader), description=what)
 
-    checkups: dict[Split, Checkup] = {}
-    against: tuple[Looks, list[str]] | None = None
     with bar:
-        for split, source in data.splits.items():
-            checkups[split] = Checkup()
-            for entry in read(Reader(source=source, text=data.text, language=language), f"reading {split}"):
-                checkups[split].add(entry)
+        readers = {split: Reader(source=s, text=data.text, language=language) for split, s in data.splits.items()}
+        checkups = {split: Checkup(read(reader, f"reading {split}")) for split, reader in readers.items()}
         if benchmark is not None:
-            against = (Looks(), [])
-            for name, look in zip(benchmark.names, read(benchmark, "reading the benchmark"), strict=True):
-                if look is not None:
-                    against[0].append(look)
-                    against[1].append(name)
-        findings = find(checkups, data.splits, against)
-        report = doctor_report.summary(settings, model.connector.num_tokens, checkups, data.splits)
-        if options.score:
-            for split, checkup in checkups.items():
-                indices = sorted({*checkup.owners})
-                task = bar.add_task(f"scoring {split}", total=len(indices))
-                found = scores(settings, model, data, split, indices, lambda n, task=task: bar.advance(task, n))
-                report["splits"][split]["score"] = doctor_report.spread(found)
-                findings += lowest_scores(split, checkup, found, options.num_low_scores)
-    if benchmark is not None and against is not None:
-        num, unreadable = len(benchmark), len(benchmark) - len(against[1])
-        report["against"] = {"folder": options.against, "images": num, "unreadable": unreadable}
+            benchmark.keep(read(benchmark, "reading the benchmark"))
+        findings = find(checkups, data.splits, benchmark)
+        report = doctor_report.summary(settings, model.connector.num_tokens, checkups, data.splits, benchmark)
+        for split, checkup in checkups.items() if options.score else ():
+            indices = sorted({*checkup.owners})
+            task = bar.add_task(f"scoring {split}", total=len(indices))
+            found = scores(settings, model, data, split, indices, partial(bar.advance, task))
+            report["splits"][split]["score"] = doctor_report.spread(found)
+            findings += lowest_scores(split, checkup, found, options.num_low_scores)
 
-    kinds = {*BAD, *options.filter_kinds}
+    out, kinds = Path(options.out), {*BAD, *options.filter_kinds}
     doctor_report.print_tables(report, findings, kinds)
     doctor_report.write(out, report, findings, data.splits)
     if settings["data"]["filter"] is None:
         artifact.write_json(out / "filter.json", doctor_report.filter_of(checkups, findings, kinds))
-        run.CONSOLE.print(f"Leave these samples out: data.filter={out / 'filter.json'}", soft_wrap=True, markup=False)
+        told = f"Leave these samples out: data.filter={out / 'filter.json'}"
     else:
-        run.CONSOLE.print("No filter.json: the samples came through data.filter; run without it for a new one")
-    run.CONSOLE.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)
+        told = "No filter.json: the samples came through data.filter; run without it for a new one"
+    run.CONSOLE.print(f"{told}\nReport: {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
+    """The config without its section `doctor`, and that. Raises ValueError for what cannot be done, before any work."""
+    from vlm import build
+    from vlm.data.findings import KINDS
+
+    settings = build.plain(cfg)
+    options: Options = build.bind("doctor", {"_target_": "vlm.cli.doctor.Options", **settings.pop("doctor")})()
+    for kind in options.filter_kinds:
+        if kind not in KINDS:
+            raise ValueError(build.unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
+    if options.score and not settings["ckpt"]:
+        raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
+    if Path(options.out).exists():
+        raise ValueError(f"doctor.out={options.out} exists already; choose another folder")
+    if settings["ckpt"]:
+        settings |= _parts_of(settings["ckpt"])
+    build.check(settings)
+    return settings, options
+
+
+def _bar() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vlm.run import CONSOLE
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
 
 
 def _parts_of(run_dir: str) -> dict[str, Any]:

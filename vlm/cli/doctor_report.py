@@ -17,7 +17,7 @@ from PIL import Image
 from rich.table import Table
 
 from vlm.artifact import write_json
-from vlm.data.checkup import Checkup, text_of
+from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
 from vlm.run import CONSOLE
 from vlm.schema import Source, Split
@@ -40,13 +40,19 @@ td + td, th + th { text-align: right } .note { color: #666; margin: 0 0 .6rem }
 
 
 def summary(
-    settings: Mapping[str, Any], num_tokens: int, checkups: Mapping[Split, Checkup], sources: Mapping[Split, Source]
+    settings: Mapping[str, Any],
+    num_tokens: int,
+    checkups: Mapping[Split, Checkup],
+    sources: Mapping[Split, Source],
+    benchmark: Folder | None,
 ) -> dict[str, Any]:
     """The report without its findings: lengths, languages and frequent answers of each split."""
     return {
         "parts": {part: settings[part].get("pretrained") or settings[part]["_target_"] for part in ("encoder", "llm")}
         | {"connector": settings["connector"]["_target_"]},
         "visual_tokens_per_image": num_tokens,
+        "against": benchmark
+        and {"folder": str(benchmark.root), "images": len(benchmark), "unreadable": benchmark.num_unreadable},
         "splits": {
             split: {
                 "samples": len(checkup),
@@ -142,7 +148,7 @@ def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mappi
     counts = Counter((finding.kind, finding.split) for finding in findings)
     rows = [[kind, *(counts[kind, split] for split in splits)] for kind in KINDS]
     parts = [f"{part}: {name}" for part, name in report["parts"].items()]
-    if against := report.get("against"):
+    if against := report["against"]:
         parts.append(
             f"against {against['images']:,} images of {against['folder']} ({against['unreadable']} unreadable)"
         )

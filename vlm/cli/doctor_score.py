@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,7 +51,7 @@ def scores(
         collate_fn=partial(collate, spec=data.spec, pad_id=data.text.pad_id),
     )
     one_device = {**settings["trainer"], "devices": 1, "num_nodes": 1}
-    trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, None, [])
+    trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, Path(), [])
     found[list(indices)] = list(chain(*trainer.predict(_Agreement(model.eval(), advance), loader)))
     return found
 

@@ -7,7 +7,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from vlm.schema import BadSample, Message, Sample, Source
 from vlm.text.encode import TextEncoder
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-# A refusal carries no kind, so it is told by the words of its message; a test raises every one. First come, first served.
+# A refusal carries no kind: the words of its message tell, the first that match. A test raises each.
 WORDS = {
     "too_long": ("data.max_length",),
     "placeholder_mismatch": ("image placeholder",),
@@ -99,7 +99,10 @@ class Reader(Dataset[Entry]):
 
 
 class Folder(Dataset[Look | None]):
-    """The looks of a folder's image files, those in its subfolders included; None for one that cannot be read."""
+    """A folder's image files, those in its subfolders included, as looks; None for one that cannot be read.
+
+    `keep` takes them in order; then `looks` holds what could be read and `kept` the names of these files.
+    """
 
     def __init__(self, folder: str) -> None:
         self.root = Path(folder).expanduser()
@@ -107,6 +110,7 @@ class Folder(Dataset[Look | None]):
         self.names = sorted(str(path.relative_to(self.root)) for path in files)
         if not self.names:
             raise ValueError(f"doctor.against={folder} holds 0 image files; set it to a folder of a benchmark's images")
+        self.looks, self.kept = Looks(), list[str]()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -117,15 +121,25 @@ class Folder(Dataset[Look | None]):
         except BadSample:
             return None
 
+    def keep(self, looks: Iterable[Look | None]) -> None:
+        for name, each in zip(self.names, looks, strict=True):
+            if each is not None:
+                self.looks.append(each)
+                self.kept.append(name)
+
+    @property
+    def num_unreadable(self) -> int:
+        return len(self.names) - len(self.kept)
+
 
 class Checkup:
     """What is kept of the samples of one split: hashes and lengths in arrays, never a picture or a text.
 
-    `add` takes the entries in the order of the split. `owners[n]` is the sample that look n belongs to, and
+    It is made from the entries in the order of the split. `owners[n]` is the sample that look n belongs to, and
     `answerers[n]` the one that gives answer n. Looks and answers are of sound samples alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entries: Iterable[Entry]) -> None:
         self.ids: list[str | None] = []
         self.problems: dict[int, tuple[str, str]] = {}  # kind and message
         self.looks, self.owners = Looks(), array("Q")
@@ -133,6 +147,8 @@ class Checkup:
         self.answers, self.answerers = array("Q"), array("Q")
         self.characters, self.tokens, self.visual_tokens = array("Q"), array("Q"), array("Q")
         self.languages: Counter[str] = Counter()
+        for entry in entries:
+            self._add(entry)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -142,7 +158,7 @@ class Checkup:
         """The samples that training can use."""
         return [index for index in range(len(self)) if index not in self.problems]
 
-    def add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry) -> None:
         index = len(self)
         self.ids.append(entry.id)
         self.pictures.append(entry.picture)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 DISTANCE = 3  # bits of 64 in which the hashes of near duplicates may differ
-COLOUR = 16  # levels of 256 by which each channel's mean may differ
+CELLS, COLOUR = 4, 16  # and the levels of 256 by which the colours of the 4 x 4 cells of near duplicates may differ
 MARGIN = 2  # grey levels that count as a step: plain areas of a photograph differ by less once it is a JPEG again
 BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # of 4 bands, 3 changed bits leave one as it is
 
@@ -21,11 +21,11 @@ class Look(NamedTuple):
 
     pixels: int  # hash of its size and pixels, 64 bits
     steps: int  # difference hash: is each cell of 9 x 8 darker than its right neighbour? 64 bits
-    colour: tuple[int, int, int]  # mean of each channel
+    colours: bytes  # the mean colours of 4 x 4 cells: plain drawings share their steps
 
 
 class Looks:
-    """The looks of many pictures, 19 bytes each."""
+    """The looks of many pictures, 64 bytes each."""
 
     def __init__(self) -> None:
         self._pixels, self._steps, self._colours = array("Q"), array("Q"), array("B")
@@ -36,7 +36,7 @@ class Looks:
     def append(self, look: Look) -> None:
         self._pixels.append(look.pixels)
         self._steps.append(look.steps)
-        self._colours.extend(look.colour)
+        self._colours.frombytes(look.colours)
 
     def take(self, indices: NDArray[np.int64]) -> Looks:
         """The looks at these indices."""
@@ -56,16 +56,15 @@ class Looks:
 
     @property
     def colours(self) -> NDArray[np.int16]:
-        return np.array(self._colours, dtype=np.int16).reshape(-1, 3)
+        return np.array(self._colours, dtype=np.int16).reshape(len(self), -1)
 
 
 def look(image: Image.Image) -> Look:
     """The look of an RGB picture."""
-    cells = image.resize((9, 8), Image.Resampling.BOX)
-    grey = np.asarray(cells.convert("L"), dtype=np.int16)
+    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     steps = np.packbits(grey[:, 1:] - grey[:, :-1] > MARGIN).tobytes()
-    red, green, blue = np.asarray(cells).mean((0, 1)).round().astype(int).tolist()
-    return Look(digest(f"{image.size}".encode() + image.tobytes()), int.from_bytes(steps, "big"), (red, green, blue))
+    colours = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+    return Look(digest(f"{image.size}".encode() + image.tobytes()), int.from_bytes(steps, "big"), colours)
 
 
 def digest(data: bytes) -> int:

@@ -58,9 +58,7 @@ def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
             kept[split] = Filtered(source, left_out=indices)
         return kept
     except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no file '{file}'; set data.filter= to the filter.json that vlm-doctor made"
-        ) from error
+        raise ValueError(f"there is no file '{file}'; set data.filter= to a filter.json of vlm-doctor") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"'{file}' is not a filter.json ({error!r}); run vlm-doctor again") from error
 

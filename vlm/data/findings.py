@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm.data.checkup import Checkup, answers_of, hash_answer, words
+from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
 from vlm.data.duplicates import Looks, closest
 from vlm.schema import Source, Split
 
@@ -44,13 +44,8 @@ class Finding:
     like: tuple[Split, int] | None = None
 
 
-def find(
-    checkups: Mapping[Split, Checkup], sources: Mapping[Split, Source], benchmark: tuple[Looks, Sequence[str]] | None
-) -> list[Finding]:
-    """Every finding but the scores, by split, kind and index.
-
-    `benchmark` holds looks and the names of their files. The sources are asked again for answers that repeat.
-    """
+def find(checkups: Mapping[Split, Checkup], sources: Mapping[Split, Source], benchmark: Folder | None) -> list[Finding]:
+    """Every finding but the scores, by split, kind and index; the sources are asked again for answers that repeat."""
     found: list[Finding] = []
     for split, checkup in checkups.items():
         found += _bad(split, checkup)
@@ -60,7 +55,7 @@ def find(
         if split == "train":
             found += _shared(checkup, checkups["val"])
             if benchmark is not None:
-                found += _in_benchmark(checkup, *benchmark)
+                found += _in_benchmark(checkup, benchmark)
         found += _long_text(split, checkup)
         found += _repeated_answers(split, checkup, sources[split])
     return found
@@ -99,7 +94,7 @@ def _bad(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 
 def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
-    """Several texts for one image file are ordinary (COCO has five captions an image), two files of one image are not."""
+    """Several texts for one image file are ordinary (COCO has five captions an image), a second file of it is not."""
     by_text: dict[tuple[int, int], int] = {}
     by_picture: dict[int, int] = {}
     for index in checkup.sound:
@@ -136,9 +131,9 @@ def _shared(train: Checkup, val: Checkup) -> Iterator[Finding]:
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 
-def _in_benchmark(train: Checkup, looks: Looks, names: Sequence[str]) -> Iterator[Finding]:
-    for index, match, word in _matches(train, looks):
-        says = f"has {word} image of '{names[match]}' in the benchmark; remove it"
+def _in_benchmark(train: Checkup, benchmark: Folder) -> Iterator[Finding]:
+    for index, match, word in _matches(train, benchmark.looks):
+        says = f"has {word} image of '{benchmark.kept[match]}' in the benchmark; remove it"
         yield _finding("train", train, index, "in_benchmark", says)
 
 
