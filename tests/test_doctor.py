@@ -11,9 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from chat import byte_tokenizer
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from PIL import Image
 
+from vlm import artifact, build
 from vlm.cli.doctor import main
+from vlm.cli.entry import CONF
+from vlm.data.datamodule import VLMDataModule
+from vlm.data.sources.instruct import Instruct
+from vlm.schema import Split, VisualSpec
 
 LONG = "a very long caption " * 100
 MACHINE = "I cannot see the image."
@@ -153,3 +163,88 @@ def test_every_defect_and_nothing_else(
     printed = capfd.readouterr().out
     for words in ("repeated_answer", "left out", "data.filter=out/filter.json", "report.html"):
         assert words in printed
+
+
+def test_through_the_filter_the_data_are_clean(planted: Path, doctor: Callable[..., int]) -> None:
+    against = f"doctor.against={planted / 'benchmark'}"
+    kinds = "doctor.filter_kinds=[duplicate,near_duplicate,shared_with_val,in_benchmark,long_text,repeated_answer]"
+    assert doctor(*options(planted), against, kinds, "doctor.out=first", "data.num_workers=2") == 0
+    file = Path("first/filter.json").absolute()
+    train = json.loads(file.read_text())["train"]
+    assert {*train["ids"]} >= {"small", "machine 46", "machine 49", "machine alone"}
+    assert doctor(*options(planted), against, f"data.filter={file}", "doctor.out=second") == 0
+    report = json.loads(Path("second/report.json").read_text())
+    assert report["findings"] == []
+    assert report["splits"]["train"]["samples"] == 47 - len(train["indices"]) == 31
+    assert not Path("second/filter.json").exists()
+
+    data = module(planted, filter=str(file), on_bad_sample="raise", batch_size=31)
+    assert sorted(next(iter(data.train_dataloader())).ids) == sorted(
+        [f"sound-{n}" for n in range(30)] + ["another caption"]
+    )
+    with pytest.raises(ValueError, match="bad samples of 47"):
+        list(module(planted, on_bad_sample="raise").train_dataloader())
+
+
+def module(root: Path, **options: Any) -> VLMDataModule:
+    def source(split: Split) -> Instruct:
+        return Instruct(
+            split=split, annotations=root / "train.json", val_annotations=root / "val.json", images=root / "images"
+        )
+
+    data = VLMDataModule(source=source, max_length=4096, **options)
+    spec = VisualSpec(num_tokens=1, image_size=(4, 4), transform=lambda image: torch.zeros(3, 4, 4))
+    data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["doctor.out={root}/images"], "exists already; choose another folder"),
+        (["doctor.filter_kinds=[duplicates]"], "there is no option doctor.filter_kinds=duplicates; did you mean dupl"),
+        (["doctor.score=true"], "doctor.score=true asks a trained model; set ckpt=<run dir>"),
+        (["doctor.against={root}/benchmark/none"], "holds 0 image files; set it to a folder of a benchmark's images"),
+        (["doctor.num_low_scores=many"], "doctor.num_low_scores='many' is a str, but it takes int"),
+        (["data.filter={root}/none.json"], "there is no file '{root}/none.json'; set data.filter="),
+    ],
+)
+def test_a_slip(
+    planted: Path, doctor: Callable[..., int], capfd: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    names = [option.format(root=planted) for option in options]
+    assert doctor("data=shapes", "llm=tiny", "encoder=tiny", "data.num_train=4", "data.num_val=4", *names) == 2
+    assert said.format(root=planted) in capfd.readouterr().err
+
+
+def test_a_missing_extra_is_one_sentence(
+    doctor: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    assert doctor("llm=tiny", "encoder=tiny", "doctor.languages=true") == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("Error: the language histogram needs py3langid")
+    assert "pip install 'vlm-template[doctor]'" in error
+    assert "\n" not in error
+
+
+def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int], tmp_path: Path) -> None:
+    """The artefact of an untrained model with its parts; the command line names other parts."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        settings = build.plain(compose("train", [*options(planted), "run_dir=x"]))
+    model, manifest = build.build_model(settings)
+    names = [name for name, _ in model.named_parameters() if name.startswith("connector.")]
+    artifact.save(tmp_path / "run" / "artifact", model=model, manifest=manifest | {"lora": None}, names=names, step=1)
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "run" / "config.yaml")
+    arguments = [*options(planted), "connector=mlp", f"ckpt={tmp_path / 'run'}", "doctor.score=true"]
+    kinds = ["doctor.num_low_scores=3", "doctor.filter_kinds=[low_score]"]
+    assert doctor(*arguments, *kinds, "doctor.out=out") == 0
+    report = json.loads(Path("out/report.json").read_text())
+    low = [finding for finding in report["findings"] if finding["kind"] == "low_score"]
+    assert [finding["split"] for finding in low] == ["train"] * 3 + ["val"] * 3
+    assert report["splits"]["train"]["score"]["min"] == pytest.approx(float(low[0]["message"].split()[3]), abs=1e-3)
+    assert sum(report["splits"]["val"]["score"]["histogram"]["counts"]) == 12
+    left_out = json.loads(Path("out/filter.json").read_text())
+    assert left_out["val"]["indices"] == sorted(finding["index"] for finding in low[3:])
+    assert report["parts"]["connector"] == "vlm.connectors.linear.Linear"

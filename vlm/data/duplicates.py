@@ -56,7 +56,7 @@ class Looks:
 
     @property
     def colours(self) -> NDArray[np.int16]:
-        return np.array(self._colours, dtype=np.int16).reshape(len(self), -1)
+        return np.array(self._colours, dtype=np.int16).reshape(len(self), CELLS * CELLS * 3)
 
 
 def look(image: Image.Image) -> Look:
