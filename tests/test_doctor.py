@@ -23,6 +23,7 @@ from vlm.cli.doctor import main
 from vlm.cli.entry import CONF
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.sources.instruct import Instruct
+from vlm.llms.bytes import byte_tokenizer as tiny_tokenizer
 from vlm.schema import Split, VisualSpec
 
 LONG = "a very long caption " * 100
@@ -198,6 +199,20 @@ def module(root: Path, **options: Any) -> VLMDataModule:
     return data
 
 
+def test_tokens_are_those_of_the_llm(planted: Path, doctor: Callable[..., int], tmp_path: Path) -> None:
+    """The LLM's own tokenizer is read, its weights are not."""
+    data = module(planted)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Thing number"])  # 12 bytes of every answer
+    tokenizer.save_pretrained(tmp_path / "llm")
+    few = [*options(planted), f"data.annotations={planted / 'val.json'}"]
+    assert doctor(*few, "llm.weights=pretrained", f"llm.pretrained={tmp_path / 'llm'}", "doctor.out=out") == 0
+    tokens = json.loads(Path("out/report.json").read_text())["splits"]["val"]["tokens"]
+    sample = data.splits["val"][0]
+    in_bytes = len(data.text.encode(sample.id, sample.messages, 1).input_ids)
+    assert tokens["p50"] == tokens["max"] == in_bytes - 1 + 16 - 11
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -206,6 +221,10 @@ def module(root: Path, **options: Any) -> VLMDataModule:
         (["doctor.score=true"], "doctor.score=true asks a trained model; set ckpt=<run dir>"),
         (["doctor.against={root}/benchmark/none"], "holds 0 image files; set it to a folder of a benchmark's images"),
         (["doctor.num_low_scores=many"], "doctor.num_low_scores='many' is a str, but it takes int"),
+        (
+            ["llm.weights=pretrained", "llm.pretrained={root}/images"],
+            "no tokenizer for the llm: looked for the folder or",
+        ),
         (["data.filter={root}/none.json"], "there is no file '{root}/none.json'; set data.filter="),
     ],
 )
@@ -237,7 +256,8 @@ def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int],
     names = [name for name, _ in model.named_parameters() if name.startswith("connector.")]
     artifact.save(tmp_path / "run" / "artifact", model=model, manifest=manifest | {"lora": None}, names=names, step=1)
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "run" / "config.yaml")
-    arguments = [*options(planted), "connector=mlp", f"ckpt={tmp_path / 'run'}", "doctor.score=true"]
+    few = f"data.annotations={planted / 'val.json'}"  # as train too: no long row
+    arguments = [*options(planted), few, "connector=mlp", f"ckpt={tmp_path / 'run'}", "doctor.score=true"]
     kinds = ["doctor.num_low_scores=3", "doctor.filter_kinds=[low_score]"]
     assert doctor(*arguments, *kinds, "doctor.out=out") == 0
     report = json.loads(Path("out/report.json").read_text())

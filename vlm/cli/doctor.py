@@ -38,7 +38,8 @@ def doctor(cfg: Any) -> None:
     language = identifier() if options.languages else None
     benchmark = Folder(options.against) if options.against else None
     model = _model(settings, weights=options.score)
-    data = build.build_data({**settings, "data": {**settings["data"], "packing": False}}, model, None)
+    unpacked = {**settings["data"], "packing": False}  # to pack is to try the LLM, which may have no weights here
+    data = build.build_data({**settings, "data": unpacked}, model, None)
     bar = _bar()
 
     def read(dataset: Dataset[Any], what: str) -> Any:
@@ -55,17 +56,18 @@ def doctor(cfg: Any) -> None:
             benchmark.keep(read(benchmark, "reading the benchmark"))
         findings = find(checkups, data.splits, benchmark)
         report = doctor_report.summary(settings, model.connector.num_tokens, checkups, data.splits, benchmark)
-        for split, checkup in checkups.items() if options.score else ():
-            indices = sorted({*checkup.owners})
-            task = bar.add_task(f"scoring {split}", total=len(indices))
-            found = scores(settings, model, data, split, indices, partial(bar.advance, task))
-            report["splits"][split]["score"] = doctor_report.spread(found)
-            findings += lowest_scores(split, checkup, found, options.num_low_scores)
+        if options.score:
+            for split, checkup in checkups.items():
+                indices = sorted({*checkup.owners})
+                task = bar.add_task(f"scoring {split}", total=len(indices))
+                found = scores(settings, model, data, split, indices, partial(bar.advance, task))
+                report["splits"][split]["score"] = doctor_report.spread(found)
+                findings += lowest_scores(split, checkup, found, options.num_low_scores)
 
     out, kinds = Path(options.out), {*BAD, *options.filter_kinds}
     doctor_report.print_tables(report, findings, kinds)
     doctor_report.write(out, report, findings, data.splits)
-    if settings["data"]["filter"] is None:
+    if settings["data"].get("filter") is None:
         artifact.write_json(out / "filter.json", doctor_report.filter_of(checkups, findings, kinds))
         told = f"Leave these samples out: data.filter={out / 'filter.json'}"
     else:

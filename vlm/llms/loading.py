@@ -79,7 +79,7 @@ def load_tokenizer(pretrained: str | None, *, package: str | None, trust: bool) 
     try:
         look_up(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a folder without its files is a ValueError to some tokenizers
         raise _not_found("tokenizer", folder, package) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {folder} has no character offsets, which label masks need; use a fast one")

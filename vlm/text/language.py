@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-SHORT = 20  # bytes of UTF-8, about 20 Latin letters or 7 Japanese characters: with less it is a guess
+SHORT = 32  # bytes of UTF-8, 32 Latin letters or about 11 Japanese characters: with less it is a guess
 LONGEST = 1000  # characters that are looked at
 
 
