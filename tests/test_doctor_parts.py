@@ -272,7 +272,7 @@ def test_a_file_that_is_no_filter(tmp_path: Path, text: str) -> None:
 
 def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script>"
-    source = [Sample(attack, [picture(0)], [say("user", None, attack), say("assistant", attack)])]
+    source = [Sample(attack, [picture(0)], [say("user", None, attack), say("assistant", "\ud83d")])]
     finding = Finding("train", 0, attack, "duplicate", f"sample '{attack}' is one", like=("train", 0))
     lengths = spread([1.0, 2.0, float("nan")])
     assert (lengths["mean"], lengths["max"], sum(lengths["histogram"]["counts"])) == (1.5, 2.0, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ class Options:
     """The section `doctor` of conf/doctor.yaml, where each is explained."""
 
     out: str
-    against: str | None = None
-    languages: bool = True
-    score: bool = False
-    num_low_scores: int = 20
-    filter_kinds: list[str] = field(default_factory=list)
+    against: str | None
+    languages: bool
+    score: bool
+    num_low_scores: int
+    filter_kinds: list[str]
 
 
 def doctor(cfg: Any) -> None:

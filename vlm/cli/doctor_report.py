@@ -128,7 +128,10 @@ def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sou
     counts = Counter((finding.split, finding.kind) for finding in findings)
     by_kind = {split: {kind: counts[split, kind] for kind in KINDS} for split in sources}
     write_json(out / "report.json", {**report, "counts": by_kind, "findings": [asdict(f) for f in findings]})
-    (out / "report.html").write_text(_page(report, findings, sources), encoding="utf-8")
+    page = _page(report, findings, sources)
+    (out / "report.html").write_bytes(
+        page.encode("utf-8", "replace")
+    )  # a text may be the defect: half a surrogate pair
 
 
 def _read(checkup: Checkup, name: str) -> np.ndarray:
