@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import collate, make_row
+from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.rows import Rows
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
@@ -41,6 +42,7 @@ class VLMDataModule(pl.LightningDataModule):
         max_bad_share: with `skip`, the share of bad samples above which the run stops all the same.
         seed: of the order of the samples.
         bad_samples_file: where skipped samples are named; None writes nothing.
+        filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
 
     `connect` tells what only the model knows; call it before a loader is asked for.
     """
@@ -63,9 +65,12 @@ class VLMDataModule(pl.LightningDataModule):
         max_bad_share: float = 0.01,
         seed: int = 0,
         bad_samples_file: Path | None = None,
+        filter: str | None = None,
     ) -> None:
         super().__init__()
         self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
+        if filter is not None:
+            self.splits = filtered(self.splits, filter)
         for split, samples in self.splits.items():
             if len(samples) < 2:
                 raise ValueError(f"the {split} split has {len(samples)} samples, it needs at least 2; see data.*")

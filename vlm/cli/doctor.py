@@ -1,0 +1,144 @@
+"""What is wrong with a dataset, before anything is trained on it: vlm-doctor data=… [data.…] [llm=… connector=…]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.cli.entry import start
+
+
+@dataclass(frozen=True)
+class Options:
+    """The section `doctor` of conf/doctor.yaml, where each is explained."""
+
+    out: str
+    against: str | None
+    languages: bool
+    score: bool
+    num_low_scores: int
+    filter_kinds: list[str]
+
+
+def doctor(cfg: Any) -> None:
+    """Read both splits, report what was found, and write the files."""
+    from functools import partial
+
+    from torch.utils.data import DataLoader, Dataset
+
+    from vlm import artifact, build, run
+    from vlm.cli import doctor_report
+    from vlm.cli.doctor_score import scores
+    from vlm.data.checkup import BAD, Checkup, Folder, Reader
+    from vlm.data.findings import find, lowest_scores
+    from vlm.text.language import identifier
+
+    settings, options = _settings(cfg)
+    language = identifier() if options.languages else None
+    benchmark = Folder(options.against) if options.against else None
+    model = _model(settings, weights=options.score)
+    unpacked = {**settings["data"], "packing": False}  # to pack is to try the LLM, which may have no weights here
+    data = build.build_data({**settings, "data": unpacked}, model, None)
+    bar = _bar()
+
+    def read(dataset: Dataset[Any], what: str) -> Any:
+        """The dataset's items in order, read by the loader's workers."""
+        workers = data.num_workers
+        context = "fork" if workers else None
+        loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
+        return bar.track(loader, total=len(loader), description=what)
+
+    with bar:
+        readers = {split: Reader(source=s, text=data.text, language=language) for split, s in data.splits.items()}
+        checkups = {split: Checkup(read(reader, f"reading {split}")) for split, reader in readers.items()}
+        if benchmark is not None:
+            benchmark.keep(read(benchmark, "reading the benchmark"))
+        findings = find(checkups, data.splits, benchmark)
+        report = doctor_report.summary(settings, model.connector.num_tokens, checkups, data.splits, benchmark)
+        if options.score:
+            for split, checkup in checkups.items():
+                indices = sorted({*checkup.owners})
+                task = bar.add_task(f"scoring {split}", total=len(indices))
+                found = scores(settings, model, data, split, indices, partial(bar.advance, task))
+                report["splits"][split]["score"] = doctor_report.spread(found)
+                findings += lowest_scores(split, checkup, found, options.num_low_scores)
+
+    out, kinds = Path(options.out), {*BAD, *options.filter_kinds}
+    doctor_report.print_tables(report, findings, kinds)
+    doctor_report.write(out, report, findings, data.splits)
+    if settings["data"].get("filter") is None:
+        artifact.write_json(out / "filter.json", doctor_report.filter_of(checkups, findings, kinds))
+        told = f"Leave these samples out: data.filter={out / 'filter.json'}"
+    else:
+        told = "No filter.json: the samples came through data.filter; run without it for a new one"
+    run.CONSOLE.print(f"{told}\nReport: {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
+    """The config without its section `doctor`, and that. Raises ValueError for what cannot be done, before any work."""
+    from vlm import build
+    from vlm.data.findings import KINDS
+
+    settings = build.plain(cfg)
+    options: Options = build.bind("doctor", {"_target_": "vlm.cli.doctor.Options", **settings.pop("doctor")})()
+    for kind in options.filter_kinds:
+        if kind not in KINDS:
+            raise ValueError(build.unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
+    if options.score and not settings["ckpt"]:
+        raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
+    if Path(options.out).exists():
+        raise ValueError(f"doctor.out={options.out} exists already; choose another folder")
+    if settings["ckpt"]:
+        settings |= _parts_of(settings["ckpt"])
+    build.check(settings)
+    return settings, options
+
+
+def _bar() -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vlm.run import CONSOLE
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
+
+
+def _parts_of(run_dir: str) -> dict[str, Any]:
+    """The parts that a run has trained; its data, trainer and seed stay what the command line says."""
+    from omegaconf import OmegaConf
+
+    from vlm import artifact, build
+
+    artifact.read_manifest(run_dir)
+    theirs = build.plain(OmegaConf.load(Path(run_dir) / "config.yaml"))  # type: ignore[arg-type]
+    return {part: theirs[part] for part in ("encoder", "connector", "llm", "model", "stage")}
+
+
+def _model(settings: dict[str, Any], *, weights: bool) -> Any:
+    """The trained model; or, without `weights`, its shapes on the meta device with the LLM's own tokenizer."""
+    import torch
+
+    from vlm import artifact, build
+    from vlm.llms.loading import load_tokenizer
+
+    if weights:
+        model, manifest = build.build_model(settings)
+        artifact.load(settings["ckpt"], model=model, manifest=manifest)
+        return model
+    llm = settings["llm"]
+    meta = {part: {**settings[part], "weights": "meta"} for part in ("encoder", "llm")}
+    shapes: Any
+    with torch.device("meta"):
+        shapes, _ = build.build_model({**settings, **meta})
+    if llm["weights"] == "pretrained":
+        shapes.llm.tokenizer = load_tokenizer(llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"])
+    return shapes
+
+
+def main() -> None:
+    start(doctor, config_name="doctor")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What the doctor found: tables on the terminal, report.json, report.html with thumbnails, and filter.json."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+from rich.table import Table
+
+from vlm.artifact import write_json
+from vlm.data.checkup import Checkup, Folder, text_of
+from vlm.data.findings import KINDS, Finding, frequent_answers
+from vlm.run import CONSOLE
+from vlm.schema import Source, Split
+
+SHOWN = 24  # findings of a kind in report.html; report.json has all
+THUMBNAIL = 160  # pixels of its longer side
+BINS, ANSWERS, LANGUAGES = 12, 10, 12
+LENGTHS = ("tokens", "visual_tokens", "characters")
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
+h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
+td + td, th + th { text-align: right } .note { color: #666; margin: 0 0 .6rem }
+.row { display: flex; flex-wrap: wrap; gap: 2.5rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .8rem }
+.card { border: 1px solid #ddd; border-radius: 6px; padding: .6rem; overflow-wrap: anywhere; font-size: 13px }
+.card img { max-height: 130px; margin-right: .4rem; border: 1px solid #eee } .text { color: #555 }
+.bar { display: inline-block; height: .7rem; background: #4a7ebb }
+"""
+
+
+def summary(
+    settings: Mapping[str, Any],
+    num_tokens: int,
+    checkups: Mapping[Split, Checkup],
+    sources: Mapping[Split, Source],
+    benchmark: Folder | None,
+) -> dict[str, Any]:
+    """The report without its findings: lengths, languages and frequent answers of each split."""
+    return {
+        "parts": {part: settings[part].get("pretrained") or settings[part]["_target_"] for part in ("encoder", "llm")}
+        | {"connector": settings["connector"]["_target_"]},
+        "visual_tokens_per_image": num_tokens,
+        "against": benchmark
+        and {"folder": str(benchmark.root), "images": len(benchmark), "unreadable": benchmark.num_unreadable},
+        "splits": {
+            split: {
+                "samples": len(checkup),
+                **{name: spread(_read(checkup, name)) for name in LENGTHS},
+                "languages": dict(checkup.languages.most_common()),
+                "answers": frequent_answers(checkup, sources[split], ANSWERS),
+            }
+            for split, checkup in checkups.items()
+        },
+    }
+
+
+def spread(values: ArrayLike) -> dict[str, Any]:
+    """Mean, median, 95th percentile, extremes and a histogram, NaN left out; empty where nothing is left."""
+    numbers = np.asarray(values, dtype=float)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
+        return {}
+    counts, edges = np.histogram(numbers, bins=BINS)
+    p50, p95 = np.percentile(numbers, [50, 95]).tolist()
+    figures = {"mean": float(numbers.mean()), "p50": p50, "p95": p95}
+    figures |= {"min": float(numbers.min()), "max": float(numbers.max())}
+    return {**figures, "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
+
+
+def filter_of(
+    checkups: Mapping[Split, Checkup], findings: Sequence[Finding], kinds: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """What `data.filter` takes: per split the samples with a finding of these kinds, by index and id."""
+    result = {}
+    for split, checkup in checkups.items():
+        indices = sorted({f.index for f in findings if f.split == split and f.kind in kinds})
+        ids = [checkup.ids[index] for index in indices]
+        result[str(split)] = {"num_samples": len(checkup), "indices": indices, "ids": ids}
+    return result
+
+
+def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: Collection[str]) -> None:
+    """Findings by kind, then lengths, languages and answers."""
+    splits = report["splits"]
+    table = Table(title="Findings")
+    table.add_column("kind")
+    for split in splits:
+        table.add_column(f"{split}, of {splits[split]['samples']:,}", justify="right")
+    table.add_column("filter")
+    table.add_column("what it is")
+    counts = Counter((finding.kind, finding.split) for finding in findings)
+    for kind, what in KINDS.items():
+        numbers = [counts[kind, split] for split in splits]
+        if any(numbers):
+            table.add_row(kind, *(f"{n:,}" for n in numbers), "left out" if kind in kinds else "", what)
+    if not findings:
+        table.add_row("none", *("0" for _ in splits), "", "nothing was found")
+    CONSOLE.print(table)
+    table = Table(title=f"Lengths, {report['visual_tokens_per_image']} visual tokens an image")
+    for heading in ("split", "of a sample", "mean", "p50", "p95", "max"):
+        table.add_column(heading, justify="left" if heading in ("split", "of a sample") else "right")
+    for split, part in splits.items():
+        for name in (*LENGTHS, "score"):
+            if part.get(name):
+                digits = "+,.3f" if name == "score" else ",.0f"
+                figures = (format(part[name][figure], digits) for figure in ("mean", "p50", "p95", "max"))
+                table.add_row(split, name.replace("_", " "), *figures)
+    CONSOLE.print(table)
+    for split, part in splits.items():
+        for name, total in _tops(part).items():
+            shown = ", ".join(f"{what} {count:,}" for what, count in total)
+            CONSOLE.print(f"{split} {name}: {shown}", markup=False, highlight=False)
+
+
+def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> None:
+    """report.json and report.html; the samples that are shown are read again."""
+    counts = Counter((finding.split, finding.kind) for finding in findings)
+    by_kind = {split: {kind: counts[split, kind] for kind in KINDS} for split in sources}
+    write_json(out / "report.json", {**report, "counts": by_kind, "findings": [asdict(f) for f in findings]})
+    page = _page(report, findings, sources)
+    (out / "report.html").write_bytes(
+        page.encode("utf-8", "replace")
+    )  # a text may be the defect: half a surrogate pair
+
+
+def _read(checkup: Checkup, name: str) -> np.ndarray:
+    """Lengths of the samples that could be read and tokenised."""
+    tokens = np.array(checkup.tokens)
+    return np.array(getattr(checkup, name))[tokens > 0]
+
+
+def _tops(part: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    languages = list(part["languages"].items())[:LANGUAGES]
+    answers = [(f"'{entry['answer'][:60]}'", entry["count"]) for entry in part["answers"]]
+    return {name: rows for name, rows in (("languages", languages), ("most frequent answers", answers)) if rows}
+
+
+def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> str:
+    splits = report["splits"]
+    counts = Counter((finding.kind, finding.split) for finding in findings)
+    rows = [[kind, *(counts[kind, split] for split in splits)] for kind in KINDS]
+    parts = [f"{part}: {name}" for part, name in report["parts"].items()]
+    if against := report["against"]:
+        parts.append(
+            f"against {against['images']:,} images of {against['folder']} ({against['unreadable']} unreadable)"
+        )
+    body = [
+        f"<h1>vlm-doctor</h1><p class=note>{escape(' · '.join(parts))}</p>",
+        _table(["kind", *(f"{split}, of {part['samples']:,}" for split, part in splits.items())], rows),
+    ]
+    for split, part in splits.items():
+        charts = [_histogram(name, part[name]) for name in (*LENGTHS, "score") if part.get(name)]
+        charts += [f"<div><h3>{name}</h3>{_bars(bars)}</div>" for name, bars in _tops(part).items()]
+        body.append(f"<h2>{escape(split)}</h2><div class=row>{''.join(charts)}</div>")
+    for kind, what in KINDS.items():
+        of_kind = [finding for finding in findings if finding.kind == kind]
+        if of_kind:
+            shown = of_kind[:SHOWN]
+            more = f", the first {len(shown)} of them" if len(shown) < len(of_kind) else ""
+            cards = "".join(_card(finding, sources) for finding in shown)
+            heading = f"<h2>{kind}: {len(of_kind):,}</h2><p class=note>{escape(what)}{more}</p>"
+            body.append(f"{heading}<div class=cards>{cards}</div>")
+    head = f"<!doctype html><meta charset=utf-8><title>vlm-doctor</title><style>{STYLE}</style>"
+    return head + "\n".join(body) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    lines = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _histogram(name: str, figures: Mapping[str, Any]) -> str:
+    digits = "+.2f" if name == "score" else ",.0f"
+    told = ", ".join(f"{key} {format(figures[key], digits)}" for key in ("mean", "p50", "p95", "max"))
+    edges, counts = figures["histogram"]["edges"], figures["histogram"]["counts"]
+    bars = _bars([(format(edge, digits), count) for edge, count in zip(edges, counts, strict=False)])
+    return f"<div><h3>{name.replace('_', ' ')}</h3><p class=note>{told}</p>{bars}</div>"
+
+
+def _bars(rows: Sequence[tuple[str, int]]) -> str:
+    most = max(1, *(count for _, count in rows))
+    lines = (
+        f"<tr><td>{escape(name)}</td><td>{count:,}</td>"
+        f"<td style='text-align:left'><span class=bar style='width:{120 * count / most:.0f}px'></span></td></tr>"
+        for name, count in rows
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _card(finding: Finding, sources: Mapping[Split, Source]) -> str:
+    """A finding with its pictures and its text, and beside them the pictures of the sample that it repeats."""
+    places = [(finding.split, finding.index), *([finding.like] if finding.like else [])]
+    pictures, text = "", ""
+    for number, (split, index) in enumerate(places):
+        try:
+            sample = sources[split][index]
+        except ValueError:  # the finding says so
+            continue
+        pictures += "".join(_thumbnail(image) for image in sample.images[:4])
+        if not number:
+            text = " ⏎ ".join(f"{message['role']}: {text_of(message)}" for message in sample.messages)
+    text = text if len(text) <= 300 else text[:300] + "…"
+    place = f"{finding.split} {finding.index}"
+    return (
+        f"<div class=card>{pictures}<div><b>{place}</b> {escape(finding.message)}</div>"
+        f"<div class=text>{escape(text)}</div></div>"
+    )
+
+
+def _thumbnail(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    data = BytesIO()
+    small.save(data, "JPEG", quality=80)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'

@@ -1,0 +1,83 @@
+"""Does a sample's answer belong to its image? A trained model's loss with another image tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlm import build
+from vlm.data.batching import EvenBatches
+from vlm.data.collate import collate
+from vlm.data.datamodule import VLMDataModule
+from vlm.data.rows import Rows
+from vlm.evaluation.looking import shuffled
+from vlm.objectives.language_modeling import SummedCrossEntropy
+from vlm.schema import Batch, Split
+
+
+def scores(
+    settings: Mapping[str, Any],
+    model: Any,
+    data: VLMDataModule,
+    split: Split,
+    indices: Sequence[int],
+    advance: Callable[[int], None],
+) -> NDArray[np.float64]:
+    """For each sample of the split, what its answers lose with a shuffled image, in nats per token.
+
+    NaN for those not in `indices`, which must be samples that training can use and that have an image, and where a
+    batch had no other image to offer. `advance` is told the samples of every batch that is done.
+    """
+    found = np.full(len(data.splits[split]), np.nan)
+    if len(indices) < 2:
+        return found
+    rows: Any = Rows(source=data.splits[split], text=data.text, spec=data.spec, max_bad=0, bad_samples_file=None)
+    batches: Any = EvenBatches(indices, batch_size=max(2, data.batch_size))
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        num_workers=data.num_workers,
+        multiprocessing_context="fork" if data.num_workers else None,
+        collate_fn=partial(collate, spec=data.spec, pad_id=data.text.pad_id),
+    )
+    one_device = {**settings["trainer"], "devices": 1, "num_nodes": 1}
+    trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, Path(), [])
+    found[list(indices)] = list(chain(*trainer.predict(_Agreement(model.eval(), advance), loader)))
+    return found
+
+
+class _Agreement(pl.LightningModule):
+    """Lightning sees to device and precision."""
+
+    def __init__(self, model: Any, advance: Callable[[int], None]) -> None:
+        super().__init__()
+        self.model, self.advance = model, advance
+
+    def predict_step(self, batch: Batch, batch_index: int) -> list[float]:
+        other = shuffled(batch)
+        self.advance(len(batch.ids))
+        if other is None:
+            return [float("nan")] * len(batch.ids)
+        gains = sample_losses(self.model, other) - sample_losses(self.model, batch)  # S
+        changed = (other.pixels != batch.pixels).flatten(1).any(1).float()  # N
+        row = torch.repeat_interleave(torch.arange(len(batch.ids), device=changed.device), batch.num_images)
+        unchanged = torch.zeros_like(gains).index_add_(0, row, changed) == 0
+        return gains.masked_fill(unchanged, float("nan")).tolist()
+
+
+def sample_losses(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy of each sample's supervised tokens, in nats, float32 [samples]."""
+    _, losses = SummedCrossEntropy.apply(model(batch), batch.targets)  # M
+    sample = batch.sample_index[batch.keep]  # M
+    total = losses.new_zeros(len(batch.ids)).index_add_(0, sample, losses)
+    return total / sample.bincount(minlength=len(batch.ids))

@@ -1,0 +1,202 @@
+"""Every sample of a split is read as training would, and a little of it is kept: hashes, lengths, what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from vlm.data.duplicates import Look, Looks, digest, look
+from vlm.data.images import load_image
+from vlm.schema import BadSample, Message, Sample, Source
+from vlm.text.encode import TextEncoder
+
+IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+# A refusal carries no kind: the words of its message tell, the first that match. A test raises each.
+WORDS = {
+    "too_long": ("data.max_length",),
+    "placeholder_mismatch": ("image placeholder",),
+    "empty_text": ("no supervised token", "has no text", "has nothing in turn", "empty answer", "has 0 captions"),
+    "unreadable_image": ("image '", "padded to a square"),
+}
+BAD = (*WORDS, "other_defect")
+# A word is a run of letters or digits, or two characters of a script that puts no space between words.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{1,2}|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+
+
+class Entry(NamedTuple):
+    """What is kept of a sample; of one that the source could not read, only `kind` and `message`."""
+
+    id: str | None = None
+    kind: str = ""  # of what is wrong, or empty
+    message: str = ""
+    looks: tuple[Look, ...] = ()
+    picture: int = 0  # hash of all images; 0 without one
+    name: int = 0  # hash of what the source calls the images
+    text: int = 0  # hash of the conversation
+    characters: int = 0
+    answers: tuple[int, ...] = ()  # hashes of the answers
+    language: str | None = None
+    tokens: int = 0  # visual ones included
+    visual_tokens: int = 0
+
+
+class Reader(Dataset[Entry]):
+    """A split as entries; reading, decoding and tokenising happen here, in the loader's workers."""
+
+    def __init__(self, *, source: Source, text: TextEncoder, language: Callable[[str], str] | None) -> None:
+        self.source, self.text, self.language = source, text, language
+        self._unlimited = copy.copy(text)
+        self._unlimited.max_length = sys.maxsize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Entry:
+        try:
+            sample = self.source[index]
+        except BadSample as error:
+            return Entry(kind=kind_of(error), message=str(error))
+        answers = answers_of(sample)
+        try:
+            entry = self._lengths(sample)
+        except ValueError as error:  # also what the chat template refuses
+            return Entry(id=sample.id, kind=kind_of(error), message=str(error))
+        looks = tuple(look(image) for image in sample.images)
+        return entry._replace(
+            looks=looks,
+            picture=digest(repr([each.pixels for each in looks]).encode()) if looks else 0,
+            name=digest(sample.meta.get("image", sample.id).encode("utf-8", "replace")),
+            text=digest(repr(sample.messages).encode()),
+            answers=tuple({hash_answer(answer): None for answer in answers}),
+            language=self.language("\n".join(answers)) if self.language else None,
+        )
+
+    def _lengths(self, sample: Sample) -> Entry:
+        """The entry of a sample that may be too long, which says so. Raises ValueError for any other defect."""
+        row = self._unlimited.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
+        if "" in map(str.strip, answers_of(sample)):
+            raise BadSample(f"sample '{sample.id}' has an empty answer among its turns; write it or remove the sample")
+        entry = Entry(
+            id=sample.id,
+            characters=sum(len(text_of(message)) for message in sample.messages),
+            tokens=len(row.input_ids),
+            visual_tokens=sum(row.image_mask),
+        )
+        if entry.tokens > self.text.max_length:
+            try:
+                self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
+            except BadSample as error:
+                return entry._replace(kind=kind_of(error), message=str(error))
+        return entry
+
+
+class Folder(Dataset[Look | None]):
+    """A folder's image files, those in its subfolders included, as looks; None for one that cannot be read.
+
+    `keep` takes them in order; then `looks` holds what could be read and `kept` the names of these files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.root = Path(folder).expanduser()
+        files = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_FILES)
+        self.names = sorted(str(path.relative_to(self.root)) for path in files)
+        if not self.names:
+            raise ValueError(f"doctor.against={folder} holds 0 image files; set it to a folder of a benchmark's images")
+        self.looks, self.kept = Looks(), list[str]()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Look | None:
+        try:
+            return look(load_image(self.names[index], root=self.root))
+        except BadSample:
+            return None
+
+    def keep(self, looks: Iterable[Look | None]) -> None:
+        for name, each in zip(self.names, looks, strict=True):
+            if each is not None:
+                self.looks.append(each)
+                self.kept.append(name)
+
+    @property
+    def num_unreadable(self) -> int:
+        return len(self.names) - len(self.kept)
+
+
+class Checkup:
+    """What is kept of the samples of one split: hashes and lengths in arrays, never a picture or a text.
+
+    It is made from the entries in the order of the split. `owners[n]` is the sample that look n belongs to, and
+    `answerers[n]` the one that gives answer n. Looks and answers are of sound samples alone.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.ids: list[str | None] = []
+        self.problems: dict[int, tuple[str, str]] = {}  # kind and message
+        self.looks, self.owners = Looks(), array("Q")
+        self.pictures, self.names, self.texts = array("Q"), array("Q"), array("Q")
+        self.answers, self.answerers = array("Q"), array("Q")
+        self.characters, self.tokens, self.visual_tokens = array("Q"), array("Q"), array("Q")
+        self.languages: Counter[str] = Counter()
+        for entry in entries:
+            self._add(entry)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sound(self) -> list[int]:
+        """The samples that training can use."""
+        return [index for index in range(len(self)) if index not in self.problems]
+
+    def _add(self, entry: Entry) -> None:
+        index = len(self)
+        self.ids.append(entry.id)
+        self.pictures.append(entry.picture)
+        self.names.append(entry.name)
+        self.texts.append(entry.text)
+        self.characters.append(entry.characters)
+        self.tokens.append(entry.tokens)
+        self.visual_tokens.append(entry.visual_tokens)
+        if entry.kind:
+            self.problems[index] = (entry.kind, entry.message)
+            return
+        for each in entry.looks:
+            self.looks.append(each)
+            self.owners.append(index)
+        for answer in entry.answers:
+            self.answers.append(answer)
+            self.answerers.append(index)
+        if entry.language is not None:
+            self.languages[entry.language] += 1
+
+
+def kind_of(error: ValueError) -> str:
+    """Which of `BAD` a refusal is."""
+    return next((kind for kind, words in WORDS.items() if any(word in str(error) for word in words)), "other_defect")
+
+
+def text_of(message: Message) -> str:
+    return "".join(item.get("text", "") for item in message["content"])
+
+
+def answers_of(sample: Sample) -> list[str]:
+    return [text_of(message) for message in sample.messages if message["role"] == "assistant"]
+
+
+def hash_answer(answer: str) -> int:
+    """Equal for answers that differ in case and punctuation alone."""
+    return digest((" ".join(words(answer)) or answer.strip()).encode())
+
+
+def words(text: str) -> list[str]:
+    return WORD.findall(text.casefold())

@@ -1,0 +1,183 @@
+"""From what a checkup kept of the splits to the samples that deserve a look, each with the reason in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
+from vlm.data.duplicates import Looks, closest
+from vlm.schema import Source, Split
+
+# What each kind says; those of the first five are refused by training too.
+KINDS = {
+    "unreadable_image": "an image is missing, broken or refused",
+    "placeholder_mismatch": "as many image placeholders as images are needed",
+    "empty_text": "a text is empty",
+    "too_long": "more tokens than data.max_length",
+    "other_defect": "refused for another reason",
+    "duplicate": "the image of an earlier sample, with the same text or under another name",
+    "near_duplicate": "nearly the image of an earlier sample",
+    "shared_with_val": "a training image that is also, or nearly, in val",
+    "in_benchmark": "a training image that is also, or nearly, in the benchmark",
+    "long_text": "more characters than 1,000 and than 20 times the median",
+    "repeated_answer": "an answer of 3 words or more that at least 5 samples and 5 % of the split give",
+    "low_score": "the answer fits another image nearly as well, or better",
+}
+LONG, TIMES_MEDIAN = 1000, 20
+REPEATS, REPEATED_SHARE, REPEATED_WORDS = 5, 0.05, 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sample and what is wrong with it; `like` is the sample (split, index) that it repeats."""
+
+    split: Split
+    index: int
+    id: str | None  # None where the source could not read it
+    kind: str
+    message: str
+    like: tuple[Split, int] | None = None
+
+
+def find(checkups: Mapping[Split, Checkup], sources: Mapping[Split, Source], benchmark: Folder | None) -> list[Finding]:
+    """Every finding but the scores, by split, kind and index; the sources are asked again for answers that repeat."""
+    found: list[Finding] = []
+    for split, checkup in checkups.items():
+        found += _bad(split, checkup)
+        repeats = list(_duplicates(split, checkup))
+        found += repeats
+        found += _near_duplicates(split, checkup, leave={finding.index for finding in repeats})
+        if split == "train":
+            found += _shared(checkup, checkups["val"])
+            if benchmark is not None:
+                found += _in_benchmark(checkup, benchmark)
+        found += _long_text(split, checkup)
+        found += _repeated_answers(split, checkup, sources[split])
+    return found
+
+
+def frequent_answers(checkup: Checkup, source: Source, num: int) -> list[dict[str, Any]]:
+    """The `num` answers that most samples give, case and punctuation aside, each as its first sample has it."""
+    top = _answer_counts(checkup)[:num]
+    return [
+        {"answer": _answer(source, first, answer), "count": count, "share": count / len(checkup)}
+        for answer, first, count in top
+    ]
+
+
+def lowest_scores(split: Split, checkup: Checkup, scores: NDArray[np.float64], num: int) -> list[Finding]:
+    """The `num` samples with the lowest scores, in nats per token; NaN is no score."""
+    order = [int(index) for index in np.argsort(scores, kind="stable") if not np.isnan(scores[index])]
+    return [
+        _finding(
+            split, checkup, index, "low_score",
+            f"loses {scores[index]:+.3f} nats per token with another sample's image; check that its image is its own",
+        )
+        for index in order[:num]
+    ]  # fmt: skip
+
+
+def _finding(
+    split: Split, checkup: Checkup, index: int, kind: str, says: str, like: tuple[Split, int] | None = None
+) -> Finding:
+    return Finding(split, index, checkup.ids[index], kind, f"sample '{checkup.ids[index]}' {says}", like)
+
+
+def _bad(split: Split, checkup: Checkup) -> Iterator[Finding]:
+    for index, (kind, message) in checkup.problems.items():
+        yield Finding(split, index, checkup.ids[index], kind, message)
+
+
+def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
+    """Several texts for one image file are ordinary (COCO has five captions an image), a second file of it is not."""
+    by_text: dict[tuple[int, int], int] = {}
+    by_picture: dict[int, int] = {}
+    for index in checkup.sound:
+        picture, text = checkup.pictures[index], checkup.texts[index]
+        same = by_text.setdefault((picture, text), index)
+        first = by_picture.setdefault(picture, index)
+        if same < index:
+            says = f"has the images and the text of sample '{checkup.ids[same]}'; remove one"
+            yield _finding(split, checkup, index, "duplicate", says, like=(split, same))
+        elif picture and first < index and checkup.names[first] != checkup.names[index]:
+            says = f"has the images of sample '{checkup.ids[first]}' under another name; remove one"
+            yield _finding(split, checkup, index, "duplicate", says, like=(split, first))
+
+
+def _near_duplicates(split: Split, checkup: Checkup, leave: set[int]) -> Iterator[Finding]:
+    """Of each picture its first place only, compared with the pictures of earlier samples."""
+    first = np.sort(np.unique(checkup.looks.pixels, return_index=True)[1])
+    owners = np.array(checkup.owners, dtype=np.int64)[first]
+    looks = checkup.looks.take(first)
+    near = closest(looks, looks, before=np.searchsorted(owners, owners))
+    told = set(leave)
+    for owner, match in zip(owners.tolist(), near.tolist(), strict=True):
+        if match >= 0 and owner not in told:
+            told.add(owner)
+            other = int(owners[match])
+            says = f"has nearly the image of sample '{checkup.ids[other]}'; look at both"
+            yield _finding(split, checkup, owner, "near_duplicate", says, like=(split, other))
+
+
+def _shared(train: Checkup, val: Checkup) -> Iterator[Finding]:
+    for index, match, word in _matches(train, val.looks):
+        other = val.owners[match]
+        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learnt"
+        yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
+
+
+def _in_benchmark(train: Checkup, benchmark: Folder) -> Iterator[Finding]:
+    for index, match, word in _matches(train, benchmark.looks):
+        says = f"has {word} image of '{benchmark.kept[match]}' in the benchmark; remove it"
+        yield _finding("train", train, index, "in_benchmark", says)
+
+
+def _matches(checkup: Checkup, references: Looks) -> Iterator[tuple[int, int, str]]:
+    """Samples with an image among the references: index, the first such reference, and whether it is the same."""
+    pixels, first, inverse = np.unique(checkup.looks.pixels, return_index=True, return_inverse=True)
+    near = closest(checkup.looks.take(first), references)
+    known = references.pixels
+    last = -1
+    for owner, place in zip(checkup.owners, inverse.tolist(), strict=True):
+        match = int(near[place])
+        if match >= 0 and owner != last:
+            yield owner, match, "the" if known[match] == pixels[place] else "nearly the"
+            last = owner
+
+
+def _long_text(split: Split, checkup: Checkup) -> Iterator[Finding]:
+    lengths = np.array(checkup.characters, dtype=np.int64)
+    read = lengths[lengths > 0]
+    limit = max(LONG, TIMES_MEDIAN * float(np.median(read))) if len(read) else LONG
+    for index in np.flatnonzero(lengths > limit).tolist():
+        says = f"has {lengths[index]:,} characters, more than {limit:,.0f}; shorten or remove it"
+        yield _finding(split, checkup, index, "long_text", says)
+
+
+def _repeated_answers(split: Split, checkup: Checkup, source: Source) -> Iterator[Finding]:
+    answers, owners = np.array(checkup.answers, dtype=np.uint64), np.array(checkup.answerers, dtype=np.int64)
+    for answer, first, count in _answer_counts(checkup):
+        if count < max(REPEATS, REPEATED_SHARE * len(checkup)):
+            return
+        text = _answer(source, first, answer)
+        if len(words(text)) < REPEATED_WORDS:
+            continue
+        says = f"answers '{text[:80]}', as {count} of {len(checkup)} samples do; check where these answers are from"
+        for index in owners[answers == answer].tolist():
+            yield _finding(split, checkup, index, "repeated_answer", says)
+
+
+def _answer_counts(checkup: Checkup) -> list[tuple[int, int, int]]:
+    """Hash of an answer, the first sample that gives it and how many do, the most frequent first."""
+    hashes, first, counts = np.unique(np.array(checkup.answers, dtype=np.uint64), return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts))
+    return [(int(hashes[i]), checkup.answerers[int(first[i])], int(counts[i])) for i in order]
+
+
+def _answer(source: Source, index: int, wanted: int) -> str:
+    return next(answer.strip() for answer in answers_of(source[index]) if hash_answer(answer) == wanted)
