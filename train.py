@@ -33,7 +33,7 @@ def train(cfg: Any) -> None:
         return
     run_dir = Path(hydra.runtime.output_dir)
     if cfg.resume:
-        settings, choices = run.read_config(run_dir)
+        settings, choices = build.read_config(run_dir)
         run.only_resumes(hydra.overrides.task)
         checkpoint = newest_checkpoint(run_dir)
     else:
@@ -70,7 +70,7 @@ def train(cfg: Any) -> None:
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     trainer = build.build_trainer(settings, run_dir, [save])
     if checkpoint is None:
-        run.write_config(run_dir, settings, choices)  # from here on the directory is taken
+        build.write_config(run_dir, settings, choices)  # from here on the directory is taken
     run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)

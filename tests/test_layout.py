@@ -19,6 +19,7 @@ RANK = {
     **dict.fromkeys(("models", "data", "evaluation"), 2),
     "objectives": 3,
     "optim": 3,
+    "options": 3,
     "artifact": 4,
     "module": 4,
     "run": 5,

@@ -1,21 +1,15 @@
-"""Config -> parts: the only file that knows Hydra, checks options and instantiates."""
+"""Config -> parts: the only file that knows what a config holds and makes parts of it."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-from beartype import BeartypeConf
-from beartype.door import is_bearable
-from beartype.roar import BeartypeException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,11 +19,10 @@ from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
 from vlm.optim import set_trainable
+from vlm.options import bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 
-ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
-TYPES = BeartypeConf(is_pep484_tower=True)  # a whole number is also a float
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
 STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
 SECTIONS = {
@@ -50,14 +43,28 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
+def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
+    """config.yaml: the resolved settings, and which option each group had."""
+    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices)}), run_dir / "config.yaml")
+
+
+def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The settings and choices of a run. Raises ValueError where the directory holds none."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return settings, settings.pop("choices", {})
+
+
 def check(cfg: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the choices, where a file or the command line has a key or value that nothing takes."""
-    _known("", cfg, {*GROUPS, *VALUES})
+    known("", cfg, {*GROUPS, *VALUES})
     for section, keys in SECTIONS.items():
-        extra = _parameters(VLMModule) if section == "stage" else {}
-        _known(section, cfg.get(section, {}), keys | (extra.keys() - {"model"}))
-    _typed(
-        "stage", {k: v for k, v in cfg["stage"].items() if k in _parameters(VLMModule)} | {"objective": None}, VLMModule
+        extra = parameters(VLMModule) if section == "stage" else {}
+        known(section, cfg.get(section, {}), keys | (extra.keys() - {"model"}))
+    typed(
+        "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
     bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
     for section in ("preflight", "answers"):
@@ -67,7 +74,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     if (show := cfg.get("plan", {}).get("show", False)) not in (True, False):
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
-    _typed("data", loader, VLMDataModule)
+    typed("data", loader, VLMDataModule)
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)
@@ -104,13 +111,13 @@ def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
             "set stage.llm=lora or llm.quantization=none"
         )
     check_quantization(quantization, weights=options["weights"])
-    _known("stage.lora", cfg["stage"]["lora"], _parameters(llm.add_lora).keys() - {"self"})
-    _typed("stage.lora", cfg["stage"]["lora"], llm.add_lora)
+    known("stage.lora", cfg["stage"]["lora"], parameters(llm.add_lora).keys() - {"self"})
+    typed("stage.lora", cfg["stage"]["lora"], llm.add_lora)
 
 
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the loader, which every source shares, and those of the source."""
-    shared = _parameters(VLMDataModule).keys()
+    shared = parameters(VLMDataModule).keys()
     loader = {key: value for key, value in options.items() if key in shared}
     return loader, {key: value for key, value in options.items() if key not in shared}
 
@@ -130,35 +137,6 @@ def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
     return encoder, bind("encoder.tiles", {"_target_": "vlm.encoders.tiles.Tiles", **tiles})()
 
 
-def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
-    """The call that makes one part, its options checked against the constructor.
-
-    Raises ValueError for a target outside the allowed packages, an unknown option (naming the choices), a missing one,
-    or a value of the wrong type.
-    """
-    arguments = dict(options)
-    target = arguments.pop("_target_", None)
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
-    module, _, attribute = target.rpartition(".")
-    try:
-        constructor = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
-    derived = dict(derived or {})
-    parameters = _parameters(constructor)
-    kinds = {p.kind for p in inspect.signature(constructor).parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:  # W&B's logger passes what it does not know on to wandb.init
-        _known(name, arguments, parameters.keys() - derived.keys())
-    missing = [
-        key for key, p in parameters.items() if p.default is p.empty and key not in arguments and key not in derived
-    ]
-    if missing:
-        raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
-    _typed(name, arguments, constructor)
-    return partial(constructor, **arguments, **derived)
-
-
 def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model on its pretrained bases, and the manifest that says which they are."""
     bf16 = "bf16" in precision(cfg)
@@ -168,7 +146,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         encoder = bind("encoder", options)().requires_grad_(False)
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
     llm.check_length(cfg["data"]["max_length"])
-    if cfg["data"]["packing"]:
+    if cfg["data"]["packing"] and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
     bases = {
         part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
@@ -231,7 +209,7 @@ def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
     """The training module of a stage, its trainable parameters set."""
     stage = cfg["stage"]
     set_trainable(model, {part: stage[part] for part in ("encoder", "connector", "llm")}, stage["lora"])
-    options = {key: value for key, value in stage.items() if key in _parameters(VLMModule) and key != "objective"}
+    options = {key: value for key, value in stage.items() if key in parameters(VLMModule) and key != "objective"}
     options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)
 
@@ -262,46 +240,3 @@ def precision(cfg: Mapping[str, Any]) -> str:
     """The precision to compute in; `auto` asks the machine."""
     asked = cfg["trainer"]["precision"]
     return native_precision(cfg["trainer"]["accelerator"]) if asked == "auto" else str(asked)
-
-
-def _parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a constructor takes by name."""
-    signature = inspect.signature(constructor)
-    return {name: p for name, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-
-
-def _known(name: str, given: Mapping[str, Any], choices: Any) -> None:
-    for key in given:
-        if key not in choices:
-            raise ValueError(unknown_key(f"{name}.{key}" if name else str(key), choices))
-
-
-def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
-    """What to say of a key that does not exist; `asked` is the word that was misspelt, the key's last by default."""
-    close = get_close_matches(asked or full_key.rpartition(".")[2], list(map(str, choices)), n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"there is no option {full_key}; {hint}choose one of {', '.join(sorted(map(str, choices)))}"
-
-
-def _typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
-    """Raise on a value that the constructor's annotation does not allow; hints that cannot be read are not checked."""
-    target = constructor.__init__ if inspect.isclass(constructor) else constructor
-    try:
-        hints = get_type_hints(target)
-    except (NameError, TypeError):  # names imported for type checkers only
-        return
-    for key, value in arguments.items():
-        if key not in hints or key == "objective":
-            continue
-        # beartype looks at one entry of a dictionary, so each is given alone; YAML knows no tuples.
-        values = [{k: v} for k, v in value.items()] if isinstance(value, dict) and value else [value]
-        if isinstance(value, list) and not is_bearable(value, hints[key], conf=TYPES):
-            values = [tuple(value)]
-        try:
-            fits = all(is_bearable(each, hints[key], conf=TYPES) for each in values)
-            fits &= not (isinstance(value, bool) and hints[key] in (int, float, int | None, float | None))
-        except BeartypeException:
-            continue
-        if not fits:
-            wanted = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            raise ValueError(f"{name}.{key}={value!r} is a {type(value).__name__}, but it takes {wanted}")

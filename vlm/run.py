@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -27,20 +26,6 @@ def claim(run_dir: Path) -> None:
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
     run_dir.mkdir(parents=True, exist_ok=True)
-
-
-def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
-    """config.yaml: the resolved settings, and which option each group had."""
-    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices)}), run_dir / "config.yaml")
-
-
-def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """The settings and choices of a run. Raises ValueError where the directory holds none."""
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-    return settings, settings.pop("choices", {})
 
 
 def only_resumes(overrides: Sequence[str]) -> None:

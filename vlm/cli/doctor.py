@@ -38,8 +38,7 @@ def doctor(cfg: Any) -> None:
     language = identifier() if options.languages else None
     benchmark = Folder(options.against) if options.against else None
     model = _model(settings, weights=options.score)
-    unpacked = {**settings["data"], "packing": False}  # to pack is to try the LLM, which may have no weights here
-    data = build.build_data({**settings, "data": unpacked}, model, None)
+    data = build.build_data(settings, model, None)
     bar = _bar()
 
     def read(dataset: Dataset[Any], what: str) -> Any:
@@ -79,12 +78,13 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
     """The config without its section `doctor`, and that. Raises ValueError for what cannot be done, before any work."""
     from vlm import build
     from vlm.data.findings import KINDS
+    from vlm.options import bind, unknown_key
 
     settings = build.plain(cfg)
-    options: Options = build.bind("doctor", {"_target_": "vlm.cli.doctor.Options", **settings.pop("doctor")})()
+    options: Options = bind("doctor", {"_target_": "vlm.cli.doctor.Options", **settings.pop("doctor")})()
     for kind in options.filter_kinds:
         if kind not in KINDS:
-            raise ValueError(build.unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
+            raise ValueError(unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
     if options.score and not settings["ckpt"]:
         raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
     if Path(options.out).exists():
@@ -106,12 +106,10 @@ def _bar() -> Any:
 
 def _parts_of(run_dir: str) -> dict[str, Any]:
     """The parts that a run has trained; its data, trainer and seed stay what the command line says."""
-    from omegaconf import OmegaConf
-
     from vlm import artifact, build
 
     artifact.read_manifest(run_dir)
-    theirs = build.plain(OmegaConf.load(Path(run_dir) / "config.yaml"))  # type: ignore[arg-type]
+    theirs, _ = build.read_config(Path(run_dir))
     return {part: theirs[part] for part in ("encoder", "connector", "llm", "model", "stage")}
 
 

@@ -62,7 +62,7 @@ def config_error(error: Exception) -> str:
     from hydra.errors import MissingConfigException
     from omegaconf.errors import MissingMandatoryValue
 
-    from vlm.build import unknown_key
+    from vlm.options import unknown_key
 
     cause = error.__cause__ or error
     if isinstance(error, MissingConfigException) and error.options:
