@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.test_cli import QUICK, ROOT, read, told, train
@@ -63,10 +63,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def until_stopped(run: Path, stop: signal.Signals, *, after: int) -> int:
     """A new run in a process of its own, sent `stop` once it has logged step `after`; its exit code."""
+    command = [sys.executable, "train.py", *OPTIONS, f"run_dir={run}"]
+    same_sums = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with open(f"{run}.out", "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *OPTIONS, f"run_dir={run}"], cwd=ROOT, stdout=out, stderr=out, process_group=0
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=same_sums, stdout=out, stderr=out, process_group=0)
         try:
             until = time.monotonic() + 240
             while (
@@ -149,8 +149,8 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, told: Any) -> None:
 
 def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
     seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
-    best = json.loads((whole / "best" / "artifact" / "manifest.json").read_text())
-    assert best["step"] == min(seen, key=lambda step: seen[step])
+    with safe_open(whole / "best" / "artifact" / "weights.safetensors", framework="pt") as file:
+        assert int(file.metadata()["step"]) == min(seen, key=lambda step: seen[step])
     assert train(*OPTIONS, f"ckpt={whole / 'best'}", f"run_dir={tmp_path / 'next'}", "trainer.max_steps=1") == 0
 
 

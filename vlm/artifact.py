@@ -119,7 +119,8 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
             tensor, target = file.get_tensor(name), parameters[name]
             if tensor.shape != target.shape:
                 raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
-            target.data = tensor.to(target.device)
+            # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
+            target.data = tensor.to(target.device, copy=True)
     return theirs
 
 

@@ -15,21 +15,24 @@ class StopOnSignal(pl.Callback):
 
     received: signal.Signals | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         def ask(signum: int, frame: Any) -> None:
             signal.signal(signum, self._before[signum])
             self.received = signal.Signals(signum)
             again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
             print(f"\nStopping after this step{again}.", flush=True)
 
+        # In the place of Lightning's own handler of SIGTERM, which raises in the middle of whatever is under way.
         self._before: dict[int, Any] = {signum: signal.signal(signum, ask) for signum in SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # a step that has begun is done first
         asked = self.received is not None
         if trainer.world_size > 1:  # ranks stop after the same step or wait for each other for ever
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         trainer.should_stop = trainer.should_stop or asked
 
-    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for signum, before in self._before.items():
             signal.signal(signum, before)
