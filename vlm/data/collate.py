@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,11 +54,11 @@ def collate(
     longest = max(len(column["input_ids"]) for column in columns)
 
     def padded(name: str, fill: int = 0) -> Tensor:
-        lines = []
-        for column in columns:
-            padding = [fill] * (longest - len(column[name]))
-            lines.append(column[name] + padding if side == "right" else padding + column[name])
-        return torch.tensor(lines)
+        lines = np.full((len(columns), longest), fill)
+        for line, column in zip(lines, columns, strict=True):
+            size = len(column[name])
+            line[slice(size) if side == "right" else slice(longest - size, longest)] = column[name]
+        return torch.from_numpy(lines)
 
     samples = list(chain.from_iterable(row.samples for row in rows))
     pixels = list(chain.from_iterable(row.pixels for row in rows))
@@ -79,19 +79,23 @@ def collate(
     )
 
 
-def _columns(row: Row, first: int) -> dict[str, list[int]]:
+def _columns(row: Row, first: int) -> dict[str, np.ndarray]:
     """What the row holds for each token, by the names in `Batch`; `first` is the number of its first sample."""
-    columns: dict[str, list[int]] = defaultdict(list)
+    parts = []
     images = 0
     for number, (sample, encoded) in enumerate(zip(row.samples, row.encoded, strict=True), start=first):
         size = len(encoded.input_ids)
-        columns["input_ids"] += encoded.input_ids
-        columns["attention_mask"] += [1] * size
-        columns["positions"] += range(size)
-        columns["image_mask"] += encoded.image_mask
-        columns["images_before"] += [images + seen for seen in encoded.images_before]
-        columns["images_hidden"] += [images] * size
-        columns["labels"] += [IGNORE, *encoded.labels[1:]]  # nothing foretells a sample's first token
-        columns["sample_index"] += [number] * size
+        part = {
+            "input_ids": np.array(encoded.input_ids),
+            "attention_mask": np.ones(size, dtype=int),
+            "positions": np.arange(size),
+            "image_mask": np.array(encoded.image_mask, dtype=int),
+            "images_before": images + np.array(encoded.images_before),
+            "images_hidden": np.full(size, images),
+            "labels": np.array(encoded.labels),
+            "sample_index": np.full(size, number),
+        }
+        part["labels"][0] = IGNORE  # nothing foretells a sample's first token
+        parts.append(part)
         images += sample.num_images
-    return columns
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

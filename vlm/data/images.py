@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -87,9 +88,14 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
     return square
 
 
+@cache
+def _resolved(root: Path) -> Path:
+    return root.resolve()
+
+
 def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
     try:
-        home = root.resolve()
+        home = _resolved(root)
         file = (home / path).resolve()
         if not file.is_relative_to(home):
             raise BadSample(

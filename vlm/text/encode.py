@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +84,7 @@ class TextEncoder:
         self._separator = self._private.encode(row_separator, add_special_tokens=False).ids
         self._image_id, self._break_id = (self._private.token_to_id(name) for name in (IMAGE_PLACEHOLDER, BREAK))
         self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._pieces: dict[tuple[object, ...], list[str]] = {}  # by form and roles
         self._form, self._end_of_turn = self._probe()
 
     def encode(
@@ -223,11 +226,15 @@ class TextEncoder:
     def _spans(
         self, roles: Sequence[str], texts: Sequence[str], rendered: str, form: Callable[[str], object]
     ) -> list[Span]:
-        """Where the answers lie in `rendered`. Worked out for each sample anew: templates may write the date."""
+        """Where the answers lie in `rendered`. What the template writes is known after the first such conversation."""
+        spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=self._marks)
+        if (key := (form, *roles)) in self._pieces:
+            with suppress(ValueError):  # it may write the date
+                return spans(pieces=self._pieces[key])
         sentinels = [f"vlm-turn-{index}-vlm" for index in range(len(roles))]
-        pieces = pieces_between(self._render(roles, sentinels, form), sentinels)
+        self._pieces[key] = pieces_between(self._render(roles, sentinels, form), sentinels)
         try:
-            return answer_spans(rendered, pieces=pieces, roles=roles, texts=texts, marks=self._marks)
+            return spans(pieces=self._pieces[key])
         except ValueError as error:
             raise ValueError(f"{error}; {CHOOSE}") from error
 
@@ -241,13 +248,14 @@ class TextEncoder:
         for token, answer in zip(ids, answers, strict=True):
             if token == self._break_id:
                 continue
-            is_image = token == self._image_id
-            num_images += is_image
-            places = self._places(num_images - 1, sizes) if is_image else [token]
-            row.input_ids.extend(self.pad_id if place is None else place for place in places)
-            row.image_mask.extend(place is None for place in places)
+            places: list[int | None] = [token]
+            if token == self._image_id:
+                places = self._places(num_images, sizes)
+                num_images += 1
+            row.input_ids.extend([self.pad_id if place is None else place for place in places])
+            row.image_mask.extend([place is None for place in places])
             row.images_before.extend([num_images] * len(places))
-            row.labels.extend([IGNORE if is_image else token] * len(places))
+            row.labels.extend([IGNORE if token == self._image_id else token] * len(places))
             placed.extend([answer] * len(places))
         return row, placed
 

@@ -45,7 +45,8 @@ def answer_spans(
         if role != "assistant":
             continue
         after = piece.lstrip()
-        mark = max((mark for mark in marks if after.startswith(mark)), key=len, default=None)
+        # The longest that fits. Looking up what is there beats asking each of the thousands that some tokenizers have.
+        mark = next((after[:length] for length in range(len(after), 0, -1) if after[:length] in marks), None)
         if mark is None:
             raise ValueError(
                 f"an assistant turn is followed by {piece[:20]!r}, which is no special token of this tokenizer, so "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,12 +24,16 @@ def disarmer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
 
     Only the template may write special tokens: an "<|im_end|>" in a question would end the turn.
     """
-    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    # The first letter only is matched, so that names that overlap are all broken.
-    parts = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if len(name) > 1]
-    if not parts:
+    rests: dict[str, list[str]] = defaultdict(list)  # by first letter, of which there are few
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and len(token.content) > 1:
+            rests[token.content[0]].append(re.escape(token.content[1:]))
+    if not rests:
         return str
-    return partial(re.compile("|".join(parts)).sub, rf"\g<0>{BREAK}")
+    # The first letter only is matched, so that names that overlap are all broken.
+    parts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+    # A function puts it in: for a template, `sub` would hash the whole pattern at every call.
+    return partial(re.compile("|".join(parts)).sub, lambda first: first[0] + BREAK)
 
 
 def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
