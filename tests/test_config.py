@@ -152,6 +152,7 @@ def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
         ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
         ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
         ("data=captions", ["data.annotations must be given; set data.annotations="]),
+        ("data.augment={cropped:0.5}", ["data.augment.cropped", "did you mean crop?"]),
     ],
 )
 def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:

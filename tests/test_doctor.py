@@ -92,7 +92,7 @@ def options(root: Path) -> list[str]:
     names = {"annotations": "train.json", "val_annotations": "val.json", "images": "images"}
     data = [f"data.{key}={root / name}" for key, name in names.items()]
     tiny = ["llm=tiny", "encoder=tiny", "encoder.image_size=32", "trainer=cpu", "connector=linear"]
-    return ["data=instruct", *data, *tiny, "data.num_workers=0", "data.max_length=4096"]
+    return ["data=instruct", *data, *tiny, "data.num_workers=0", "data.max_length=2048"]
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def module(root: Path, **options: Any) -> VLMDataModule:
             split=split, annotations=root / "train.json", val_annotations=root / "val.json", images=root / "images"
         )
 
-    data = VLMDataModule(source=source, max_length=4096, **options)
+    data = VLMDataModule(source=source, max_length=2048, **options)
     spec = VisualSpec(num_tokens=1, image_size=(4, 4), transform=lambda image: torch.zeros(3, 4, 4))
     data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
     return data

@@ -223,7 +223,8 @@ def assert_learns_alike(reference: Any, ours: Composed, batch: Batch, theirs: Te
     gradients = to_blip2({name: parameter.grad for name, parameter in ours.connector.named_parameters()})
     expected = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected.keys()
-    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=0)
+    # Gradients of up to 1 summed over a batch in another order: their size counts beside the 1e-5.
+    torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_composed_with_opt_writes_what_blip2_writes(pair: tuple[Any, Any]) -> None:

@@ -9,8 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.test_cli import call
+from train import train as train_program
+from vlm.cli.doctor import doctor as doctor_program
 from vlm.cli.options import MARKS, tables
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +39,27 @@ def test_commands_run_as_they_stand(tmp_path: Path) -> None:
     assert results["num_samples"] == 8
     assert [stage["name"] for stage in results["stages"]] == ["align", "instruct"]
     assert len(list(tmp_path.glob("multirun/*/*/metrics.json"))) == 2
+
+
+def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines in a file, a picture for each, and its two commands with the smallest parts."""
+    section = README.partition("## Your own data\n")[2]
+    lines = section.partition("```jsonl\n")[2].partition("```")[0]
+    doctor, train = section.partition("```text\n")[2].partition("```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    Path("captions.jsonl").write_text(lines)
+    Path("photos").mkdir()
+    for number, line in enumerate(lines.splitlines()):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path("photos") / json.loads(line)["image"])
+    parts = ["llm=tiny", "encoder=tiny"]
+    program, *options = shlex.split(doctor)
+    assert program == "vlm-doctor"
+    assert call(doctor_program, "doctor", *options, *parts, "doctor.out=found") == 0
+    assert json.loads(Path("found/report.json").read_text())["findings"] == []
+    assert shlex.split(train)[:2] == ["python", "train.py"]
+    assert call(train_program, "train", *shlex.split(train)[2:], *parts, "debug=fast", "run_dir=run") == 0
+    assert {json.loads(line)["id"] for line in Path("run/samples.jsonl").read_text().splitlines()}
 
 
 def test_table_names_every_option() -> None:

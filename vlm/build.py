@@ -75,6 +75,8 @@ def check(cfg: Mapping[str, Any]) -> None:
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
     typed("data", loader, VLMDataModule)
+    if augment := loader["augment"]:
+        bind("data.augment", {"_target_": "vlm.data.augment.Augment", **augment})
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)

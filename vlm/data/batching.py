@@ -20,7 +20,8 @@ class Batches(Sampler[Rows]):
     """The training batches of one rank, without end: epoch follows epoch, each in an order of its own.
 
     All ranks work out the same batches and take turns at them, so that R ranks with batches of a size read what one
-    rank with batches R times as large would. A batch may hold the end of one epoch and the start of the next.
+    rank with batches R times as large would. A batch may hold the end of one epoch and the start of the next. Sample i
+    of a source of n is called i in the first epoch, n + i in the second, and so on.
 
     Args:
         source: whose indices to hand out; in its own `order`, if it has one.
@@ -72,7 +73,7 @@ class Batches(Sampler[Rows]):
                 order = self._order(epoch)
             self._windows.append({"epoch": epoch, "index": index, "waiting": waiting, "number": number})
             rng = random.Random(f"{self.seed} {epoch} {index}")
-            batches, waiting = self._window(order[index : index + WINDOW], waiting, rng)
+            batches, waiting = self._window(order[index : index + WINDOW], waiting, rng, epoch * len(self.source))
             yield from batches[skip:]
             number, skip = number + len(batches), max(0, skip - len(batches))
             epoch, index = (epoch, index + WINDOW) if index + WINDOW < len(order) else (epoch + 1, 0)
@@ -84,12 +85,15 @@ class Batches(Sampler[Rows]):
         random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
-    def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random) -> tuple[list[Rows], Rows]:
-        """The batches of some samples and of the rows that wait since the window before, and the rows left to wait."""
+    def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random, first: int) -> tuple[list[Rows], Rows]:
+        """The batches of some samples and of the rows that wait since the window before, and the rows left to wait.
+
+        `first` is what the epoch calls sample 0.
+        """
         if self.batching == "samples" and self.row_tokens is None:
-            rows = [[index] for index in indices]
+            rows = [[first + int(index)] for index in indices]
         else:
-            lengths = [(index, self.length(index)) for index in indices]
+            lengths = [(first + int(index), self.length(int(index))) for index in indices]
             packed = [[pair] for pair in lengths] if self.row_tokens is None else pack(lengths, self.row_tokens)
             rows = [[index for index, _ in row] for row in packed]
             rng.shuffle(rows)

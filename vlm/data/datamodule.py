@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import collate, make_row
 from vlm.data.filter import filtered
@@ -34,6 +35,7 @@ class VLMDataModule(pl.LightningDataModule):
             `batch_tokens` tokens, padding included (`tokens`).
         batch_tokens: see `batching`.
         packing: put several training samples in a row of up to `max_length` tokens; none sees another.
+        augment: the options of `Augment`, which changes the training pictures a little; None leaves them as they are.
         num_workers: processes that read and transform samples; 0 reads in the training process.
         max_length: tokens a row may have, visual tokens included.
         train_on, system_prompt, too_long: as `TextEncoder` takes them.
@@ -55,6 +57,7 @@ class VLMDataModule(pl.LightningDataModule):
         batching: Literal["samples", "tokens"] = "samples",
         batch_tokens: int = 8192,
         packing: bool = False,
+        augment: dict[str, float] | None = None,
         num_workers: int = 0,
         max_length: int = 512,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
@@ -82,6 +85,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.batching, self.batch_tokens, self.packing = batching, batch_tokens, packing
         self.train_on, self.system_prompt, self.too_long = train_on, system_prompt, too_long
+        self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
         self.bad_samples_file = bad_samples_file
@@ -182,6 +186,8 @@ class VLMDataModule(pl.LightningDataModule):
             spec=self.spec,
             max_bad=int(self.max_bad_share * len(self.splits[split])),
             bad_samples_file=self.bad_samples_file,
+            augment=self.augment if split == "train" else None,
+            seed=self.seed,
         )
         sources = getattr(self.splits[split], "names", ())
         return DataLoader(
