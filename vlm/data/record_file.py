@@ -15,7 +15,8 @@ from jaxtyping import Bool, Int, UInt8
 
 from vlm.data.annotations import Row, read_json, to_row
 
-CHUNK = 2**24  # bytes looked at together
+CHUNK = 2**18  # bytes looked at together: few enough for a core's cache
+HEAD = 2**24  # bytes that the first of several lines may have
 _QUOTE, _BACKSLASH, _OPEN, _CLOSE, _LINE = (ord(character) for character in '"\\{}\n')
 _LOWER = 0x20  # the bit in which { differs from [ and } from ]
 _IMAGE = re.compile(rb'"images?"\s*:\s*(?:"([^"\\]*)")?')  # within a text its quotes would be escaped
@@ -59,7 +60,7 @@ class RecordFile:
 
     def raw(self) -> Iterator[bytes]:
         """The bytes of every record in turn."""
-        with self.file.open("rb", buffering=2**20) as handle:
+        with self.file.open("rb", buffering=2**20) as handle:  # mapped, all of the file would count as memory in use
             for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
                 handle.seek(start)
                 yield handle.read(end - start)
@@ -67,8 +68,10 @@ class RecordFile:
 
 def plain_image(data: bytes) -> str | None:
     """A record's one image where a look at its bytes tells it for sure, else None: then the record has to be parsed."""
+    if data.count(b'"image') != 1:
+        return None
     match = _IMAGE.search(data)
-    if match is None or not match[1] or b"{" in data[1 : match.start()] or _IMAGE.search(data, match.end()):
+    if match is None or not match[1] or b"{" in data[1 : match.start()]:
         return None
     try:
         return match[1].decode()
@@ -79,7 +82,7 @@ def plain_image(data: bytes) -> str | None:
 def _is_lines(file: Path) -> bool:
     """Whether a `.json` file holds JSON lines: its first line is an object, and not its last."""
     with file.open("rb") as handle:
-        head = handle.read(CHUNK).removeprefix(b"\xef\xbb\xbf")
+        head = handle.read(HEAD).removeprefix(b"\xef\xbb\xbf")
     first, _, rest = head.lstrip().partition(b"\n")
     if not first.startswith(b"{") or not rest.strip():
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from vlm.schema import Split
+
+_ODD = re.compile(r"^/|//|/$|(?:^|/)\.{1,2}(?:/|$)|^$|\\")  # a path that may have another spelling
 
 
 def check_split(*, split: Split, val_fraction: float) -> None:
@@ -38,6 +41,8 @@ def digest(key: str) -> int:
 
 def image_key(name: str, *, root: Path) -> str:
     """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
+    if not _ODD.search(name):  # nearly all of the million that a dataset may have
+        return name
     if os.path.isabs(name):
         name = os.path.relpath(name, root)
     return os.path.normpath(name).replace(os.sep, "/")
@@ -58,7 +63,8 @@ def group_keys(names: Sequence[Sequence[str]]) -> list[str]:
         return name
 
     for group in names:
-        roots = sorted(find(name) for name in group)
-        for root in roots[1:]:
-            parent[root] = roots[0]
-    return [find(group[0]) for group in names]
+        if len(group) > 1:
+            roots = sorted(find(name) for name in group)
+            for root in roots[1:]:
+                parent[root] = roots[0]
+    return [find(group[0]) if group[0] in parent else group[0] for group in names]

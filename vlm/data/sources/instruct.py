@@ -99,14 +99,14 @@ def _index(file: Path, root: Path, changed: int, size: int) -> tuple[RecordFile,
     records = RecordFile(file)
     if not len(records):
         raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
-    names: list[list[str]] = []
+    names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
     num_with_images = 0
     for number, data in enumerate(records.raw()):
         image = plain_image(data)
         row = Row("", {}) if image is not None else records.row(number, data)
         paths = [image] if image is not None else _paths(row)
         num_with_images += bool(paths)
-        names.append([image_key(path, root=root) for path in paths] or [f"id:{_id(row)}"])
+        names.append(tuple(image_key(path, root=root) for path in paths) or (f"id:{_id(row)}",))
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
     return records, digests, num_with_images
 
