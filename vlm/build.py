@@ -75,7 +75,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
     typed("data", loader, VLMDataModule)
-    if augment := loader["augment"]:
+    if augment := loader.get("augment"):
         bind("data.augment", {"_target_": "vlm.data.augment.Augment", **augment})
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
@@ -117,6 +117,11 @@ def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
     typed("stage.lora", cfg["stage"]["lora"], llm.add_lora)
 
 
+def _of_loader(cfg: Mapping[str, Any], option: str) -> Any:
+    """The value of a loader's option, which a data file need not have."""
+    return cfg["data"].get(option, parameters(VLMDataModule)[option].default)
+
+
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the loader, which every source shares, and those of the source."""
     shared = parameters(VLMDataModule).keys()
@@ -147,8 +152,8 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         options, tiles = split_tiles(cfg["encoder"])
         encoder = bind("encoder", options)().requires_grad_(False)
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
-    llm.check_length(cfg["data"]["max_length"])
-    if cfg["data"]["packing"] and cfg["llm"]["weights"] != "meta":
+    llm.check_length(_of_loader(cfg, "max_length"))
+    if _of_loader(cfg, "packing") and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
     bases = {
         part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
