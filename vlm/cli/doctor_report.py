@@ -71,10 +71,11 @@ def spread(values: ArrayLike) -> dict[str, Any]:
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
         return {}
-    counts, edges = np.histogram(numbers, bins=BINS)
+    low, high = float(numbers.min()), float(numbers.max())
+    counts, edges = np.histogram(numbers, bins=BINS if low < high else 1, range=(low, high if low < high else low + 1))
     p50, p95 = np.percentile(numbers, [50, 95]).tolist()
     figures = {"mean": float(numbers.mean()), "p50": p50, "p95": p95}
-    figures |= {"min": float(numbers.min()), "max": float(numbers.max())}
+    figures |= {"min": low, "max": high}
     return {**figures, "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
 
 
