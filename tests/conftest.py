@@ -17,6 +17,27 @@ import torch  # noqa: E402
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="module")
+def bytes_only():
+    from tests.chat import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def merging():
+    from tests.chat import merging_tokenizer
+
+    return merging_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    from tests.chat import sentencepiece_tokenizer
+
+    return sentencepiece_tokenizer()
+
+
 @pytest.fixture(scope="session")
 def gemma_tokenizer():
     """The tokenizer of Gemma 3, out of the package that carries the weights."""

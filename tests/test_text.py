@@ -5,17 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from tests.chat import (
     ONE_TURN,
     border_tokenizer,
     byte_tokenizer,
     encoder,
-    merging_tokenizer,
     own_template,
     say,
-    sentencepiece_tokenizer,
     special_ids,
     text_of,
 )
@@ -37,21 +34,6 @@ END_MARK = {
 }
 TRIMS = {"gemma", "llama2", "llama3", "mistral"}  # what stands around an answer
 SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer
-
-
-@pytest.fixture(scope="module")
-def bytes_only() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def merging() -> PreTrainedTokenizerFast:
-    return merging_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def sentencepiece() -> PreTrainedTokenizerFast:
-    return sentencepiece_tokenizer()
 
 
 # --- exact rows, by hand ---------------------------------------------------------------------------------------------

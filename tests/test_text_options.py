@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import ToTensor
-from transformers import PreTrainedTokenizerFast
 
-from tests.chat import byte_tokenizer, encoder, merging_tokenizer, say
+from tests.chat import byte_tokenizer, encoder, say
 from tests.conversations import conversations, few, num_images
 from vlm.data.datamodule import VLMDataModule
 from vlm.schema import IGNORE, BadSample, VisualSpec
@@ -18,16 +17,6 @@ TWO_TURNS = [
     *(say("user", None, "What?"), say("assistant", "a star")),
     *(say("user", "Where?"), say("assistant", "left")),
 ]
-
-
-@pytest.fixture(scope="module")
-def bytes_only() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def merging() -> PreTrainedTokenizerFast:
-    return merging_tokenizer()
 
 
 def test_the_options_of_the_data_reach_the_encoder(bytes_only):

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from tests.chat import ONE_TURN, byte_tokenizer, encoder, say
 from vlm.schema import IGNORE, BadSample
 from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
-
-
-@pytest.fixture(scope="module")
-def bytes_only() -> PreTrainedTokenizerFast:
-    return byte_tokenizer()
 
 
 @pytest.mark.parametrize(
