@@ -152,6 +152,19 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, gradient: bo
     assert not (tmp_path / "checkpoints").exists(), "in the middle of a step there is nothing to resume"
 
 
+def test_the_best_artefact_does_not_stand_for_the_last(tmp_path: Path) -> None:
+    """NaN in the third step, after a validation whose artefact is kept as the best: both are of step 2."""
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    module = make_module(objective=NaNFrom(3 + 2 * 3), warmup_share=0.0)  # each validation calls it three times
+    save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100, best="val/loss")
+    every = {"val_check_interval": 1, "check_val_every_n_epoch": None}
+    with pytest.raises(NotFinite, match="at step 3"):
+        make_trainer(tmp_path, max_steps=5, callbacks=[save], **every).fit(module, loader([WHOLE] * 5), loader([WHOLE]))
+    for folder in (tmp_path, tmp_path / "best"):
+        with artifact.safe_open(folder / "artifact" / "weights.safetensors", framework="pt") as file:
+            assert file.metadata()["step"] == "2"
+
+
 def text_of(images: list[Tensor], per_row: list[int]) -> Batch:
     return make_batch(*(([11] + [IMAGE] * num, [21]) for num in per_row), images=images)
 

@@ -69,13 +69,13 @@ class Save(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.state.fn != "fit":
             return
-        if trainer.global_step > self._saved and self._due(trainer):
-            self._save(trainer, module)
         if self.best is not None and (value := self._figure(trainer)) > self._best_value:
-            self._best_value = value
+            self._best_value = value  # before the checkpoint, which remembers it
             self._save_artifact(trainer, module, self.run_dir / "best")
             if trainer.is_global_zero:
                 shutil.copyfile(self.run_dir / "config.yaml", self.run_dir / "best" / "config.yaml")
+        if trainer.global_step > self._saved and self._due(trainer):
+            self._save(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.global_step > self._saved:
@@ -105,6 +105,7 @@ class Save(pl.Callback):
         return trainer.strategy.broadcast(late)  # clocks differ, and all ranks save or none
 
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
+        self._saved = trainer.global_step
         self._save_artifact(trainer, module, self.run_dir)
         self._rng_of_ranks: list[dict[str, Any]] = [{}] * trainer.world_size
         if trainer.world_size > 1:
@@ -128,10 +129,11 @@ class Save(pl.Callback):
         self._time = time.monotonic()
 
     def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
-        step = self._saved = trainer.global_step
         names = artifact.trained_names(module.model, self.inherited)
         if trainer.is_global_zero:
-            artifact.save(folder / "artifact", model=module.model, manifest=self.manifest, names=names, step=step)
+            artifact.save(
+                folder / "artifact", model=module.model, manifest=self.manifest, names=names, step=trainer.global_step
+            )
 
 
 def rng_state() -> dict[str, Any]:
