@@ -32,14 +32,17 @@ def evaluate(cfg: Any) -> None:
     trainer = build.build_trainer(settings, run_dir, [])
     trainer.validate(module, datamodule=data, verbose=False)
     with trainer.precision_plugin.forward_context():
+        model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
         records = answer(
             model.eval(),
             data,
             data.val_indices(cfg.num_samples),
             batch_size=cfg.batch_size,
-            device=module.device,
+            device=device,
             max_new_tokens=cfg.max_new_tokens,
         )
+    if not trainer.is_global_zero:
+        return
     figures = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
     figures |= {f"val/{name}": value for name, value in score(records).items()}
     results = {"metrics": figures, "num_samples": len(records), "stages": manifest["stages"], "code": run.provenance()}

@@ -22,9 +22,11 @@ def train(cfg: Any) -> None:
     from vlm.callbacks.save import Save, newest_checkpoint
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
-    from vlm.cli import plan
+    from vlm.cli import launch, plan
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
+    from vlm.module import NotFinite
+    from vlm.sharding import check_resumes
 
     hydra = HydraConfig.get()
     cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
@@ -35,12 +37,18 @@ def train(cfg: Any) -> None:
     if cfg.resume:
         settings, choices = build.read_config(run_dir)
         run.only_resumes(hydra.overrides.task)
+        check_resumes(settings["trainer"])
         checkpoint = newest_checkpoint(run_dir)
     else:
         settings, choices = build.plain(cfg), dict(hydra.runtime.choices)
         checkpoint = None
     build.check(settings)
-    if not cfg.resume:
+    launch.check_ranks(hydra)
+    if launch.in_its_own_process(hydra, settings, __file__):
+        return
+    first = launch.is_first()
+    run.CONSOLE.quiet = not first
+    if first and not cfg.resume:
         run.claim(run_dir)
     pl.seed_everything(settings["seed"], verbose=False)
 
@@ -69,11 +77,17 @@ def train(cfg: Any) -> None:
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     trainer = build.build_trainer(settings, run_dir, [save])
-    if checkpoint is None:
-        build.write_config(run_dir, settings, choices)  # from here on the directory is taken
-    run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
+    if first:
+        if checkpoint is None:
+            build.write_config(run_dir, settings, choices)  # from here on the directory is taken
+        run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
+    except NotFinite:
+        if trainer.is_global_zero:  # which tells it for all
+            raise
+        return
     by_type = {type(callback): callback for callback in trainer.callbacks}
     received = by_type[StopOnSignal].received if StopOnSignal in by_type else None
     metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name in ("train/loss",)}
@@ -85,7 +99,8 @@ def train(cfg: Any) -> None:
         with trainer.precision_plugin.forward_context():
             answers = dict(settings["answers"])
             indices = data.val_indices(answers.pop("num_samples"))
-            records = answer(model.eval(), data, indices, device=module.device, **answers)
+            model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
+            records = answer(model.eval(), data, indices, device=device, **answers)  # all ranks the same
         metrics |= {f"val/{name}": value for name, value in score(records).items()}
     if trainer.is_global_zero:
         if Throughput in by_type:
@@ -97,7 +112,7 @@ def train(cfg: Any) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             logger.finalize("success")
-    if received is not None:
+    if received is not None and trainer.is_global_zero:
         sys.exit(128 + received)
 
 

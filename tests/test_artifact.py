@@ -17,6 +17,7 @@ from tests.test_stages import ADAPTER, CONNECTOR
 from vlm import artifact
 from vlm.models.composed import Composed
 from vlm.optim import set_trainable
+from vlm.sharding import gather
 
 BATCH = make_batch(([11, IMAGE, 12], [21, 22]), ([13, 14], [23]))
 
@@ -47,7 +48,7 @@ def train(model: Composed, *, seed: int) -> Tensor:
 
 def write(run: Path, model: Composed, manifest: dict[str, Any], *, inherited: list[str], step: int = 1) -> list[str]:
     names = artifact.trained_names(model, inherited)
-    artifact.save(run / "artifact", model=model, manifest=manifest, names=names, step=step)
+    artifact.save(run / "artifact", tensors=gather(model, names), manifest=manifest, step=step)
     return names
 
 

@@ -25,6 +25,7 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.data.sources.instruct import Instruct
 from vlm.llms.bytes import byte_tokenizer as tiny_tokenizer
 from vlm.schema import Split, VisualSpec
+from vlm.sharding import gather
 
 LONG = "a very long caption " * 100
 MACHINE = "I cannot see the image."
@@ -254,7 +255,8 @@ def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int],
         settings = build.plain(compose("train", [*options(planted), "run_dir=x"]))
     model, manifest = build.build_model(settings)
     names = [name for name, _ in model.named_parameters() if name.startswith("connector.")]
-    artifact.save(tmp_path / "run" / "artifact", model=model, manifest=manifest | {"lora": None}, names=names, step=1)
+    tensors = gather(model, names)
+    artifact.save(tmp_path / "run" / "artifact", tensors=tensors, manifest=manifest | {"lora": None}, step=1)
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "run" / "config.yaml")
     few = f"data.annotations={planted / 'val.json'}"  # as train too: no long row
     arguments = [*options(planted), few, "connector=mlp", f"ckpt={tmp_path / 'run'}", "doctor.score=true"]

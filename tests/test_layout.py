@@ -20,6 +20,7 @@ RANK = {
     "objectives": 3,
     "optim": 3,
     "options": 3,
+    "sharding": 3,
     "artifact": 4,
     "module": 4,
     "run": 5,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.optim import lora_names
 
@@ -55,15 +55,14 @@ def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
     return [name for name, p in parameters if p.requires_grad or name.replace(".base_layer.", ".") in earlier]
 
 
-def save(folder: Path, *, model: nn.Module, manifest: Mapping[str, Any], names: list[str], step: int) -> None:
+def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int) -> None:
     """Write an artefact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
-    tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / "weights.safetensors.tmp"
-        save_file(tensors, aside, metadata={"format": "pt", "step": str(step)})
+        save_file(dict(tensors), aside, metadata={"format": "pt", "step": str(step)})
         os.replace(aside, folder / "weights.safetensors")
-        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, "tensors": names})
+        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, "tensors": list(tensors)})
     except (OSError, SafetensorError) as error:
         for left in folder.glob("*.tmp"):
             left.unlink()

@@ -22,6 +22,7 @@ from vlm.optim import set_trainable
 from vlm.options import bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
+from vlm.sharding import check_strategy
 
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
 STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
@@ -91,7 +92,11 @@ def check(cfg: Mapping[str, Any]) -> None:
     _check_llm(cfg, connector=connector, llm=llm)
     bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
     bind("stage.objective", cfg["stage"]["objective"])
-    bind("trainer", {**cfg["trainer"], "precision": precision(cfg)}, derived={"callbacks": None, "logger": None})
+    check_strategy(cfg["trainer"], quantization=cfg["llm"].get("quantization", "none"))
+    trainer = {**cfg["trainer"], "precision": precision(cfg)}
+    if isinstance(trainer["strategy"], dict):
+        bind("trainer.strategy", trainer.pop("strategy"))
+    bind("trainer", trainer, derived={"callbacks": None, "logger": None})
     for name, options in cfg["callbacks"].items():
         bind(f"callbacks.{name}", options)
     if cfg["logger"]:
@@ -238,6 +243,8 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         "use_distributed_sampler": False,
     }
     try:
+        if isinstance(options["strategy"], dict):
+            options["strategy"] = bind("trainer.strategy", options["strategy"])()
         return bind("trainer", options, derived)()
     except MisconfigurationException as error:
         raise ValueError(f"this machine cannot run this trainer: {error} Choose trainer=cpu or auto") from error

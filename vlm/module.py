@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
 from vlm.optim import cosine, parameter_groups
 from vlm.schema import Batch, LossOutput
+from vlm.sharding import FullyShard
 
 
 class NotFinite(ValueError):
-    """The loss or a gradient became NaN or infinite; the weights are those of the last good step."""
+    """The loss or a gradient became NaN or infinite; the weights are those of the last good step.
+
+    All ranks raise it together.
+    """
 
 
 class VLMModule(pl.LightningModule):
@@ -37,12 +44,17 @@ class VLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.strict_loading = False  # a checkpoint holds what trains; `on_load_checkpoint` looks at its names
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_share, self.lr_floor = warmup_share, lr_floor
         self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
         self.validated_step = -1  # the optimiser steps behind the validation figures
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullyShard):
+            self.trainer.strategy.shard(self.model)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
@@ -51,17 +63,39 @@ class VLMModule(pl.LightningModule):
         schedule = cosine(optimizer, warmup=round(steps * self.warmup_share), steps=steps, floor=self.lr_floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        if self.global_rank:  # else dropout would drop the same places on all ranks
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         output = self.objective(self.model, batch)
         self._ids += batch.ids
         for name, value in output.sums.items():
-            if not torch.isfinite(value):
-                self._stop(f"{name} is {value.item()}")
             self._add(name, value.detach(), output.counts[name])
         places, tokens = batch.attention_mask.numel(), int(batch.attention_mask.sum())
         self._add("padding_share", places - tokens, places)
         self._add("supervised_share", len(batch.targets), tokens)
-        return sum(value for name, value in output.sums.items() if name.endswith("_loss"))
+        return self._total(output)
+
+    def _total(self, output: LossOutput) -> Tensor:
+        """The sum of the losses, weighed so that its gradient over the step's largest count is that of a sum of means.
+
+        Over those of several losses their counts, of all ranks, must be known here. DeepSpeed keeps the gradients to
+        itself, so for it the division that `on_before_optimizer_step` makes is made here.
+        """
+        losses = [name for name in output.sums if name.endswith("_loss")]
+        early = self.trainer.strategy.handles_gradient_accumulation
+        if len(losses) == 1 and not early:
+            return output.sums[losses[0]]
+        counts = self._over_ranks([output.counts[name] for name in losses])
+        if len(set(counts)) > 1 and self.trainer.accumulate_grad_batches > 1:
+            told = ", ".join(f"{name} over {count:.0f}" for name, count in zip(losses, counts, strict=True))
+            raise ValueError(
+                f"the objective means {told}, which cannot be told apart once batches are added up; set "
+                "trainer.accumulate_grad_batches=1 with a larger data.batch_size"
+            )
+        unit = self.trainer.world_size if early else max(counts)
+        return sum(output.sums[n] * (unit / count) for n, count in zip(losses, counts, strict=True) if count)
 
     def _add(self, name: str, value: Tensor | int, count: int) -> None:
         """Add to the sums of the optimiser step in progress."""
@@ -69,70 +103,80 @@ class VLMModule(pl.LightningModule):
         self._counts[name] = self._counts.get(name, 0) + count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning divided the sums by the accumulated batches, and DDP by the ranks.
+        # Lightning divided the sums by the accumulated batches, and DDP or FSDP by the ranks. It clips after this hook.
         names = list(self._sums)
-        values = [torch.as_tensor(v, dtype=torch.float64) for n in names for v in (self._sums[n], self._counts[n])]
-        totals = self.all_reduce(torch.stack([v.to(self.device) for v in values])).view(-1, 2).tolist()
-        tokens = totals[0][1]
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        sums = self._over_ranks([value for name in names for value in (self._sums[name], self._counts[name])])
+        totals = dict(zip(names, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        for name, (total, _) in totals.items():
+            if not math.isfinite(total):
+                self._stop(f"{name} is {total}")
+        tokens = max(count for name, (_, count) in totals.items() if name.endswith("_loss"))
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]  # none where DeepSpeed keeps them
+        for gradient in gradients:
+            gradient.mul_(self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
             self._stop(f"the gradient norm is {norm.item()}")
-        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
         self.log_dict({f"train/{name}": value for name, value in means.items()} | {"train/loss": loss})
         self.log_dict({"train/grad_norm": norm, "train/tokens": tokens})
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:
-        zero = torch.zeros(2, dtype=torch.float64)
-        self._seen: dict[str, Tensor] = dict.fromkeys(("loss", "correct", *CONDITIONS), zero)
+        self._seen: dict[tuple[str, str], Tensor] = {}  # of a condition, the sum and the count of a loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """The same rows with their own images, with others' and with blank ones."""
         output = self.objective(self.model, batch)
         self._see("loss", output)
         for name in (name for name in output.sums if name.startswith("loss/")):  # of each source of a mixture
-            self._see_one(name, output.sums[name], output.counts[name])
-        if batch_index == 0 and len(batch.pixels):  # visual tokens far louder or softer than words learn slowly
+            self._see_one("source", name, output.sums[name].item(), output.counts[name])
+        if batch_index == 0:  # visual tokens far louder or softer than words learn slowly
             visual = self.model.connector(self.model.encoder(batch.pixels))
-            self.log("val/visual_rms", visual.float().square().mean().sqrt(), batch_size=1)
-            self.log("val/embed_rms", self.model.llm.embed_rms, batch_size=1)
+            if len(visual):
+                self.log("val/visual_rms", visual.float().square().mean().sqrt(), batch_size=1)
+                self.log("val/embed_rms", self.model.llm.embed_rms, batch_size=1)
         pictured = with_images(batch)
         changed = {name: change(pictured) for name, change in CONDITIONS.items()} if pictured is not None else {}
-        if changed and None not in changed.values():
-            self._see("correct", output if pictured is batch else self.objective(self.model, pictured))
-            for name, other in changed.items():
-                self._see(name, self.objective(self.model, other))
+        comparable = bool(changed) and None not in changed.values()
+        # Where the model is sliced, all ranks must run it equally often, also one that has nothing to compare.
+        compared, partly = self._over_ranks([comparable, comparable and pictured is not batch])
+        if compared:
+            same = self.objective(self.model, pictured or batch) if partly else output
+            self._see("correct", same, counts=comparable)
+            for name in CONDITIONS:
+                self._see(name, self.objective(self.model, changed.get(name) or batch), counts=comparable)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.all_reduce(torch.stack(list(self._seen.values())).to(self.device)).tolist()
-        means = {name: total / count for name, (total, count) in zip(self._seen, totals, strict=True) if count}
-        if "correct" not in means:
+        sums = self._over_ranks([value for pair in self._seen.values() for value in pair])
+        means = {key: a / b for key, a, b in zip(self._seen, sums[::2], sums[1::2], strict=True) if b}
+        if not any(condition == "correct" for condition, _ in means):
             raise ValueError("validation needs at least two different images in a batch to measure the visual gain")
-        self.log_dict({f"val/{name}": mean for name, mean in means.items() if name.startswith("loss/")})
+
+        def total(condition: str) -> float:
+            return sum(mean for (name, _), mean in means.items() if name == condition)
+
+        self.log_dict({f"val/{name}": mean for (condition, name), mean in means.items() if condition == "source"})
         self.log_dict(
             {
-                "val/loss": means["loss"],
-                "val/loss_shuffled": means["shuffled"],
-                "val/loss_blank": means["blank"],
-                "val/visual_gain": means["shuffled"] - means["correct"],
+                "val/loss": total("loss"),
+                "val/loss_shuffled": total("shuffled"),
+                "val/loss_blank": total("blank"),
+                "val/visual_gain": total("shuffled") - total("correct"),
             }
         )
         self.validated_step = self.global_step
 
-    def _see(self, name: str, output: LossOutput) -> None:
-        """Add an output's losses to the sums of one condition."""
-        for loss in (key for key in output.sums if key.endswith("_loss")):
-            self._see_one(name, output.sums[loss], output.counts[loss])
+    def _see(self, condition: str, output: LossOutput, *, counts: bool = True) -> None:
+        """Add an output's losses to the sums of one condition, or nothing to them."""
+        for name in (name for name in output.sums if name.endswith("_loss")):
+            self._see_one(condition, name, output.sums[name].item() * counts, output.counts[name] * counts)
 
-    def _see_one(self, name: str, value: Tensor, count: int) -> None:
-        pair = torch.tensor([value.item(), count], dtype=torch.float64)
-        self._seen[name] = self._seen.get(name, 0) + pair
+    def _see_one(self, condition: str, name: str, value: float, count: int) -> None:
+        pair = torch.tensor([value, count], dtype=torch.float64)
+        self._seen[condition, name] = self._seen.get((condition, name), 0) + pair
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen tensors out: they are the base models'."""
@@ -144,14 +188,19 @@ class VLMModule(pl.LightningModule):
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if odd := sorted(trainable ^ set(checkpoint["state_dict"])):
             raise ValueError(f"the checkpoint does not fit this run: {len(odd)} tensors differ, first {odd[0]!r}")
-        self.strict_loading = False
 
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        return self.trainer.strategy.reduce(values, reduce_op="sum")
+    def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
+        """The sum of each over all ranks."""
+        ours = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values])
+        return self.trainer.strategy.reduce(ours, reduce_op="sum").tolist()
 
     def _stop(self, what: str) -> None:
+        """Raise, on all ranks, what all of them have seen."""
+        of_ranks = [self._ids] * self.trainer.world_size
+        if len(of_ranks) > 1:
+            torch.distributed.all_gather_object(of_ranks, self._ids)
+        ids = ", ".join(name for names in of_ranks for name in names)
         raise NotFinite(
-            f"{what} at step {self.global_step + 1}, samples {', '.join(self._ids)}; the weights of step "
+            f"{what} at step {self.global_step + 1}, samples {ids}; the weights of step "
             f"{self.global_step} are kept: lower stage.lr, or look at these samples"
         )

@@ -13,10 +13,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from vlm import artifact
+from vlm.module import NotFinite
+from vlm.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
+SLICED = (FullyShard, DeepSpeedStrategy)
 BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
 
 
@@ -82,8 +86,13 @@ class Save(pl.Callback):
             self._save(trainer, module)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        if trainer.global_step > self._saved and not isinstance(exception, artifact.SaveError):
+        if trainer.global_step <= self._saved or isinstance(exception, artifact.SaveError):
+            return
+        together = isinstance(exception, NotFinite)  # which all ranks raise; from a sliced model they save together
+        if together or not isinstance(trainer.strategy, SLICED):
             self._save_artifact(trainer, module, self.run_dir)  # in the middle of a step nothing can be resumed
+        if together:
+            trainer.strategy.barrier()  # the first rank to end would take the others with it
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._rng_of_ranks, "best": self._best_value}
@@ -107,6 +116,8 @@ class Save(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
         self._saved = trainer.global_step
         self._save_artifact(trainer, module, self.run_dir)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose checkpoints are folders of its own
+            return
         self._rng_of_ranks: list[dict[str, Any]] = [{}] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(self._rng_of_ranks, rng_state())
@@ -129,11 +140,9 @@ class Save(pl.Callback):
         self._time = time.monotonic()
 
     def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
-        names = artifact.trained_names(module.model, self.inherited)
+        tensors = gather(module.model, artifact.trained_names(module.model, self.inherited))  # with all ranks
         if trainer.is_global_zero:
-            artifact.save(
-                folder / "artifact", model=module.model, manifest=self.manifest, names=names, step=trainer.global_step
-            )
+            artifact.save(folder / "artifact", tensors=tensors, manifest=self.manifest, step=trainer.global_step)
 
 
 def rng_state() -> dict[str, Any]:

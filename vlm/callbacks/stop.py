@@ -6,12 +6,13 @@ import signal
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from a scheduler that wants the machine back
 
 
 class StopOnSignal(pl.Callback):
-    """Turns the first signal into a stop request; `received` is that signal, or None."""
+    """Turns the first signal into a stop request; `received` is that signal, on whichever rank it came, or None."""
 
     received: signal.Signals | None = None
 
@@ -28,10 +29,11 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # a step that has begun is done first
-        asked = self.received is not None
         if trainer.world_size > 1:  # ranks stop after the same step or wait for each other for ever
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        trainer.should_stop = trainer.should_stop or asked
+            ours = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(ours, reduce_op="max"))
+            self.received = signal.Signals(number) if number else None
+        trainer.should_stop = trainer.should_stop or self.received is not None
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for signum, before in self._before.items():

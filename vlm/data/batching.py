@@ -110,11 +110,16 @@ class Batches(Sampler[Rows]):
 class EvenBatches(Sampler[Rows]):
     """The validation batches of one rank, of one sample a row.
 
-    Their sizes differ by one at most, so that the last never holds a lonely image.
+    Their sizes differ by one at most, so that the last never holds a lonely image, and every rank has as many.
     """
 
     def __init__(self, indices: Sequence[int], *, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
-        num = -(-len(indices) // batch_size)
+        if len(indices) < 2 * num_ranks:
+            raise ValueError(
+                f"validation has {len(indices)} samples for {num_ranks} processes, each of which needs two images to "
+                f"compare; set data.num_val_samples={2 * num_ranks} or more"
+            )
+        num = num_ranks * -(-len(indices) // (num_ranks * batch_size))
         bounds = [i * len(indices) // num for i in range(num + 1)]
         batches = [[[index] for index in indices[a:b]] for a, b in itertools.pairwise(bounds)]
         self.batches = batches[rank::num_ranks]
