@@ -108,7 +108,13 @@ class Steps(pl.Callback):
 
 
 def fit(
-    folder: Path, make: Callable[[], Any], strategy: Any = "auto", *, num_ranks: int = 1, accumulate: int = 1, **more: Any
+    folder: Path,
+    make: Callable[[], Any],
+    strategy: Any = "auto",
+    *,
+    num_ranks: int = 1,
+    accumulate: int = 1,
+    **more: Any,
 ) -> dict[str, Any]:
     """Four steps of eight rows, over so many ranks and batches; then a validation of the same rows."""
     model, states = make()
@@ -134,7 +140,9 @@ def fit(
     halves = [part_of(rows, 0, 4, num_tokens) for rows in STEPS] + [part_of(rows, 4, 8, num_tokens) for rows in STEPS]
     mine = halves[rank * 8 // num_ranks : (rank + 1) * 8 // num_ranks]  # the second rank has more text, at first alone
     figures = trainer.validate(module, DataLoader(mine, batch_size=None), verbose=False)[0]
-    prompts = make_batch(([11, IMAGE], []), ([12, 13, IMAGE], []), side="left", images=pictures(2), num_tokens=num_tokens)
+    prompts = make_batch(
+        ([11, IMAGE], []), ([12, 13, IMAGE], []), side="left", images=pictures(2), num_tokens=num_tokens
+    )
     answers = model.eval().generate(prompts, stop_ids=[1], max_new_tokens=4)
     return {"steps": steps.seen, "tensors": gather(module, names), "val": figures, "answers": answers}
 
@@ -163,7 +171,10 @@ def main(folder: Path) -> None:
         results[name, "stopped"] = stopped(folder / f"stopped_{name}", strategy())
     results["fsdp", "accumulated"] = fit(folder, tokens, FullyShard(), num_ranks=2, accumulate=2)
     for name in ("ddp", "fsdp"):
-        assert train(*RUN, f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={folder / name}") == 0
+        assert (
+            train(*RUN, f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={folder / name}")
+            == 0
+        )
     resumed = folder / "resumed"
     if rank == 0:
         shutil.copytree(folder / "fsdp", resumed)

@@ -151,6 +151,8 @@ def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
         ("+logger._target_=subprocess.run", ["logger._target_=subprocess.run is not allowed"]),
         ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
         ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
+        ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp, deepspeed_zero2"]),
+        ("trainer.strategy={_target_:os.system}", ["trainer.strategy._target_=os.system is not allowed"]),
         ("data=captions", ["data.annotations must be given; set data.annotations="]),
         ("data.augment={cropped:0.5}", ["data.augment.cropped", "did you mean crop?"]),
     ],

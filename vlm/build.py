@@ -94,7 +94,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     bind("stage.objective", cfg["stage"]["objective"])
     check_strategy(cfg["trainer"], quantization=cfg["llm"].get("quantization", "none"))
     trainer = {**cfg["trainer"], "precision": precision(cfg)}
-    if isinstance(trainer["strategy"], dict):
+    if isinstance(trainer.get("strategy"), dict):
         bind("trainer.strategy", trainer.pop("strategy"))
     bind("trainer", trainer, derived={"callbacks": None, "logger": None})
     for name, options in cfg["callbacks"].items():
@@ -243,7 +243,7 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         "use_distributed_sampler": False,
     }
     try:
-        if isinstance(options["strategy"], dict):
+        if isinstance(options.get("strategy"), dict):
             options["strategy"] = bind("trainer.strategy", options["strategy"])()
         return bind("trainer", options, derived)()
     except MisconfigurationException as error:

@@ -78,7 +78,7 @@ def _whole(parameter: nn.Parameter) -> Any:
 
 def check_strategy(trainer: Mapping[str, Any], *, quantization: str) -> None:
     """Raise ValueError for a strategy that cannot train this, or would not save it whole."""
-    strategy = trainer["strategy"]
+    strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str):
         if strategy.startswith(("fsdp", "deepspeed")):
             raise ValueError(
@@ -90,7 +90,7 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str) -> None:
         raise ValueError(
             f"llm.quantization={quantization} makes weights that cannot be sliced; set it to none or use trainer=ddp"
         )
-    batches = trainer["accumulate_grad_batches"]
+    batches = trainer.get("accumulate_grad_batches", 1)
     if _is_deepspeed(strategy) and batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches={batches}, but DeepSpeed would give every batch the same weight however "
@@ -100,7 +100,7 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str) -> None:
 
 def check_resumes(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError for a strategy with which a run keeps no checkpoints."""
-    if _is_deepspeed(trainer["strategy"]):
+    if _is_deepspeed(trainer.get("strategy")):
         raise ValueError(
             "with DeepSpeed a run saves its artefact but no checkpoint to resume from; start a new run with ckpt=, or "
             "choose trainer=fsdp from the start"

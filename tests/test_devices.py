@@ -1,0 +1,245 @@
+"""The same number everywhere: eight rows at once, one by one, or on two real processes that hold copies or slices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from safetensors.torch import load_file
+
+from tests import ranks
+from tests.parts import make_module
+from tests.test_cli import QUICK, ROOT, evaluate, files, read, told, train
+from vlm import artifact
+from vlm.data.batching import EvenBatches
+from vlm.sharding import check_resumes, check_strategy
+
+__all__ = ["told"]  # a fixture
+# float32 sums in another order; Adam divides a gradient by its own size, so a parameter may move by more than it
+FIGURES, TENSORS = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 0, "atol": 1e-5}
+STRATEGIES = ["ddp", "fsdp"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, Any]]]:
+    """The folder and the results of two processes."""
+    folder = tmp_path_factory.mktemp("two ranks")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ranks", str(folder)]
+    started = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        told = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], told
+    return folder, [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process makes of all eight rows at once."""
+    folder = tmp_path_factory.mktemp("one")
+    made = {make.__name__: ranks.fit(folder, make) for make in (ranks.tokens, ranks.layers)}
+    return made | {"losses": ranks.fit(folder, ranks.tokens, objective=ranks.TwoLosses())}
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert len(ours["steps"]) == len(theirs["steps"]) == 4
+    for step, expected in zip(ours["steps"], theirs["steps"], strict=True):
+        figures = {name for name in expected if not name.endswith("_share")}  # of padding, which batches differ in
+        assert {"train/loss", "train/grad_norm", "train/tokens", "clipped"} <= figures
+        for name in figures:
+            torch.testing.assert_close(step[name], expected[name], **FIGURES, msg=name)
+    torch.testing.assert_close(ours["tensors"], theirs["tensors"], **TENSORS)
+
+
+def test_rows_one_by_one_are_a_batch(one: dict[str, Any], tmp_path: Path) -> None:
+    """Steps in which half of the rows, or all, are text alone; a clip that bites."""
+    steps = one["tokens"]["steps"]
+    assert [step["train/tokens"] for step in steps] == [18.0, 16.0, 20.0, 18.0]
+    assert all(step["train/grad_norm"] > 0.5 for step in steps)
+    assert all(step["clipped"] == pytest.approx(0.5, rel=1e-4) for step in steps), "clipped is what was divided"
+    assert_same(ranks.fit(tmp_path, ranks.tokens, accumulate=8), one["tokens"])
+
+
+@pytest.mark.parametrize("case", ["tokens", "layers", "losses"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: str) -> None:
+    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; two losses of other counts."""
+    ours = two[1][0][strategy, case]
+    assert_same(ours, one[case])
+    for name in ("val/loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain"):
+        torch.testing.assert_close(ours["val"][name], one[case]["val"][name], **FIGURES, msg=name)
+    assert all(rank[strategy, case]["answers"].tolist() == one[case]["answers"].tolist() for rank in two[1])
+
+
+def test_two_ranks_that_accumulate_are_one(two: Any, one: dict[str, Any]) -> None:
+    assert_same(two[1][0]["fsdp", "accumulated"], one["tokens"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_that_is_not_finite_stops_all(two: Any, strategy: str) -> None:
+    folder, results = two
+    names = ", ".join(f"sample/{number}" for number in range(8))
+    for result in results:
+        assert result[strategy, "stopped"].startswith(
+            f"lm_loss is nan at step 3, samples {names}; the weights of step 2"
+        )
+    with artifact.safe_open(
+        folder / f"stopped_{strategy}" / "artifact" / "weights.safetensors", framework="pt"
+    ) as file:
+        assert file.metadata()["step"] == "2"
+
+
+@pytest.fixture(scope="module")
+def alone(two: Any) -> Path:
+    """The run of the two ranks by one process, which adds up two batches of two rows."""
+    run = two[0] / "alone"
+    arguments = ["trainer=cpu", "trainer.accumulate_grad_batches=2", f"run_dir={run}"]
+    assert train(*ranks.RUN, *arguments) == 0
+    return run
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    odd = ("perf/", "train/padding", "val/visual_rms")  # of the first rank's own batches
+    return [{n: v for n, v in line.items() if not n.startswith(odd)} for line in read(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_is_the_same_on_two_ranks(two: Any, alone: Path, strategy: str) -> None:
+    run = two[0] / strategy
+    ours, theirs = figures(run), figures(alone)
+    assert [line["step"] for line in ours] == [1, 2, 2, 3, 4, 4]
+    for line, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(line, expected, **FIGURES)
+    assert files(run) - {"checkpoints/last-1.ckpt"} == files(alone) - {"checkpoints/last-1.ckpt"}
+    ours, theirs = (load_file(folder / "artifact" / "weights.safetensors") for folder in (run, alone))
+    torch.testing.assert_close(ours, theirs, **TENSORS)
+    assert read(run / "samples.jsonl") == read(alone / "samples.jsonl")
+
+
+def test_a_sliced_run_goes_on_bit_for_bit(two: Any) -> None:
+    folder, _ = two
+    assert figures(folder / "resumed") == figures(folder / "fsdp")
+    tensors = [load_file(folder / name / "artifact" / "weights.safetensors") for name in ("resumed", "fsdp")]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+
+
+def test_a_sliced_run_is_evaluated_by_one_process(two: Any, alone: Path) -> None:
+    found = []
+    for run in (two[0] / "fsdp", alone):
+        assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=4", "batch_size=2", "max_new_tokens=2") == 0
+        found.append(json.loads((run / "eval" / "results.json").read_text())["metrics"])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_ranks_of_their_own(two: Any, tmp_path: Path) -> None:
+    """Lightning's own start of a second rank, in both jobs of a sweep."""
+    options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.val_check_interval=4"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *ranks.RUN, *options, "seed=0,1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(tmp_path.glob("multirun/*/*"))
+    assert ["seed=0" in run.name for run in runs] == [True, False]
+    assert not (tmp_path / "runs").exists()
+    assert done.stdout.count("What trains") == 2, "one rank talks"
+    for run, other in ((runs[0], two[0] / "ddp"), (runs[1], None)):
+        ours = [line["train/loss"] for line in read(run / "metrics.jsonl") if "train/loss" in line]
+        theirs = [line["train/loss"] for line in read((other or run) / "metrics.jsonl") if "train/loss" in line]
+        assert ours == theirs
+        assert len(ours) == 4
+
+
+def test_ranks_from_outside_must_share_a_directory(monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(*QUICK) == 2
+    assert told() == "Error: 2 processes were started and need one run directory between them; set run_dir=<folder>"
+
+
+def test_losses_of_unlike_counts_are_not_added_up(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lm_loss over 5, size_loss over 1, which .* accumulate_grad_batches=1"):
+        ranks.fit(tmp_path, ranks.tokens, accumulate=8, objective=ranks.TwoLosses())
+
+
+def test_two_losses_are_the_sum_of_their_means(one: dict[str, Any]) -> None:
+    model, states = ranks.tokens()
+    make_module(model, states=states)
+    batch = ranks.part_of(ranks.STEPS[0], 0, 8, 4)
+    output = ranks.TwoLosses()(model, batch)
+    assert output.counts == {"lm_loss": 18, "size_loss": 6}
+    mean = output.sums["lm_loss"] / 18 + output.sums["size_loss"] / 6
+    mean.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    first = one["losses"]["steps"][0]
+    assert first["train/loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert first["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_every_rank_validates_as_often() -> None:
+    for num, size, num_ranks in ((8, 4, 2), (9, 4, 2), (7, 3, 3), (128, 8, 8), (4, 8, 2)):
+        parts = [list(EvenBatches(range(num), batch_size=size, rank=r, num_ranks=num_ranks)) for r in range(num_ranks)]
+        assert len({len(part) for part in parts}) == 1
+        rows = [batch for part in parts for batch in part]
+        assert sorted(index for batch in rows for row in batch for index in row) == list(range(num))
+        assert max(map(len, rows)) <= size
+    with pytest.raises(ValueError, match="validation has 3 samples for 2 processes"):
+        EvenBatches(range(3), batch_size=4, rank=0, num_ranks=2)
+
+
+def test_what_deepspeed_and_slices_cannot_do() -> None:
+    deepspeed = {"strategy": {"_target_": "lightning.pytorch.strategies.DeepSpeedStrategy", "stage": 2}}
+    check_strategy({**deepspeed, "accumulate_grad_batches": 1}, quantization="none")
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2, but DeepSpeed .* choose trainer=fsdp"):
+        check_strategy({**deepspeed, "accumulate_grad_batches": 2}, quantization="none")
+    with pytest.raises(ValueError, match="saves its artefact but no checkpoint to resume from"):
+        check_resumes(deepspeed)
+    with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sliced"):
+        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="nf4")
+    check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4")
+
+
+def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:
+    """The script with stand-ins: a signal before the end, a second start, a third that ends."""
+    for name, lines in {
+        "srun": 'exec "$@"',
+        "scontrol": 'echo "scontrol $*" >> log',
+        "python": """
+            echo "$*" >> log; mkdir -p run; touch run/config.yaml
+            [ -e over ] && exit 0
+            trap 'exit 143' TERM; kill -USR1 "$PPID"; while :; do sleep 0.1; done""",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4", "RUN": "run"}
+    env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "docs" / "slurm.sh"), "trainer=fsdp"]
+    codes = [subprocess.run(command, cwd=tmp_path, env=env, timeout=60).returncode for _ in range(2)]
+    (tmp_path / "over").touch()
+    codes.append(subprocess.run(command, cwd=tmp_path, env=env, timeout=60).returncode)
+    assert codes == [143, 143, 0]
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "train.py trainer=fsdp run_dir=run trainer.num_nodes=2 trainer.devices=4",
+        "scontrol requeue 7",
+        "train.py resume=run",
+        "scontrol requeue 7",
+        "train.py resume=run",
+    ]
