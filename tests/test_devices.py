@@ -45,7 +45,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, 
         for rank in (0, 1)
     ]
     try:
-        told = [process.communicate(timeout=500)[0] for process in started]
+        told = [process.communicate(timeout=900)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -83,7 +83,7 @@ def test_rows_one_by_one_are_a_batch(one: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize("case", ["tokens", "layers", "losses"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: str) -> None:
-    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; two losses of other counts."""
+    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; losses of unlike counts."""
     ours = two[1][0][strategy, case]
     assert_same(ours, one[case])
     for name in ("val/loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain"):
@@ -156,7 +156,7 @@ def test_a_sweep_over_ranks_of_their_own(two: Any, tmp_path: Path) -> None:
     """Lightning's own start of a second rank, in both jobs of a sweep."""
     options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.val_check_interval=4"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *ranks.RUN, *options, "seed=0,1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     runs = sorted(tmp_path.glob("multirun/*/*"))
     assert ["seed=0" in run.name for run in runs] == [True, False]
