@@ -33,7 +33,7 @@ TEXT = [([31, 32], [41, 42, 43, 44, 45]), ([33], [46]), ([34, 35, 36], [47, 48])
 MIXED = [TEXT[0], PICTURED[1], PICTURED[2], TEXT[3]]
 STEPS = ([*PICTURED, *MIXED], [*PICTURED, *TEXT], [*TEXT, *MIXED], [*TEXT, *TEXT])  # a half is what one rank has
 RUN = [*QUICK, "data.num_val_samples=8", "data.batch_size=2", "trainer.max_steps=4", "trainer.val_check_interval=2"]
-RUN += ["stage=instruct", "stage.lora.dropout=0", "stage.encoder={last_n:1}", "stage.lr.encoder=1e-3"]
+RUN += ["stage=instruct", "stage.lora.dropout=0.0", "stage.encoder={last_n:1}", "stage.lr.encoder=1e-3"]
 RUN += ["checkpoint.every_n_steps=2", "trainer.precision=32-true"]
 
 

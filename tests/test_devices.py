@@ -175,6 +175,25 @@ def test_ranks_from_outside_must_share_a_directory(monkeypatch: pytest.MonkeyPat
     assert told() == "Error: 2 processes were started and need one run directory between them; set run_dir=<folder>"
 
 
+def test_a_launcher_that_is_not_installed(told: Any) -> None:
+    assert train("-m", *QUICK, "hydra/launcher=ray", "hydra.launcher._target_=hydra_plugins.none.Ray") == 2
+    error = told()
+    assert "this hydra/launcher is not installed" in error
+    assert "pip install 'vlm-template[launchers]'" in error
+
+
+@pytest.mark.slow
+def test_a_sweep_on_ray(tmp_path: Path) -> None:
+    """The command of docs/scaling.md, as it stands, with the smallest parts."""
+    tiny = ["llm=tiny", "encoder=tiny", "debug=fast", "trainer=cpu"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra/launcher=ray", "seed=0,1", *tiny]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    runs = sorted(tmp_path.glob("multirun/*/*/metrics.json"))
+    assert [f"seed={seed}" in run.parent.name for seed, run in enumerate(runs)] == [True, True]
+    assert len({json.loads(run.read_text())["val/loss"] for run in runs}) == 2
+
+
 def test_losses_of_unlike_counts_are_not_added_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lm_loss over 5, size_loss over 1, which .* accumulate_grad_batches=1"):
         ranks.fit(tmp_path, ranks.tokens, accumulate=8, objective=ranks.TwoLosses())

@@ -40,6 +40,10 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(tell)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(config_error(error))
+    except RuntimeError as error:
+        if "Unknown plugin class" not in str(error):
+            raise
+        fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
 
 
 def fail(message: str) -> None:
