@@ -121,7 +121,7 @@ class VLMModule(pl.LightningModule):
         means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
         self.log_dict({f"train/{name}": value for name, value in means.items()} | {"train/loss": loss})
-        self.log_dict({"train/grad_norm": norm, "train/tokens": tokens})
+        self.log_dict({"train/tokens": tokens} | ({"train/grad_norm": norm} if gradients else {}))
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:

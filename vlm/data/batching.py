@@ -114,7 +114,7 @@ class EvenBatches(Sampler[Rows]):
     """
 
     def __init__(self, indices: Sequence[int], *, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
-        if len(indices) < 2 * num_ranks:
+        if num_ranks > 1 and len(indices) < 2 * num_ranks:
             raise ValueError(
                 f"validation has {len(indices)} samples for {num_ranks} processes, each of which needs two images to "
                 f"compare; set data.num_val_samples={2 * num_ranks} or more"
