@@ -1,6 +1,6 @@
 #!/bin/bash
 # RUN=runs/big sbatch docs/slurm.sh trainer=fsdp llm=llama3_8b data=…
-# One run on several nodes. Before the time limit, or when it is pre-empted, it saves, queues again and goes on.
+# One run on several nodes. Before the time limit, or when it is preempted, it saves, queues again and goes on.
 #SBATCH --job-name=vlm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
