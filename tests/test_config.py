@@ -176,6 +176,16 @@ def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
             ["max_epoch"],
         ),
         ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
+        (
+            "logger",
+            "_target_: lightning.pytorch.loggers.WandbLogger\nsave_dir: x\nentiti: y",
+            ["logger.entiti", "did you mean entity?"],
+        ),
+        (
+            "logger",
+            "_target_: lightning.pytorch.loggers.TensorBoardLogger\nsave_dir: x\nflush_sec: 3",
+            ["did you mean flush_secs?"],
+        ),
         ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnSignal\n  soon: 1", ["callbacks.stop.soon"]),
         ("encoder", "_target_: vlm.encoders.timm.TimmEncoder\nweights: random", ["encoder lacks the option name"]),
     ],
@@ -186,6 +196,13 @@ def test_a_slip_in_a_file(tmp_path: Path, group: str, lines: str, said: list[str
     told = refusal(f"{group}=mine", f"hydra.searchpath=[file://{tmp_path}]")
     for words in said:
         assert words in told, told
+
+
+def test_a_logger_takes_what_it_passes_on() -> None:
+    build.check(settings("logger=wandb", "+logger.entity=us"))
+    build.check(settings("logger=tensorboard", "+logger.flush_secs=3"))
+    with pytest.raises(ValueError, match=r"logger\.entity; .*choose one of .*flush_secs"):
+        build.check(settings("logger=tensorboard", "+logger.entity=us"))
 
 
 def test_an_unknown_section_is_refused() -> None:
