@@ -1,4 +1,4 @@
-"""What an LLM forgets: nothing where it is frozen; else measured by hand, with a gate; and texts replayed against it."""
+"""What an LLM forgets: nothing where it is frozen; else measured by hand, with a gate; texts replayed against it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_frozen_llm_forgets_nothing(tmp_path: Path, fusion: str) -> None:
 
 
 def test_the_loss_by_hand(tmp_path: Path) -> None:
-    """Two texts of unlike length, each alone without padding; a cut or another `train_on` of the run changes nothing."""
+    """Two texts of unlike length, each alone without padding; the run's own cut and `train_on` change nothing."""
     file = tmp_path / "two.jsonl"
     turns = [("Hi", "A longer answer."), ("Where is the star?", "左上")]
     records = [
@@ -171,6 +171,7 @@ OPTIONS = [
     "data.num_train=30",
     "trainer.max_steps=4",
     "checkpoint.every_n_steps=2",
+    "logger=csv",
 ]
 
 
@@ -193,6 +194,7 @@ def test_a_run_resumed_with_replay_measures_from_the_same_base(tmp_path: Path) -
     assert first["text/loss"] != second["text/loss"]
     final = json.loads((run / "metrics.json").read_text())
     assert {name: final[name] for name in second} == second
+    assert set(second) <= set((run / "csv" / "metrics.csv").read_text().splitlines()[0].split(","))
     losses = [line for line in read(run / "metrics.jsonl") if "train/loss" in line]
     assert any("train/loss/replay" in line for line in losses)
     shutil.copytree(run, again)
@@ -207,7 +209,8 @@ def test_a_run_that_forgets_too_much_stops(tmp_path: Path, told: Any) -> None:
     (figures,) = texts_of(run)
     assert told() == (
         f"Error: text/forgetting is {figures['text/forgetting']:.3f} nats a token at step 2, above "
-        "callbacks.forgetting.max=-1.0; the artefact of this step is kept: lower stage.lr.llm, or raise data.text_replay"
+        "callbacks.forgetting.max=-1.0; the artefact of this step is kept: lower stage.lr.llm, or raise "
+        "data.text_replay"
     )
     with artifact.safe_open(run / "artifact" / "weights.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == "2"

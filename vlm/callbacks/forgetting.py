@@ -19,8 +19,7 @@ class Forgetting(pl.Callback):
     The LLM reads the texts alone: no image, no connector. Its base is the LLM as the stage found it, without the
     adapter if it has one. It is measured once, before the first step, and a run that goes on remembers it.
 
-    Nothing is measured where the stage freezes the LLM: no step can change what it says, so the figure would tell
-    nothing.
+    Nothing is measured where the stage freezes the LLM: no step can change what it says.
 
     Args:
         max: the forgetting above which the run stops, with its artefact saved; None stops none.
@@ -58,7 +57,7 @@ class Forgetting(pl.Callback):
         self._base = state_dict["base"]
 
     def _loss(self, trainer: pl.Trainer, module: Any) -> float:
-        """Of all texts on each rank: they are few, and what ranks would have to add up is no longer one number."""
+        """Each rank reads all the texts: they are few, and all ranks come to one figure without a word."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(self, "_batches"):
             self._batches = text_batches(data.text, data.spec)
