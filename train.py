@@ -81,7 +81,8 @@ def train(cfg: Any) -> None:
     if received is None:
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
-        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        kinds = ("val/", "text/")
+        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith(kinds)}
         with trainer.precision_plugin.forward_context():
             answers = dict(settings["answers"])
             indices = data.val_indices(answers.pop("num_samples"))

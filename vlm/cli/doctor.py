@@ -92,6 +92,7 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
     if settings["ckpt"]:
         settings |= _parts_of(settings["ckpt"])
     build.check(settings)
+    settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
     return settings, options
 
 

@@ -17,6 +17,7 @@ from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import collate, make_row
 from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
+from vlm.data.replay import with_replay
 from vlm.data.rows import Rows
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
@@ -45,6 +46,8 @@ class VLMDataModule(pl.LightningDataModule):
         seed: of the order of the samples.
         bad_samples_file: where skipped samples are named; None writes nothing.
         filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
+        text_replay: the share of the training samples that are conversations without images; 0 adds none.
+        replay_annotations: a file of such conversations; None takes those of the project.
 
     `connect` tells what only the model knows; call it before a loader is asked for.
     """
@@ -69,6 +72,8 @@ class VLMDataModule(pl.LightningDataModule):
         seed: int = 0,
         bad_samples_file: Path | None = None,
         filter: str | None = None,
+        text_replay: float = 0.0,
+        replay_annotations: str | None = None,
     ) -> None:
         super().__init__()
         self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
@@ -77,6 +82,8 @@ class VLMDataModule(pl.LightningDataModule):
         for split, samples in self.splits.items():
             if len(samples) < 2:
                 raise ValueError(f"the {split} split has {len(samples)} samples, it needs at least 2; see data.*")
+        if text_replay:
+            self.splits["train"] = with_replay(self.splits["train"], share=text_replay, annotations=replay_annotations)
         if batching == "tokens" and batch_tokens < max_length:
             raise ValueError(
                 f"data.batch_tokens={batch_tokens} does not hold a row of data.max_length={max_length} tokens; "
