@@ -1,7 +1,7 @@
 """Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …].
 
-`python train.py resume=<run dir>` goes on with a run that ended too soon; `python train.py experiment=…` may run several
-stages, one after the other.
+`python train.py resume=<run dir>` goes on with a run that ended too soon; `python train.py experiment=…` may run
+several stages one after the other.
 """
 
 from __future__ import annotations

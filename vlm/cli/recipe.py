@@ -79,41 +79,49 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
     """The stages of a recipe, each composed and checked before the first one starts.
 
     A stage's options in the file stand between its experiment and debug=: where debug or the command line says
-    something else of the same key, they are left out. Raises ValueError where anything does not compose.
+    something of the same key, they are left out. Raises ValueError where a stage does not compose.
     """
+    listed, given = _listed(cfg), _given()
     if cfg.resume:
         raise ValueError("a recipe goes on when its command is given again; leave out resume=")
-    recipe: Any = OmegaConf.to_container(cfg.recipe)
-    known("recipe", recipe if isinstance(recipe, Mapping) else {str(recipe): None}, {"stages", "eval"})
-    listed = recipe.get("stages")
-    if not listed or not isinstance(listed, list) or not all(isinstance(s, dict) and "stage" in s for s in listed):
-        raise ValueError(f"recipe.stages={listed} is no list of stages; write [{{stage: align}}, {{stage: instruct}}]")
-    given = _given()
     if "stage" in given.values():
         names = ", ".join(entry["stage"] for entry in listed)
-        raise ValueError(
-            f"this experiment runs the stages {names}; leave out stage=, or add recipe=null for a plain run"
-        )
-    choices = HydraConfig.get().runtime.choices
+        raise ValueError(f"this recipe runs the stages {names}; leave out stage=, or add recipe=null for a plain run")
+    choices: Any = HydraConfig.get().runtime.choices
+    first = [f"experiment={choices.experiment}", "recipe=null"] if choices.experiment else []
     general = [line for line, key in given.items() if key.partition(".")[0] not in OURS or key == "debug"]
     start = [line for line, key in given.items() if key == "ckpt"]
-    first = [f"experiment={choices.experiment}", "recipe=null"] if choices.experiment else []
     stronger = {*given.values(), *(_keys(compose(f"debug/{choices.debug}")) if choices.debug else ())}
     stages = []
     for number, entry in enumerate(listed, start=1):
         name = f"{number}-{entry['stage']}"
+        own = [override(key, value) for key, value in entry.items() if key not in stronger]
+        options = [*first, *own, *general, *(start if number == 1 else ())]
         try:
             if barred := [key for key in entry if key.partition(".")[0] in OURS]:
                 raise ValueError(f"{barred[0]} is not for a stage to set; give it on the command line")
-            own = [override(key, value) for key, value in entry.items() if key not in stronger]
-            options = [*first, *own, *general, *(start if number == 1 else ())]
             composed = compose("train", [*options, override("run_dir", str(root / name))])
             if not plan.wanted(cfg):  # which needs no data
                 build.check(build.plain(composed))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            said = config_error(error) if not isinstance(error, ValueError) else error
-            raise ValueError(f"stage {name} of the recipe: {said}") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"stage {name} of the recipe: {config_error(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"stage {name} of the recipe: {error}") from error
         stages.append(Stage(name=name, run_dir=root / name, options=options, cfg=composed))
+    return stages
+
+
+def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The stages as the experiment has them. Raises ValueError where it has none."""
+    recipe: Any = OmegaConf.to_container(cfg.recipe) if OmegaConf.is_config(cfg.recipe) else cfg.recipe
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe={recipe} has no stages; write recipe.stages=[{{stage: align}}, {{stage: instruct}}]")
+    known("recipe", recipe, {"stages", "eval"})
+    stages = recipe.get("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and "stage" in s for s in stages):
+        raise ValueError(f"recipe.stages={stages} is no list of stages; write [{{stage: align}}, {{stage: instruct}}]")
+    if not isinstance(recipe.get("eval") or {}, dict):
+        raise ValueError(f"recipe.eval={recipe['eval']} is no set of options of eval.py; write {{data.task: instruct}}")
     return stages
 
 
@@ -130,11 +138,13 @@ def _written(value: Any) -> str:
         return f"[{','.join(map(_written, value))}]"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    text = str(value)
     try:
-        same = OverridesParser.create().parse_override(f"x={value}").value() == value
+        same = OverridesParser.create().parse_override(f"x={text}").value() == value
     except HydraException:
         same = False
-    return str(value) if same else "'{}'".format(str(value).replace("'", r"\'"))
+    escaped = text.replace("'", r"\'")
+    return text if same else f"'{escaped}'"
 
 
 def _given() -> dict[str, str]:
@@ -148,8 +158,8 @@ def _given() -> dict[str, str]:
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """The dotted names of all values."""
-    for key, value in node.items():
-        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else (f"{prefix}{key}",)
+    for key in map(str, node):
+        yield from _keys(node[key], f"{prefix}{key}.") if isinstance(node[key], DictConfig) else (prefix + key,)
 
 
 def _begin(stages: Sequence[Stage], number: int) -> list[str]:
@@ -207,8 +217,13 @@ def _tell(what: str, program: str, options: Sequence[str]) -> None:
     """Print a command so that it can be copied."""
     file = Path(CONF).parent / program
     shown = file.name if file.parent == Path.cwd() else str(file)
-    line = f"\n{what}: {shlex.join(['python', shown, *options])}"
+    line = f"\n{what}: python {' '.join(map(_quoted, [shown, *options]))}"
     run.CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell, which stays readable where Hydra's quotes are in it."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _run(what: str, program: str, options: Sequence[str], lock: int) -> None:
@@ -261,7 +276,7 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
         }
         for stage in stages
     ]
-    experiment = HydraConfig.get().runtime.choices.experiment
+    experiment = HydraConfig.get().runtime.choices["experiment"]
     asked = OmegaConf.to_container(cfg.recipe.eval) if evaluated else None
     write_json(root / "recipe.json", {"experiment": experiment, "eval": asked, "stages": rows})
     table = Table(title="After each stage")
