@@ -152,13 +152,16 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
         process = subprocess.Popen(
             [sys.executable, "train.py", *arguments], cwd=ROOT, env=same_sums, stdout=out, stderr=out
         )
-        until = time.monotonic() + 240
-        while not (log.exists() and '"step": 2,' in log.read_text()):
-            assert process.poll() is None, Path(out.name).read_text()
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)  # to the recipe alone, which tells its stage
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        try:
+            until = time.monotonic() + 240
+            while not (log.exists() and '"step": 2,' in log.read_text()):
+                assert process.poll() is None, Path(out.name).read_text()
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)  # to the recipe alone, which tells its stage
+            assert process.wait(timeout=120) == 128 + signal.SIGTERM
+        finally:
+            process.terminate()
     printed = Path(out.name).read_text()
     assert "1-align is finished" in printed
     assert printed.splitlines()[-1] == "Error: 2-instruct was stopped; the same command goes on there"
@@ -219,6 +222,13 @@ def test_a_plan_of_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert [plan["parts"]["llm"]["trainable"] for plan in plans] == [0, lora]
     assert {path.name for path in tmp_path.iterdir()} == {"plan-1-align.json", "plan-2-instruct.json"}
     assert "2-instruct: python" in capfd.readouterr().out
+
+
+def test_a_command_holds_the_directory_and_tells_its_end(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "w") as lock:
+        held = f"test -e /proc/$$/fd/{lock.fileno()} && exit 3"
+        assert recipe.wait_for(["sh", "-c", held], lock.fileno()) == 3
+        assert recipe.wait_for(["sh", "-c", "kill -KILL $$"], lock.fileno()) == 128 + signal.SIGKILL
 
 
 STAGES = "[{stage:align},{stage:instruct,%s}]"

@@ -169,12 +169,12 @@ def _begin(stages: Sequence[Stage], number: int) -> list[str]:
 
 
 def _evaluation(stage: Stage, cfg: DictConfig) -> list[str]:
-    """The options of eval.py that measure a stage on what all of them are measured on."""
-    sizes = [override(key, stage.cfg.answers[key]) for key in ("num_samples", "batch_size", "max_new_tokens")]
-    places = [line for line, key in _given().items() if key.partition(".")[0] in ("trainer", "hydra")]
+    """The options of eval.py that measure a stage, on one device, with what all stages are measured with."""
+    answers = {key: stage.cfg.answers[key] for key in ("num_samples", "batch_size", "max_new_tokens")}
+    machine = {f"trainer.{key}": stage.cfg.trainer[key] for key in ("accelerator", "precision")}
     asked: Any = OmegaConf.to_container(cfg.recipe.eval)
-    data = [override(key, value) for key, value in asked.items()]
-    return [override("ckpt", str(stage.run_dir)), *sizes, *places, *data]
+    options = {"ckpt": str(stage.run_dir), **answers, **machine, "trainer.devices": 1, **asked}
+    return [override(key, value) for key, value in options.items()]
 
 
 @contextmanager
@@ -260,8 +260,7 @@ def _figures(stage: Stage, cfg: DictConfig) -> dict[str, float] | None:
     """What eval.py has measured of a stage with the recipe's options; None where it has not."""
     file = stage.run_dir / "eval" / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    asked = [option for option in _evaluation(stage, cfg) if not option.startswith("hydra.")]
-    return results["metrics"] if results.get("options") == asked else None
+    return results["metrics"] if results.get("options") == _evaluation(stage, cfg) else None
 
 
 def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
