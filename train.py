@@ -1,6 +1,7 @@
 """Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …].
 
-`python train.py resume=<run dir>` goes on with a run that ended too soon.
+`python train.py resume=<run dir>` goes on with a run that ended too soon; `python train.py experiment=…` may run
+several stages one after the other.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ def train(cfg: Any) -> None:
     from vlm.callbacks.save import Save, newest_checkpoint
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
-    from vlm.cli import plan
+    from vlm.cli import plan, recipe
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
 
     hydra = HydraConfig.get()
+    if cfg.recipe is not None:
+        recipe.run_stages(cfg)
+        return
     cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
     if plan.wanted(cfg):
         plan.plan(cfg)

@@ -23,6 +23,7 @@ NEEDED = {
     ("data", "image_folder"): ["data.root=a"],
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
+    ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],
@@ -113,7 +114,11 @@ def test_a_whole_number_is_also_a_float(override: str) -> None:
     build.check(settings(override))
 
 
-def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
+def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> None:
+    experiment = "experiment=llava15_7b"
+    assert settings(experiment)["stage"]["lr_floor"] == 0.0
+    assert [settings(experiment, *debug)["trainer"]["val_check_interval"] for debug in ([], ["debug=fast"])] == [500, 2]
+    assert settings(experiment, "stage.lr_floor=0.1")["stage"]["lr_floor"] == 0.1
     assert settings("debug=fast")["trainer"]["max_steps"] == 4
     assert settings("debug=fast", "trainer.max_steps=7")["trainer"]["max_steps"] == 7
 

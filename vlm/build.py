@@ -33,7 +33,7 @@ SECTIONS = {
 }
 SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan")
+VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan", "recipe")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -28,6 +28,12 @@ def claim(run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
+def finished(run_dir: Path) -> bool:
+    """Whether a run went to its end. One that a signal stopped also has figures, but not those of the answers."""
+    file = run_dir / "metrics.json"
+    return file.is_file() and "val/exact_match" in json.loads(file.read_text(encoding="utf-8"))
+
+
 def only_resumes(overrides: Sequence[str]) -> None:
     """Raise ValueError where the command line has more than what names the run to resume."""
     others = [override for override in overrides if not override.startswith(("resume=", "run_dir="))]

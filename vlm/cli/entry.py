@@ -19,6 +19,8 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
     quiet()
     sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
     sys.argv += [a.replace("resume=", "run_dir=", 1) for a in sys.argv if a.startswith("resume=")]  # where it was
+    if config_name == "eval":  # it changes the data of the run, which has keys of its own
+        sys.argv = [re.sub(r"^data\.", "++data.", argument) for argument in sys.argv]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException
