@@ -100,6 +100,8 @@ def test_each_stage_starts_from_the_one_before_and_is_asked_the_same(cooked) -> 
 def test_a_finished_recipe_runs_nothing_again(cooked, commands, capfd: pytest.CaptureFixture[str]) -> None:
     root, arguments = cooked
     seen = commands(lambda command: 7)
+    figures = root / "2-instruct" / "metrics.json"
+    figures.write_text(json.dumps({**json.loads(figures.read_text()), "text/forgetting": 0.25}))
     capfd.readouterr()
     assert train(*arguments) == 0
     printed = capfd.readouterr().out
@@ -107,6 +109,7 @@ def test_a_finished_recipe_runs_nothing_again(cooked, commands, capfd: pytest.Ca
     assert f"1-align is finished: {root / '1-align'}" in printed
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in printed.splitlines() if line.startswith("│")}
     assert {"on its own data", "on data.task=instruct", "val/visual_gain", "val/exact_match"} <= rows.keys()
+    assert [cell.strip() for cell in rows["text/forgetting"]] == ["", "0.250"]
     result = json.loads((root / "recipe.json").read_text())
     assert [float(cell) for cell in rows["val/loss"]] == [round(s["eval"]["val/loss"], 3) for s in result["stages"]]
 

@@ -38,7 +38,7 @@ from vlm.options import known
 FORWARDED = (*SIGNALS, signal.SIGHUP)
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
-BY_TYPE = "val/accuracy/"
+BY_TYPE, TEXT = "val/accuracy/", "text/"
 
 
 @dataclass(frozen=True)
@@ -282,17 +282,18 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
     table.add_column("metric")
     for stage in stages:
         table.add_column(stage.name, justify="right")
-    _section(table, "on its own data", [row["metrics"] for row in rows], by_type=not evaluated)
+    kinds = (TEXT,) if evaluated else (TEXT, BY_TYPE)
+    _section(table, "on its own data", [row["metrics"] for row in rows], kinds)
     if evaluated:
         same = ", ".join(f"{key}={value}" for key, value in cfg.recipe.eval.items())
-        _section(table, f"on {same}", [row["eval"] for row in rows], by_type=True)
+        _section(table, f"on {same}", [row["eval"] for row in rows], (BY_TYPE,))
     run.CONSOLE.print(table)
     run.CONSOLE.print(f"Recipe: {root / 'recipe.json'}", markup=False, soft_wrap=True)
 
 
-def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], *, by_type: bool) -> None:
-    kinds = sorted({name for each in figures for name in each if name.startswith(BY_TYPE)}) if by_type else []
+def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], kinds: tuple[str, ...]) -> None:
+    """A row a figure: those that every stage has, then those whose names begin with one of `kinds`."""
     table.add_section()
     table.add_row(f"[bold]{title}")
-    for name in (*FIGURES, *kinds):
+    for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
         table.add_row(name, *(f"{each[name]:.3f}" if name in each else "" for each in figures))
