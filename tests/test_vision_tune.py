@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from eyes import OPTIONS, build, members, pixels_for
 from torch import nn
 
+from vlm import artifact
 from vlm.optim import parameter_groups, set_trainable
 
 STATES: dict[str, Any] = {"connector": "frozen", "llm": "frozen"}
@@ -122,3 +124,22 @@ def test_float32_blocks_on_a_bfloat16_encoder_train(option: str, state: Any) -> 
             assert math.isfinite(parameter.grad.square().sum().item()), name
     trained = [p for block in encoder.blocks()[-2:] for m in members(block) for p in m.parameters()]
     assert all(parameter.requires_grad for parameter in trained)
+
+
+def test_blocks_of_an_earlier_stage_run_frozen_on_a_bfloat16_encoder(tmp_path: Path) -> None:
+    """Batch norm takes its statistics in the type of its weights, which come back from an artefact as float32."""
+    manifest = {
+        **dict.fromkeys(("bases", "parts", "chat_template", "num_image_tokens", "lora")),
+        "quantization": "none",
+    }
+    earlier = model_of("efficientnet_lite0", {"last_n": 2}, torch.bfloat16)
+    names = [name for name, p in earlier.named_parameters() if p.requires_grad]
+    artifact.save(tmp_path / "artifact", model=earlier, manifest=manifest, names=names, step=1)
+    model = model_of("efficientnet_lite0", {"last_n": 1}, torch.bfloat16)
+    artifact.load(tmp_path, model=model, manifest=manifest)
+    block = model.encoder.blocks()[-2]
+    assert {str(p.dtype) for p in block.parameters()} == {"torch.float32"}
+    assert not any(p.requires_grad for p in block.parameters())
+    pixels = pixels_for(model.encoder, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model.encoder(pixels), earlier.encoder(pixels), rtol=0.05, atol=0.05)
