@@ -18,7 +18,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, float | None], layer_decay: float | None) -> None:
     """Raise ValueError where a part trains and has no learning rate, or where blocks would learn at odd ones."""
     for part in PARTS:
-        if states[part] != "frozen" and lr.get(part) is None:
+        trains = states[part] in ("full", "lora") or isinstance(states[part], Mapping)
+        if trains and lr.get(part) is None:
             raise ValueError(f"the stage trains the {part} but gives it no learning rate; set stage.lr.{part}")
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(

@@ -91,9 +91,8 @@ def print_parts(
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
         state = stage[part] if isinstance(stage[part], str) else f"last {stage[part]['last_n']}"
-        trains, factor = bool(numbers["trainable"]), stage.get("layer_decay")
-        rate = f"{stage['lr'][part]:g}" if trains and stage["lr"][part] is not None else "-"
-        if trains and part == "encoder" and factor is not None:
+        rate = f"{stage['lr'][part]:g}" if numbers["trainable"] else "-"
+        if numbers["trainable"] and part == "encoder" and (factor := stage.get("layer_decay")) is not None:
             rate += f", × {factor:g} a block"
         table.add_row(part, options[part], state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
     CONSOLE.print(table)
