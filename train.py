@@ -72,7 +72,7 @@ def train(cfg: Any) -> None:
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
-    trainer = build.build_trainer(settings, run_dir, [save])
+    trainer = build.build_trainer(settings, run_dir, [*build.build_ema(stage), save])
     if checkpoint is None:
         build.write_config(run_dir, settings, choices)  # from here on the directory is taken
     run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
@@ -169,6 +170,39 @@ def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
     assert {record["type"] for record in read(instructed / "samples.jsonl")} <= {
         "count", "existence", "colour", "position", "comparison", "relation"
     }  # fmt: skip
+
+
+def test_a_third_stage_tunes_the_encoder_and_saves_the_average(instructed: Path, tmp_path: Path) -> None:
+    """Its artefact holds what each stage has trained; what is evaluated from it is what the run has validated."""
+    run = tmp_path / "third"
+    options = ["stage=vision_tune", "stage.encoder.last_n=1", "stage.lr.encoder=0.01", "stage.ema_decay=0.5"]
+    few = ["trainer.max_steps=2", "answers.num_samples=2", "data.num_val_samples=2"]
+    assert train(*TINY, *options, *few, f"ckpt={instructed}", f"run_dir={run}") == 0
+    earlier, now = (load_file(folder / "artifact" / "weights.safetensors") for folder in (instructed, run))
+    last_block = {
+        f"encoder.model.blocks.1.{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    }
+    assert now.keys() == earlier.keys() | last_block
+    changed = {name for name in earlier if not torch.equal(now[name], earlier[name])}
+    assert {name.split(".")[0] for name in changed} == {"connector"}
+    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == ["align", "instruct", "vision_tune"]
+    assert set(manifest["tensors"]) == now.keys()
+    assert manifest["lora"]["r"] == 16
+
+    trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert trained.keys() == {f"model.{name}" for name in now if "lora_" not in name}
+    assert not torch.equal(
+        trained["model.encoder.model.blocks.1.mlp.fc1.weight"], now["encoder.model.blocks.1.mlp.fc1.weight"]
+    )
+    assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2", "batch_size=2", "max_new_tokens=2") == 0
+    ours = json.loads((run / "eval" / "results.json").read_text())["metrics"]
+    theirs = json.loads((run / "metrics.json").read_text())
+    assert {name: ours[name] for name in ("val/loss", "val/loss_blank")} == pytest.approx(
+        {name: theirs[name] for name in ("val/loss", "val/loss_blank")}, rel=1e-3
+    )
 
 
 def test_evaluation_of_a_run(instructed: Path) -> None:

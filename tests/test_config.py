@@ -88,7 +88,7 @@ def test_every_combination_composes() -> None:
         build.check(cfg)
         assert cfg["stage"]["name"] == stage
         if data == "shapes":
-            assert cfg["data"]["task"] == {"align": "caption", "instruct": "instruct"}[stage]
+            assert cfg["data"]["task"] == ("caption" if stage == "align" else "instruct")
 
 
 def test_no_derived_dimension_is_in_a_file() -> None:

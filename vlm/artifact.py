@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from vlm.optim import lora_names
+from vlm.optim import lora_names, match_buffers
 
 FORMAT_VERSION = 1
 SAMPLE = 1024  # values a tensor that enter its fingerprint
@@ -121,6 +121,7 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
                 raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
             # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
             target.data = tensor.to(target.device, copy=True)
+    match_buffers(model)
     return theirs
 
 

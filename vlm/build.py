@@ -14,17 +14,29 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vlm.artifact import fingerprint
+from vlm.callbacks.ema import EMA
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
-from vlm.optim import set_trainable
+from vlm.optim import PARTS, check_rates, set_trainable
 from vlm.options import bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
-STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
+STAGE_KEYS = {
+    "name",
+    "task",
+    "encoder",
+    "connector",
+    "llm",
+    "lr",
+    "lora",
+    "objective",
+    "gradient_clip_val",
+    "ema_decay",
+}
 SECTIONS = {
     "preflight": {"samples", "show"},
     "answers": {"num_samples", "batch_size", "max_new_tokens"},
@@ -66,6 +78,8 @@ def check(cfg: Mapping[str, Any]) -> None:
     typed(
         "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
+    build_ema(cfg["stage"])
+    check_rates(cfg["stage"], lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
     bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
     for section in ("preflight", "answers"):
         for key, value in cfg[section].items():
@@ -215,10 +229,17 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
 def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
     """The training module of a stage, its trainable parameters set."""
     stage = cfg["stage"]
-    set_trainable(model, {part: stage[part] for part in ("encoder", "connector", "llm")}, stage["lora"])
+    set_trainable(model, {part: stage[part] for part in PARTS}, stage["lora"])
     options = {key: value for key, value in stage.items() if key in parameters(VLMModule) and key != "objective"}
     options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)
+
+
+def build_ema(stage: Mapping[str, Any]) -> list[EMA]:
+    """The callback that averages what a stage trains, where it wants one."""
+    if (decay := stage.get("ema_decay")) is None:
+        return []
+    return [bind("stage", {"_target_": "vlm.callbacks.ema.EMA", "ema_decay": decay})()]
 
 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
-from vlm.optim import cosine, parameter_groups
+from vlm.optim import Schedule, make_schedule, parameter_groups
 from vlm.schema import Batch, LossOutput
 
 
@@ -30,25 +30,28 @@ class VLMModule(pl.LightningModule):
         model: Any,
         objective: Any,
         lr: dict[str, float | None],
+        layer_decay: float | None = None,
         weight_decay: float = 0.0,
+        schedule: Schedule = "cosine",
         warmup_share: float = 0.03,
         lr_floor: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup_share, self.lr_floor = warmup_share, lr_floor
+        self.lr, self.layer_decay, self.weight_decay, self.betas = lr, layer_decay, weight_decay, betas
+        self.schedule, self.warmup_share, self.lr_floor = schedule, warmup_share, lr_floor
         self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
         self.validated_step = -1  # the optimiser steps behind the validation figures
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
+        groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = cosine(optimizer, warmup=round(steps * self.warmup_share), steps=steps, floor=self.lr_floor)
+        warmup = round(steps * self.warmup_share)
+        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.lr_floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

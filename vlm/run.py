@@ -89,15 +89,18 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def print_parts(
-    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], states: Mapping[str, Any]
+    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], stage: Mapping[str, Any]
 ) -> None:
     """What trains: one line a part, with its parameters as `count_parameters` has them."""
-    table = Table(title="What trains")
-    for heading in ("part", "option", "state", "trainable", "total"):
+    table = Table(title=f"What trains in stage {stage['name']}")
+    for heading in ("part", "option", "state", "learning rate", "trainable", "total"):
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
-        state = states[part] if isinstance(states[part], str) else f"last {states[part]['last_n']}"
-        table.add_row(part, options[part], state, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
+        state = stage[part] if isinstance(stage[part], str) else f"last {stage[part]['last_n']}"
+        rate = f"{stage['lr'][part]:g}" if numbers["trainable"] else "-"
+        if numbers["trainable"] and part == "encoder" and (factor := stage.get("layer_decay")) is not None:
+            rate += f", × {factor:g} a block"
+        table.add_row(part, options[part], state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
     CONSOLE.print(table)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vlm import artifact
+from vlm.callbacks.ema import averaged
 
 LAST = "last.ckpt"
 BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
@@ -131,9 +132,9 @@ class Save(pl.Callback):
     def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
         names = artifact.trained_names(module.model, self.inherited)
         if trainer.is_global_zero:
-            artifact.save(
-                folder / "artifact", model=module.model, manifest=self.manifest, names=names, step=trainer.global_step
-            )
+            where, step = folder / "artifact", trainer.global_step
+            with averaged(trainer, module):
+                artifact.save(where, model=module.model, manifest=self.manifest, names=names, step=step)
 
 
 def rng_state() -> dict[str, Any]:
