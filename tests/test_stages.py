@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
-from vlm.optim import make_schedule, parameter_groups, set_trainable
+from vlm.optim import check_rates, make_schedule, parameter_groups, set_trainable
 
 CONNECTOR = {
     "connector.norm.weight",
@@ -147,6 +147,24 @@ def test_only_matrices_decay() -> None:
         "connector/no_decay": (1e-3, 0.0),
         "llm/decay": (1e-4, 0.1),
     }
+
+
+def test_a_module_may_have_a_rate_of_its_own() -> None:
+    model = tiny_model()
+    set_trainable(model, STATES, LORA)
+    lr: Any = {"connector": {"rest": 1e-4, "norm": 1e-2}}
+    groups = parameter_groups(model, lr=lr, weight_decay=0.1)
+    assert {group["name"]: (group["lr"], len(group["params"])) for group in groups} == {
+        "connector/rest/decay": (1e-4, 2),
+        "connector/rest/no_decay": (1e-4, 3),
+        "connector/norm/no_decay": (1e-2, 2),
+    }
+    with pytest.raises(ValueError, match=r"stage.lr.connector names nrm; give a rate to the rest and to any of .*norm"):
+        parameter_groups(model, lr={"connector": {"rest": 1e-4, "nrm": 1e-2}}, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"stage.lr.connector has no rest: {'norm': 0.01}; give a rate to the rest"):
+        parameter_groups(model, lr={"connector": {"norm": 1e-2}}, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"stage.layer_decay=0.8 starts from one rate, but stage.lr.encoder={'rest'"):
+        check_rates(STATES, lr={"connector": 1e-3, "encoder": {"rest": 1e-4}}, layer_decay=0.8)
 
 
 @pytest.mark.parametrize(

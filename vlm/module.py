@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
-from vlm.optim import Schedule, make_schedule, parameter_groups
+from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.schema import Batch, LossOutput
 
 
@@ -29,7 +29,7 @@ class VLMModule(pl.LightningModule):
         *,
         model: Any,
         objective: Any,
-        lr: dict[str, float | None],
+        lr: dict[str, Rate],
         layer_decay: float | None = None,
         weight_decay: float = 0.0,
         schedule: Schedule = "cosine",

@@ -13,9 +13,10 @@ from torch import nn
 PARTS = ("encoder", "connector", "llm")
 STATES = "frozen, full, lora or last_n: N"
 Schedule = Literal["cosine", "linear", "constant"]
+Rate = float | dict[str, float] | None  # of a part; or of some of its modules by name, and of the `rest`; None: no rate
 
 
-def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, float | None], layer_decay: float | None) -> None:
+def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, Rate], layer_decay: float | None) -> None:
     """Raise ValueError where a part trains and has no learning rate, or where blocks would learn at odd ones."""
     for part in PARTS:
         trains = states[part] in ("full", "lora") or isinstance(states[part], Mapping)
@@ -24,6 +25,11 @@ def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, float | None], la
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(
             f"stage.layer_decay={layer_decay} is no factor between 0 and 1; 1 or null gives one rate to all"
+        )
+    if layer_decay is not None and isinstance(lr.get("encoder"), dict):
+        raise ValueError(
+            f"stage.layer_decay={layer_decay} starts from one rate, but stage.lr.encoder={lr['encoder']} has several; "
+            "set stage.layer_decay=null or one rate"
         )
 
 
@@ -73,9 +79,9 @@ def lora_names(module: nn.Module) -> list[str]:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: Mapping[str, float | None], weight_decay: float, layer_decay: float | None = None
+    model: nn.Module, *, lr: Mapping[str, Rate], weight_decay: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Two groups a part, with and without weight decay; each carries its `name` and peak learning rate.
+    """Two groups for each learning rate of a part, with and without weight decay; each carries its `name` and peak rate.
 
     What decays is a layer's matrix or kernel: the `weight`, of two axes or more, of anything but a table of embeddings.
     Norms, biases, gates, queries, positions and learned tokens do not, as in BEiT (Bao et al., arXiv 2106.08254).
@@ -87,32 +93,49 @@ def parameter_groups(
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups = []
     for part in PARTS:
-        peak = lr.get(part)
-        for label, factor, trained in _levels(part, getattr(model, part), layer_decay if part == "encoder" else None):
+        for label, rate, trained in _rates(part, getattr(model, part), lr.get(part), layer_decay):
             matrices = {n for n, p in trained.items() if p.ndim > 1 and n.endswith("weight") and id(p) not in tables}
             for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
                 members = [p for name, p in trained.items() if (name in matrices) == (kind == "decay")]
                 if members:
-                    assert peak is not None, f"no learning rate for the {part}"
-                    name, rate = f"{label}/{kind}", factor * peak
-                    groups.append({"name": name, "params": members, "lr": rate, "weight_decay": decay})
+                    assert rate is not None, f"no learning rate for the {part}"
+                    groups.append({"name": f"{label}/{kind}", "params": members, "lr": rate, "weight_decay": decay})
     return groups
 
 
-def _levels(part: str, module: Any, layer_decay: float | None) -> list[tuple[str, float, dict[str, nn.Parameter]]]:
-    """A label, a factor of the learning rate and what trains, for the part or for each of its blocks and their stem."""
+def _rates(
+    part: str, module: Any, lr: Rate, layer_decay: float | None
+) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
+    """A label, a peak learning rate and what trains at it."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if layer_decay is None:
-        return [(part, 1.0, trained)]
+    if isinstance(lr, dict):
+        return _by_module(part, module, lr, trained)
+    if layer_decay is None or part != "encoder" or lr is None:
+        return [(part, lr, trained)]
     blocks = module.blocks()
     number = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
     return [
         (
             f"{part}/block_{index}" if index >= 0 else f"{part}/stem",
-            layer_decay ** (len(blocks) - 1 - index),
+            lr * layer_decay ** (len(blocks) - 1 - index),
             {name: parameter for name, parameter in trained.items() if number.get(id(parameter), -1) == index},
         )
         for index in range(-1, len(blocks))
+    ]
+
+
+def _by_module(
+    part: str, module: nn.Module, lr: dict[str, float], trained: dict[str, nn.Parameter]
+) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
+    """As `_rates`, for each module that `lr` names and for the rest."""
+    choices = [name for name, _ in module.named_children()]
+    if "rest" not in lr or (odd := lr.keys() - {"rest", *choices}):
+        what = f"has no rest: {lr}" if "rest" not in lr else f"names {min(odd)}"
+        raise ValueError(f"stage.lr.{part} {what}; give a rate to the rest and to any of {', '.join(choices)}")
+    owner = {name: first if (first := name.partition(".")[0]) in lr else "rest" for name in trained}
+    return [
+        (f"{part}/{key}", rate, {name: parameter for name, parameter in trained.items() if owner[name] == key})
+        for key, rate in lr.items()
     ]
 
 

@@ -97,7 +97,8 @@ def print_parts(
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
         state = stage[part] if isinstance(stage[part], str) else f"last {stage[part]['last_n']}"
-        rate = f"{stage['lr'][part]:g}" if numbers["trainable"] else "-"
+        lr: Any = stage["lr"][part] if numbers["trainable"] else "-"
+        rate = ", ".join(f"{name} {value:g}" for name, value in lr.items()) if isinstance(lr, dict) else f"{lr}"
         if numbers["trainable"] and part == "encoder" and (factor := stage.get("layer_decay")) is not None:
             rate += f", × {factor:g} a block"
         table.add_row(part, options[part], state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
