@@ -24,14 +24,7 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
     or a value of the wrong type.
     """
     arguments = dict(options)
-    target = arguments.pop("_target_", None)
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
-    module, _, attribute = target.rpartition(".")
-    try:
-        constructor = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+    constructor = _constructor(name, arguments.pop("_target_", None))
     derived = dict(derived or {})
     taken = parameters(constructor)
     kinds = {p.kind for p in inspect.signature(constructor).parameters.values()}
@@ -42,6 +35,22 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
         raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
     typed(name, arguments, constructor)
     return partial(constructor, **arguments, **derived)
+
+
+def _constructor(name: str, target: Any) -> Callable[..., Any]:
+    if not isinstance(target, str) or not target.startswith(ALLOWED):
+        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
+    module, _, attribute = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+
+
+def defaults(target: str) -> dict[str, Any]:
+    """What a constructor takes where an option is not given."""
+    taken = parameters(_constructor("connector", target))
+    return {name: p.default for name, p in taken.items() if p.default is not p.empty}
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
