@@ -20,15 +20,16 @@ def train(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from vlm import artifact, build, run
+    from vlm.callbacks.rates import ConfiguredRates
     from vlm.callbacks.save import Save, newest_checkpoint
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
-    from vlm.cli import plan, recipe
+    from vlm.cli import plan, recipe, resume
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
 
     hydra = HydraConfig.get()
-    if cfg.recipe is not None:
+    if cfg.recipe is not None and cfg.resume.run is None:
         recipe.run_stages(cfg)
         return
     cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
@@ -36,16 +37,12 @@ def train(cfg: Any) -> None:
         plan.plan(cfg)
         return
     run_dir = Path(hydra.runtime.output_dir)
-    if cfg.resume:
-        settings, choices = build.read_config(run_dir)
-        run.only_resumes(hydra.overrides.task)
-        checkpoint = newest_checkpoint(run_dir)
-    else:
-        settings, choices = build.plain(cfg), dict(hydra.runtime.choices)
-        checkpoint = None
+    resumed = cfg.resume.run is not None
+    settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), dict(hydra.runtime.choices))
     build.check(settings)
-    if not cfg.resume:
-        run.claim(run_dir)
+    _lock = run.claim(run_dir, resumed=resumed)  # until this function ends
+    checkpoint = newest_checkpoint(run_dir) if resumed else None
+    run.name_logger(settings["logger"])
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)
@@ -72,9 +69,9 @@ def train(cfg: Any) -> None:
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
-    trainer = build.build_trainer(settings, run_dir, [*build.build_ema(stage), save])
-    if checkpoint is None:
-        build.write_config(run_dir, settings, choices)  # from here on the directory is taken
+    watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]
+    trainer = build.build_trainer(settings, run_dir, watchers)
+    build.write_config(run_dir, settings, choices)  # from here on the directory is taken
     run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)

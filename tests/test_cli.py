@@ -58,6 +58,7 @@ FILES = {
     "artifact/weights.safetensors",
     "artifact/manifest.json",
     "checkpoints/last.ckpt",
+    ".lock",
 }
 
 
@@ -245,8 +246,10 @@ def test_evaluation_needs_a_run(told) -> None:
 @pytest.mark.parametrize(
     ("change", "field", "values"),
     [
-        ("llm.config.hidden_size=32", "bases.llm.fingerprint", []),
-        ("encoder.model_args.depth=1", "bases.encoder.fingerprint", []),
+        ("llm.config.hidden_size=32", "bases.llm.config.hidden_size = 64, here it is 32", []),
+        ("+llm.config.rms_norm_eps=1e-3", "bases.llm.config.rms_norm_eps = 1e-06, here it is 0.001", []),
+        ("encoder.model_args.depth=1", "bases.encoder.config.model_args.depth = 2, here it is 1", []),
+        ("encoder.image_size=32", "parts.encoder.image_size = [64, 64], here it is [32, 32]", []),
         ("connector=linear", "parts.connector", ["vlm.connectors.linear.Linear", "vlm.connectors.mlp.MLP"]),
         ("llm.chat_template=plain", "chat_template", ["chatml", "plain"]),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tests.test_cli import QUICK, ROOT, TINY, evaluate, read, told, train
+from tests.test_faults import another_process
 from vlm import run
 from vlm.cli import recipe
 
@@ -34,7 +34,7 @@ def value(line: str) -> Any:
     return OverridesParser.create().parse_override(line).value()
 
 
-def in_process(command: list[str], lock: int) -> int:
+def in_process(command: list[str]) -> int:
     """A stage without a start: train.py or eval.py in this process, under the recipe's own Hydra."""
     hydra, config = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
     GlobalHydra.instance().clear()
@@ -52,7 +52,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]],
     def stand_in(act: Callable[[list[str]], int]) -> list[list[str]]:
         seen: list[list[str]] = []
 
-        def wait_for(command: list[str], lock: int) -> int:
+        def wait_for(command: list[str]) -> int:
             seen.append([Path(command[1]).name, *command[2:]])
             return act(command)
 
@@ -124,10 +124,9 @@ def test_a_recipe_with_other_options_is_refused(cooked, told) -> None:
 
 def test_a_recipe_runs_once_at_a_time(cooked, told) -> None:
     root, arguments = cooked
-    with open(root / "options.json") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as the orphan of a recipe that was killed does
+    with another_process(root):
         assert train(*arguments) == 2
-    assert "is still running; stop it or await it" in told()
+    assert f"run_dir={root} is in use by process" in told()
 
 
 def test_an_evaluation_takes_the_keys_of_the_runs_data(cooked, told) -> None:
@@ -144,7 +143,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
         *("trainer.log_every_n_steps=1", "trainer.val_check_interval=12", "data.batch_size=2"),
         *(TWO, f"run_dir={root}"),
     ]
-    commands(lambda command: 7 if "stage=instruct" in command else in_process(command, 0))
+    commands(lambda command: 7 if "stage=instruct" in command else in_process(command))
     assert train(*arguments) == 7
     assert told() == "Error: 2-instruct ended with exit code 7; the same command goes on there"
     assert run.finished(root / "1-align")
@@ -171,7 +170,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     assert (root / "2-instruct" / "metrics.json").exists()
     assert not run.finished(root / "2-instruct")
 
-    seen = commands(lambda command: in_process(command, 0))
+    seen = commands(lambda command: in_process(command))
     assert train(*arguments) == 0
     assert seen == [["train.py", f"resume={root / '2-instruct'}"]]
     steps = [line["step"] for line in read(log) if "train/loss" in line]
@@ -227,11 +226,9 @@ def test_a_plan_of_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "2-instruct: python" in capfd.readouterr().out
 
 
-def test_a_command_holds_the_directory_and_tells_its_end(tmp_path: Path) -> None:
-    with open(tmp_path / "lock", "w") as lock:
-        held = f"test -e /proc/$$/fd/{lock.fileno()} && exit 3"
-        assert recipe.wait_for(["sh", "-c", held], lock.fileno()) == 3
-        assert recipe.wait_for(["sh", "-c", "kill -KILL $$"], lock.fileno()) == 128 + signal.SIGKILL
+def test_a_command_tells_its_end() -> None:
+    assert recipe.wait_for(["sh", "-c", "exit 3"]) == 3
+    assert recipe.wait_for(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
 
 
 STAGES = "[{stage:align},{stage:instruct,%s}]"
@@ -251,7 +248,7 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
         ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt is not for a stage to set"]),
         (["recipe={stages:[{stage:alignn}]}"], ["stage 1-alignn of", "did you mean align?"]),
         (["recipe={stages:[{stage:align}]}", "stage=instruct"], ["runs the stages align; leave out stage="]),
-        (["recipe={stages:[{stage:align}]}", "resume=x"], ["leave out resume="]),
+        (["recipe={stages:[{stage:align}]}", "resume=x"], ["'x' is no run directory"]),
     ],
 )  # fmt: skip
 def test_a_slip(arguments: list[str], said: list[str], commands, told, tmp_path: Path) -> None:

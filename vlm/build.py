@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from vlm.artifact import fingerprint
+from vlm.artifact import aside, identity, put, short_hash
 from vlm.callbacks.ema import EMA
+from vlm.callbacks.stop import StopOnTime
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
@@ -41,6 +43,7 @@ SECTIONS = {
     "preflight": {"samples", "show"},
     "answers": {"num_samples", "batch_size", "max_new_tokens"},
     "plan": {"show", "json"},
+    "resume": {"run", "allow"},
     "stage": STAGE_KEYS,  # and the arguments of VLMModule
 }
 SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
@@ -56,8 +59,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
-    """config.yaml: the resolved settings, and which option each group had."""
-    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices)}), run_dir / "config.yaml")
+    """config.yaml: the resolved settings, which option each group had, and the folder that relative paths are from."""
+    file = run_dir / "config.yaml"
+    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd()}), aside(file))
+    put(file)
 
 
 def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
@@ -66,7 +71,18 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
     if not file.is_file():
         raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
     settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+    settings.pop("cwd", None)
+    if (merged := run_dir / "llm").is_dir():  # it goes where its run goes
+        settings["llm"]["pretrained"] = str(merged.absolute())
     return settings, settings.pop("choices", {})
+
+
+def enter_folder_of(run_dir: Path) -> None:
+    """Go where a run was started, if that is here, so that the relative paths in its config mean what they meant."""
+    stored: Any = OmegaConf.load(run_dir / "config.yaml")
+    folder = stored.get("cwd")
+    if folder and Path(folder).is_dir():
+        os.chdir(folder)
 
 
 def check(cfg: Mapping[str, Any]) -> None:
@@ -74,7 +90,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     known("", cfg, {*GROUPS, *VALUES})
     for section, keys in SECTIONS.items():
         extra = parameters(VLMModule) if section == "stage" else {}
-        known(section, cfg.get(section, {}), keys | (extra.keys() - {"model"}))
+        known(section, cfg.get(section) or {}, keys | (extra.keys() - {"model"}))
     typed(
         "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
@@ -85,6 +101,9 @@ def check(cfg: Mapping[str, Any]) -> None:
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{section}.{key}={value!r} is not a whole number")
+    allow = (cfg.get("resume") or {}).get("allow", [])
+    if not isinstance(allow, list) or not all(isinstance(key, str) for key in allow):
+        raise ValueError(f"resume.allow={allow!r} is no list of keys; write 'resume.allow=[trainer.max_steps]'")
     if (show := cfg.get("plan", {}).get("show", False)) not in (True, False):
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
@@ -169,10 +188,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     llm.check_length(_of_loader(cfg, "max_length"))
     if _of_loader(cfg, "packing") and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
-    bases = {
-        part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
-        for part, module in (("encoder", encoder), ("llm", llm))
-    }
+    bases = {"encoder": identity(encoder, options), "llm": identity(llm, cfg["llm"])}
     if bf16:
         encoder.to(torch.bfloat16)
     torch.manual_seed(cfg["seed"])
@@ -187,13 +203,17 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     manifest = {
         "parts": {
             "connector": dict(cfg["connector"]),
-            "encoder": {key: options.get(key) for key in ("_target_", "image_size", "layer")}
-            | {key: options[key] for key in ("resize",) if options.get(key, "squash") != "squash"}
-            | ({"tiles": cfg["encoder"]["tiles"]} if tiles.grids else {}),
+            "encoder": {
+                **{key: options.get(key) for key in ("_target_", "layer")},
+                "image_size": list(encoder.image_size),
+                "transform": asdict(encoder.transform) if is_dataclass(encoder.transform) else {},
+                "tiles": asdict(tiles),
+            },
         },
         "bases": bases,
         "quantization": cfg["llm"].get("quantization", "none"),
-        "chat_template": cfg["llm"]["chat_template"] or "the tokenizer's own",
+        "chat_template": cfg["llm"]["chat_template"]
+        or f"the tokenizer's own, {short_hash(llm.tokenizer.chat_template)}",
         "num_image_tokens": placeholders(connector),
     }
     return model, manifest
@@ -246,6 +266,8 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
     """Lightning's Trainer with the configured callbacks and loggers, and `extra` callbacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its small talk; importing it had set INFO
     callbacks = [bind(f"callbacks.{name}", options)() for name, options in cfg["callbacks"].items()]
+    if (max_time := cfg["trainer"].get("max_time")) is not None:
+        callbacks.append(StopOnTime(max_time=max_time))
     options = {**cfg["trainer"], "precision": precision(cfg)}
     derived = {
         "callbacks": [*callbacks, *extra],

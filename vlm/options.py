@@ -29,12 +29,7 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
     """
     arguments = dict(options)
     target = arguments.pop("_target_", None)
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
-    try:
-        constructor = _import(target)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+    constructor = _constructor(name, target)
     derived = dict(derived or {})
     taken = parameters(constructor)
     passed_on = parameters(_import(PASSED_ON[target])).keys() if target in PASSED_ON else set()
@@ -46,9 +41,24 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
     return partial(constructor, **arguments, **derived)
 
 
+def _constructor(name: str, target: Any) -> Callable[..., Any]:
+    if not isinstance(target, str) or not target.startswith(ALLOWED):
+        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
+    try:
+        return _import(target)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+
+
 def _import(target: str) -> Any:
     module, _, attribute = target.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def defaults(target: str) -> dict[str, Any]:
+    """What a constructor takes where an option is not given."""
+    taken = parameters(_constructor("connector", target))
+    return {name: p.default for name, p in taken.items() if p.default is not p.empty}
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -1,13 +1,12 @@
 """Recipes: the stages that an experiment names, one after the other, each a `train.py` that starts from the one before.
 
-<dir>/options.json              what each stage was asked for when the recipe was begun; locked while it runs
+<dir>/options.json              what each stage was asked for when the recipe was begun
 <dir>/1-align/, 2-instruct/, …  a run directory a stage
 <dir>/recipe.json               the figures after every stage
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import signal
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +60,18 @@ def run_stages(cfg: DictConfig) -> None:
                 stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
             plan.plan(stage.cfg)
         return
-    with _claim(root, stages) as lock:
-        for number, stage in enumerate(stages):
-            if run.finished(stage.run_dir):
-                run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
-            elif (stage.run_dir / "config.yaml").exists():
-                _run(stage.name, "train.py", [override("resume", str(stage.run_dir))], lock)
-            else:
-                _run(stage.name, "train.py", _begin(stages, number), lock)
-            if cfg.recipe.get("eval") and not _figures(stage, cfg):
-                _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg), lock)
-        _report(root, stages, cfg)
+    _lock = run.claim(root, resumed=False)  # until this function ends; each stage has one of its own
+    _begun(root, stages)
+    for number, stage in enumerate(stages):
+        if run.finished(stage.run_dir):
+            run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
+        elif (stage.run_dir / "config.yaml").exists():
+            _run(stage.name, "train.py", [override("resume", str(stage.run_dir))])
+        else:
+            _run(stage.name, "train.py", _begin(stages, number))
+        if cfg.recipe.get("eval") and not _figures(stage, cfg):
+            _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
+    _report(root, stages, cfg)
 
 
 def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
@@ -82,8 +81,6 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
     something of the same key, they are left out. Raises ValueError where a stage does not compose.
     """
     listed, given = _listed(cfg), _given()
-    if cfg.resume:
-        raise ValueError("a recipe goes on when its command is given again; leave out resume=")
     if "stage" in given.values():
         names = ", ".join(entry["stage"] for entry in listed)
         raise ValueError(f"this recipe runs the stages {names}; leave out stage=, or add recipe=null for a plain run")
@@ -177,26 +174,14 @@ def _evaluation(stage: Stage, cfg: DictConfig) -> list[str]:
     return [override(key, value) for key, value in options.items()]
 
 
-@contextmanager
-def _claim(root: Path, stages: Sequence[Stage]) -> Iterator[int]:
-    """Hold the recipe's directory; yields the file that a stage inherits, so that it holds it even if it is orphaned.
-
-    Raises ValueError where a stage still runs, or where the recipe was begun with other options.
-    """
-    run.claim(root)
+def _begun(root: Path, stages: Sequence[Stage]) -> None:
+    """Remember what a recipe is begun with. Raises ValueError where it was begun with other options."""
     now = {stage.name: stage.options for stage in stages}
-    with open(root / "options.json", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"a stage of the recipe in run_dir={root} is still running; stop it or await it") from None
-        file.seek(0)
-        if text := file.read():
-            _compare(json.loads(text), now, root)
-        else:
-            json.dump(now, file, indent=2, ensure_ascii=False)
-            file.flush()
-        yield file.fileno()
+    file = root / "options.json"
+    if file.exists():
+        _compare(json.loads(file.read_text(encoding="utf-8")), now, root)
+    else:
+        write_json(file, now)
 
 
 def _compare(before: Mapping[str, list[str]], now: Mapping[str, list[str]], root: Path) -> None:
@@ -226,23 +211,23 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
-def _run(what: str, program: str, options: Sequence[str], lock: int) -> None:
+def _run(what: str, program: str, options: Sequence[str]) -> None:
     """Start a program of the project and wait for its end; exit with its code if that is not 0."""
     _tell(what, program, options)
-    code = wait_for([sys.executable, str(Path(CONF).parent / program), *options], lock)
+    code = wait_for([sys.executable, str(Path(CONF).parent / program), *options])
     if code:
         ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
         print(f"Error: {what} {ended}; the same command goes on there", file=sys.stderr)
         sys.exit(code)
 
 
-def wait_for(command: Sequence[str], lock: int) -> int:
+def wait_for(command: Sequence[str]) -> int:
     """The exit code of a command, as a shell tells it; the signals that would end this process go to the command."""
     received: list[int] = []
     before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in FORWARDED}
     try:
         # In a group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
-        process = subprocess.Popen(command, process_group=0, pass_fds=[lock])
+        process = subprocess.Popen(command, process_group=0)
         sent = 0
         while process.poll() is None:
             for signum in received[sent:]:

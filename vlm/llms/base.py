@@ -149,6 +149,16 @@ class LanguageModel(nn.Module, ABC):
         )
         inject_adapter_in_model(settings, self.model)
 
+    def merge_lora(self) -> None:
+        """Add the adapter to the matrices that it stands beside, and take it away."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name, module in adapted:
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module.get_base_layer())
+
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Within it the LLM is what it was before `add_lora`; one without an adapter stays as it is."""
