@@ -102,7 +102,8 @@ class TextEncoder:
         learnt = answers[-1:] if self.train_on == "last_assistant" else answers
         if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learnt):
             raise BadSample(
-                f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it"
+                f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it",
+                "empty_text",
             )
         try:
             text = self._render(roles, texts, self._form)
@@ -275,6 +276,7 @@ class TextEncoder:
             images_before=row.images_before[:length],
             labels=labels[:length],
             text=row.text,
+            num_cut=0 if length is None else len(answers) - length,
         )
         check_length(sample_id, row, self.max_length)
         return row

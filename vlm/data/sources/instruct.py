@@ -69,7 +69,7 @@ class Instruct:
         try:
             return replace(sample, images=[load_image(path, root=self.images) for path in paths])
         except BadSample as error:
-            raise BadSample(f"sample '{sample.id}': {error}") from error
+            raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""
@@ -84,7 +84,7 @@ class Instruct:
             paths = image_paths(record)
             messages = conversation(record, num_images=len(paths))
         except Malformed as error:
-            raise BadSample(f"sample '{name}' {error}") from error
+            raise BadSample(f"sample '{name}' {error}", error.kind) from error
         return Sample(id=name, images=[], messages=messages, meta={"image": ", ".join(paths)} if paths else {}), paths
 
 

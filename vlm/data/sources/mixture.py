@@ -47,6 +47,11 @@ class Mixture:
             raise ValueError(f"data.num_samples={num_samples} is no length of an epoch; choose 1 or more, or null")
         self.sources = {name: _made(make, name, split) for name, make in sources.items()}
         self.names = list(self.sources)
+        self.left_out = {
+            f"{what} of {name}": num
+            for name, source in self.sources.items()
+            for what, num in getattr(source, "left_out", {}).items()
+        }
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
         self.num_samples = num_samples or int(self._ends[-1])
@@ -82,7 +87,7 @@ class Mixture:
         try:
             sample = read(source, index - int(self._ends[place]) + len(source))
         except BadSample as error:
-            raise BadSample(f"source '{name}': {error}") from error
+            raise BadSample(f"source '{name}': {error}", error.kind) from error
         return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, "source": name})
 
     def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
