@@ -119,7 +119,7 @@ class VLMDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         found: dict[str, int] = {}
         for split, rows in self._rows.items():
-            states = rows.states.to(self.trainer.strategy.root_device)
+            states = rows.states.to(self.trainer.strategy.root_device, copy=True)  # reduced in place
             numbers = self.trainer.strategy.reduce(states, reduce_op="max").bincount(minlength=len(STATES)).tolist()
             found |= {f"{split}/num_{state}": n for state, n in zip(STATES[1:], numbers[1:], strict=True) if n}
         return found

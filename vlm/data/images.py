@@ -114,7 +114,7 @@ def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
                 f"image '{path}' has {status.st_size:,} bytes, more than the limit of {max_bytes:,}; make it smaller"
             )
         with file.open("rb") as handle:
-            return handle.read(max_bytes)
+            return handle.read(status.st_size)  # told more, Python would make room for all of it
     except BadImage:
         raise
     except FileNotFoundError as error:
