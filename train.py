@@ -89,6 +89,7 @@ def train(cfg: Any) -> None:
             indices = data.val_indices(answers.pop("num_samples"))
             records = answer(model.eval(), data, indices, device=module.device, **answers)
         metrics |= {f"val/{name}": value for name, value in score(records).items()}
+    metrics |= data.counts()
     if trainer.is_global_zero:
         if Throughput in by_type:
             metrics |= by_type[Throughput].totals

@@ -81,7 +81,7 @@ def lora_names(module: nn.Module) -> list[str]:
 def parameter_groups(
     model: nn.Module, *, lr: Mapping[str, Rate], weight_decay: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Two groups for each learning rate of a part, with and without weight decay; each carries its `name` and peak rate.
+    """Two groups for each rate of a part, with and without weight decay; each carries its `name` and its peak rate.
 
     What decays is a layer's matrix or kernel: the `weight`, of two axes or more, of anything but a table of embeddings.
     Norms, biases, gates, queries, positions and learned tokens do not, as in BEiT (Bao et al., arXiv 2106.08254).

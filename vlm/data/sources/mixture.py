@@ -51,6 +51,11 @@ class Mixture:
         self._sources = list(self.sources.values())
         names = (getattr(source, "names", [name]) for name, source in self.sources.items())
         self.names = list(dict.fromkeys(chain.from_iterable(names)))  # what `meta["source"]` can be
+        self.left_out = {
+            f"{what} of {name}": num
+            for name, source in self.sources.items()
+            for what, num in getattr(source, "left_out", {}).items()
+        }
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
         self.num_samples = num_samples or int(self._ends[-1])
@@ -85,7 +90,7 @@ class Mixture:
         try:
             sample = read(source, index - int(self._ends[place]) + len(source))
         except BadSample as error:
-            raise BadSample(f"source '{name}': {error}") from error
+            raise BadSample(f"source '{name}': {error}", error.kind) from error
         inner = {} if hasattr(source, "names") else {"source": name}
         return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, **inner})
 
