@@ -183,8 +183,8 @@ def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
         ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
         (
             "logger",
-            "_target_: lightning.pytorch.loggers.WandbLogger\nsave_dir: x\nentiti: y",
-            ["logger.entiti", "did you mean entity?"],
+            "_target_: lightning.pytorch.loggers.WandbLogger\nsave_dir: x\nentty: y",
+            ["logger.entty", "did you mean entity?"],
         ),
         (
             "logger",

@@ -47,7 +47,7 @@ def identity(part: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
     Much of what a model computes stands in no tensor: activation, epsilon of norms, rotary base, soft-capping. So the
     facts are kept one by one, those of Transformers' configuration or else the `options` that made the part.
     """
-    configs = (getattr(module, "config", None) for module in part.modules())
+    configs: Any = (getattr(module, "config", None) for module in part.modules())
     facts = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), options)
     return {
         "pretrained": _source(options.get("pretrained")),

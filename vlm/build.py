@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
             "encoder": {
                 **{key: options.get(key) for key in ("_target_", "layer")},
                 "image_size": list(encoder.image_size),
-                "transform": asdict(encoder.transform) if is_dataclass(encoder.transform) else {},
+                "transform": asdict(encoder.transform),
                 "tiles": asdict(tiles),
             },
         },

@@ -193,7 +193,7 @@ class QFormer(nn.Module):
         """
         patches = torch.linspace(0, len(position) - 1, len(self.queries)).round().long()
         of_query = torch.linalg.pinv(self.norm(self.queries))  # W K
-        looks = [block.cross for block in self.blocks if block.cross is not None]
+        looks: list[Any] = [block.cross for block in self.blocks if block.cross is not None]
         for index, cross in enumerate(looks):
             wanted = LOOK_LOCAL * math.sqrt(index + 1) * cross.key(position[patches])  # K W
             cross.query.weight += (of_query @ wanted).T

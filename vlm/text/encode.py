@@ -254,7 +254,8 @@ class TextEncoder:
             elif token != self._break_id:
                 cells.append((token, False, num_images, token, answer))
         columns: list[list[Any]] = [list(column) for column in zip(*cells, strict=True)] or [[], [], [], [], []]
-        return Encoded(*columns[:4], text=text.replace(BREAK, "")), columns[4]
+        ids, image_mask, images_before, labels, answers = columns
+        return Encoded(ids, image_mask, images_before, labels, text=text.replace(BREAK, "")), answers
 
     def _supervise(self, sample_id: str, row: Encoded, answers: Sequence[int | None]) -> Encoded:
         """The row cut to its length where that is asked for, with the labels that `train_on` leaves."""
