@@ -1,6 +1,7 @@
 """Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …].
 
-`python train.py resume=<run dir>` goes on with a run that ended too soon.
+`python train.py resume=<run dir>` goes on with a run that ended too soon; `python train.py experiment=…` may run
+several stages one after the other.
 """
 
 from __future__ import annotations
@@ -19,37 +20,38 @@ def train(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from vlm import artifact, build, run
+    from vlm.callbacks.rates import ConfiguredRates
     from vlm.callbacks.save import Save, newest_checkpoint
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
-    from vlm.cli import launch, plan
+    from vlm.cli import launch, plan, recipe, resume
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
     from vlm.module import NotFinite
     from vlm.sharding import check_resumes
 
     hydra = HydraConfig.get()
+    if cfg.recipe is not None and cfg.resume.run is None:
+        recipe.run_stages(cfg)
+        return
     cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
     if plan.wanted(cfg):
         plan.plan(cfg)
         return
     run_dir = Path(hydra.runtime.output_dir)
-    if cfg.resume:
-        settings, choices = build.read_config(run_dir)
-        run.only_resumes(hydra.overrides.task)
-        check_resumes(settings["trainer"])
-        checkpoint = newest_checkpoint(run_dir)
-    else:
-        settings, choices = build.plain(cfg), dict(hydra.runtime.choices)
-        checkpoint = None
+    resumed = cfg.resume.run is not None
+    settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), dict(hydra.runtime.choices))
     build.check(settings)
+    if resumed:
+        check_resumes(settings["trainer"])
     launch.check_ranks(hydra)
     if launch.in_its_own_process(hydra, settings, __file__):
         return
-    first = launch.is_first()
+    first = run.first_rank()
     run.CONSOLE.quiet = not first
-    if first and not cfg.resume:
-        run.claim(run_dir)
+    _lock = run.claim(run_dir, resumed=resumed)  # until this function ends
+    checkpoint = newest_checkpoint(run_dir) if resumed else None
+    run.name_logger(settings["logger"])
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)
@@ -76,10 +78,10 @@ def train(cfg: Any) -> None:
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
-    trainer = build.build_trainer(settings, run_dir, [save])
+    watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]
+    trainer = build.build_trainer(settings, run_dir, watchers)
     if first:
-        if checkpoint is None:
-            build.write_config(run_dir, settings, choices)  # from here on the directory is taken
+        build.write_config(run_dir, settings, choices)  # from here on the directory is taken
         run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
     try:
@@ -95,13 +97,15 @@ def train(cfg: Any) -> None:
     if received is None:
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
-        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+        kinds = ("val/", "text/")
+        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith(kinds)}
         with trainer.precision_plugin.forward_context():
             answers = dict(settings["answers"])
             indices = data.val_indices(answers.pop("num_samples"))
             model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
             records = answer(model.eval(), data, indices, device=device, **answers)  # all ranks the same
         metrics |= {f"val/{name}": value for name, value in score(records).items()}
+    metrics |= data.counts()
     if trainer.is_global_zero:
         if Throughput in by_type:
             metrics |= by_type[Throughput].totals

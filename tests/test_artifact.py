@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,26 @@ from vlm.models.composed import Composed
 from vlm.optim import set_trainable
 from vlm.sharding import gather
 
+PARTS = {
+    "connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2},
+    "encoder": {
+        "layer": -1,
+        "image_size": [16, 16],
+        "transform": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize": "squash"},
+    },
+}
+EYE = {"_target_": "an.Encoder", "name": "vit", "pretrained": "a/vit", "image_size": 16, "model_args": {"act": "gelu"}}
 BATCH = make_batch(([11, IMAGE, 12], [21, 22]), ([13, 14], [23]))
 
 
 def manifest_of(model: Composed, **changes: Any) -> dict[str, Any]:
     """As build.py makes it."""
-    parts = {"encoder": model.encoder, "llm": model.llm}
     return {
-        "parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2}, "encoder": {"layer": -1}},
-        "bases": {part: {"pretrained": None, "fingerprint": artifact.fingerprint(m)} for part, m in parts.items()},
+        "parts": PARTS,
+        "bases": {
+            "encoder": artifact.identity(model.encoder, EYE),
+            "llm": artifact.identity(model.llm, {"pretrained": "a/llama"}),
+        },
         "quantization": "none",
         "chat_template": "chatml",
         "num_image_tokens": 4,
@@ -46,10 +58,9 @@ def train(model: Composed, *, seed: int) -> Tensor:
         return model(BATCH)
 
 
-def write(run: Path, model: Composed, manifest: dict[str, Any], *, inherited: list[str], step: int = 1) -> list[str]:
-    names = artifact.trained_names(model, inherited)
-    artifact.save(run / "artifact", tensors=gather(model, names), manifest=manifest, step=step)
-    return names
+def write(run: Path, model: Composed, manifest: dict[str, Any], *, inherited: list[str], step: int = 1) -> None:
+    tensors = gather(model, artifact.trained_names(model, inherited))
+    artifact.save(run / "artifact", tensors=tensors, manifest=manifest, step=step)
 
 
 def outputs(model: Composed) -> Tensor:
@@ -78,7 +89,9 @@ def test_round_trip(tmp_path: Path) -> None:
     artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     assert torch.equal(outputs(model), after)
     assert stored(tmp_path) == CONNECTOR, "trained tensors only"
-    assert set(artifact.read_manifest(tmp_path)["tensors"]) == CONNECTOR
+    manifest = artifact.read_manifest(tmp_path)
+    assert set(manifest["tensors"]) == CONNECTOR
+    assert manifest["step"] == 1
 
 
 def test_an_adapter_lives_through_two_stages(tmp_path: Path) -> None:
@@ -138,6 +151,18 @@ def test_a_bfloat16_base_gives_back_float32_tensors(tmp_path: Path) -> None:
         assert torch.equal(outputs(model), after)
 
 
+def changed(manifest: dict[str, Any], keys: str, value: Any) -> dict[str, Any]:
+    """The manifest with another value at `keys`."""
+    other = json.loads(json.dumps(manifest))
+    inner = other
+    *path, last = keys.split(".")
+    for key in path:
+        inner = inner[key]
+    assert inner[last] != value
+    inner[last] = value
+    return other
+
+
 def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     align(tmp_path)
     model = tiny_model(llm=tiny_llm(seed=5))
@@ -147,41 +172,136 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 3}, "encoder": {"layer": -1}}},
-         r"parts\.connector\.depth = 2, here it is 3"),
-        ({"parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2}, "encoder": {"layer": -2}}},
-         r"parts\.encoder\.layer = -1, here it is -2"),
-        ({"quantization": "nf4"}, r"llm\.quantization = none, here it is nf4; use the same parts"),
-        ({"chat_template": "llama3"}, "chat_template = chatml, here it is llama3"),
-        ({"num_image_tokens": 9}, "num_image_tokens = 4, here it is 9"),
-    ],
-    ids=["connector option", "encoder option", "quantization", "template", "token count"],
-)  # fmt: skip
-def test_another_part_is_refused_with_both_values(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
+    """Hub ids, facts, connector, image size, layer, transform, quantization, template, token count: each on its own."""
     align(tmp_path)
     model = tiny_model(seed=9)
-    before = outputs(model)
-    with pytest.raises(ValueError, match=text):
-        artifact.load(tmp_path, model=model, manifest=manifest_of(model, **changes))
+    before, manifest = outputs(model), manifest_of(model)
+    for keys, value, text in (
+        ("bases.llm.pretrained", "b/llama", "bases.llm.pretrained = a/llama, here it is b/llama"),
+        ("bases.encoder.pretrained", "b/vit", "bases.encoder.pretrained = a/vit, here it is b/vit"),
+        ("bases.encoder.config.name", "resnet", "bases.encoder.config.name = vit, here it is resnet"),
+        ("bases.encoder.config.model_args.act", "relu", "bases.encoder.config.model_args.act = gelu, here it is relu"),
+        ("bases.llm.config.hidden_size", 64, "bases.llm.config.hidden_size = 32, here it is 64"),
+        ("parts.connector._target_", "vlm.connectors.linear.Linear",
+         "parts.connector._target_ = vlm.connectors.mlp.MLP, here it is vlm.connectors.linear.Linear"),
+        ("parts.connector.depth", 3, "parts.connector.depth = 2, here it is 3"),
+        ("parts.encoder.layer", -2, "parts.encoder.layer = -1, here it is -2"),
+        ("parts.encoder.image_size", [32, 32], "parts.encoder.image_size = [16, 16], here it is [32, 32]"),
+        ("parts.encoder.transform.mean", [0.1] * 3,
+         "parts.encoder.transform.mean = [0.5, 0.5, 0.5], here it is [0.1, 0.1, 0.1]"),
+        ("parts.encoder.transform.std", [1.0] * 3,
+         "parts.encoder.transform.std = [0.5, 0.5, 0.5], here it is [1.0, 1.0, 1.0]"),
+        ("parts.encoder.transform.interpolation", "bilinear",
+         "parts.encoder.transform.interpolation = bicubic, here it is bilinear"),
+        ("parts.encoder.transform.resize", "pad", "parts.encoder.transform.resize = squash, here it is pad"),
+        ("quantization", "nf4", "llm.quantization = none, here it is nf4"),
+        ("chat_template", "llama3", "chat_template = chatml, here it is llama3"),
+        ("num_image_tokens", 9, "num_image_tokens = 4, here it is 9"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(f"ckpt={tmp_path} was trained with {text}; use the same parts")):
+            artifact.load(tmp_path, model=model, manifest=changed(manifest, keys, value))
     assert torch.equal(outputs(model), before), "a refused artefact changes nothing"
 
 
-def test_rounded_weights_are_named_before_the_fingerprint_that_they_change(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "facts", "text"),
+    [
+        ("llama", {"rms_norm_eps": 1e-3}, "rms_norm_eps = 1e-06, here it is 0.001"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = silu, here it is gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+         "rope_parameters.rope_theta = 10000.0, here it is 500.0"),
+        ("gemma2", {"final_logit_softcapping": 5.0}, "final_logit_softcapping = 30.0, here it is 5.0"),
+    ],
+)  # fmt: skip
+def test_facts_that_no_tensor_tells_are_compared(
+    tmp_path: Path, model_type: str, facts: dict[str, Any], text: str
+) -> None:
+    model, other = (tiny_model(llm=tiny_llm(model_type, **each)) for each in ({}, facts))
+    assert artifact.fingerprint(model.llm) == artifact.fingerprint(other.llm)
+    set_trainable(model, STATES, {})
+    write(tmp_path, model, manifest_of(model), inherited=[])
+    with pytest.raises(ValueError, match=re.escape(f"bases.llm.config.{text}")):
+        artifact.load(tmp_path, model=other, manifest=manifest_of(other))
+
+
+def test_a_folder_is_where_weights_lie_and_a_hub_id_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that were downloaded, or moved, are the same by their facts and fingerprint."""
+    after = align(tmp_path / "run")
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(seed=9)
+    manifest = manifest_of(model)
+    manifest["bases"]["llm"] = artifact.identity(model.llm, {"pretrained": "llama"})
+    assert manifest["bases"]["llm"]["pretrained"] == str(tmp_path / "llama")
+    artifact.load(tmp_path / "run", model=model, manifest=manifest)
+    assert torch.equal(outputs(model), after)
+
+
+def test_an_option_that_is_left_out_has_its_default(tmp_path: Path) -> None:
+    """An artefact of the time before an option was there, or a file that leaves it out."""
+    align(tmp_path)  # names the depth alone
+    model = tiny_model(seed=9)
+    usual = {**PARTS["connector"], "position": True}
+    artifact.load(tmp_path, model=model, manifest=manifest_of(model, parts={**PARTS, "connector": usual}))
+    other = {**PARTS["connector"], "position": False}
+    with pytest.raises(ValueError, match=r"parts\.connector\.position = True, here it is False"):
+        artifact.load(tmp_path, model=model, manifest=manifest_of(model, parts={**PARTS, "connector": other}))
+
+
+VERSION_1 = """{
+  "format_version": 1,
+  "parts": {"connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2},
+            "encoder": {"_target_": "vlm.encoders.timm.TimmEncoder", "image_size": 16, "layer": -1, "resize": "pad"}},
+  "bases": {"encoder": {"pretrained": "a/vit", "fingerprint": "%s"},
+            "llm": {"pretrained": "a/llama", "fingerprint": "%s"}},
+  "chat_template": "the tokenizer's own",
+  "num_image_tokens": 4,
+  "lora": null,
+  "stages": [{"name": "align", "run": "runs/first", "options": {"llm": "hf"}}],
+  "code": {"git": "abc1234", "packages": {}},
+  "tensors": %s
+}
+"""
+
+
+def test_an_artefact_of_format_version_1_is_read(tmp_path: Path) -> None:
     after = align(tmp_path)
+    model = tiny_model(seed=9)
+    names = json.dumps(artifact.read_manifest(tmp_path)["tensors"])
+    fingerprints = (artifact.fingerprint(part) for part in (model.encoder, model.llm))
+    path = tmp_path / "artifact" / "manifest.json"
+    path.write_text(VERSION_1 % (*fingerprints, names))
+    resize = {**PARTS["encoder"]["transform"], "resize": "pad"}
+    padded = {**PARTS, "encoder": {**PARTS["encoder"], "transform": resize}}
+    manifest = artifact.load(tmp_path, model=model, manifest=manifest_of(model, parts=padded))
+    assert torch.equal(outputs(model), after)
+    assert (manifest["step"], manifest["quantization"], "chat_template" in manifest) == (None, "none", False)
+    assert manifest["parts"]["encoder"] == {
+        "_target_": "vlm.encoders.timm.TimmEncoder",
+        "layer": -1,
+        "image_size": [16, 16],
+        "transform": {"resize": "pad"},
+        "tiles": {"grids": [], "row_separator": False},
+    }
+    assert path.read_text() == VERSION_1 % (*map(artifact.fingerprint, (model.encoder, model.llm)), names)
+    with pytest.raises(ValueError, match=r"transform\.resize = pad, here it is squash"):
+        artifact.load(tmp_path, model=model, manifest=manifest_of(model))
+    wider = {**padded, "encoder": {**padded["encoder"], "image_size": [32, 32]}}
+    with pytest.raises(ValueError, match=r"image_size = \[16, 16\], here it is \[32, 32\]"):
+        artifact.load(tmp_path, model=model, manifest=manifest_of(model, parts=wider))
+
+
+def test_rounded_weights_are_named_before_the_fingerprint_that_they_change(tmp_path: Path) -> None:
+    align(tmp_path)
     path = tmp_path / "artifact" / "manifest.json"
     manifest = json.loads(path.read_text())
     other = tiny_model(llm=tiny_llm(seed=5))
     path.write_text(json.dumps(manifest | {"quantization": "int8"}))
     with pytest.raises(ValueError, match=r"trained with llm\.quantization = int8, here it is none"):
         artifact.load(tmp_path, model=other, manifest=manifest_of(other))
-    del manifest["quantization"]  # as artefacts were at first
-    path.write_text(json.dumps(manifest))
-    model = tiny_model(seed=9)
-    artifact.load(tmp_path, model=model, manifest=manifest_of(model))
-    assert torch.equal(outputs(model), after)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -191,7 +311,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     align(tmp_path)
     path = tmp_path / "artifact" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99, this code reads 1"):
+    with pytest.raises(ValueError, match="format version 99, this code reads 1 to 2; update the code"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a manifest"):
@@ -205,6 +325,15 @@ def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({**manifest, "tensors": [*manifest["tensors"], "connector.lost"]}))
     model = tiny_model()
     with pytest.raises(ValueError, match=r"1 tensors differ, first 'connector\.lost'"):
+        artifact.load(tmp_path, model=model, manifest=manifest_of(model))
+
+
+def test_weights_that_are_cut_off_are_named(tmp_path: Path) -> None:
+    align(tmp_path)
+    path = tmp_path / "artifact" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"weights\.safetensors cannot be read \(.*\); take another ckpt="):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import eval as evaluation
 import train as training
@@ -57,6 +58,7 @@ FILES = {
     "artifact/weights.safetensors",
     "artifact/manifest.json",
     "checkpoints/last.ckpt",
+    ".lock",
 }
 
 
@@ -171,6 +173,39 @@ def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_third_stage_tunes_the_encoder_and_saves_the_average(instructed: Path, tmp_path: Path) -> None:
+    """Its artefact holds what each stage has trained; what is evaluated from it is what the run has validated."""
+    run = tmp_path / "third"
+    options = ["stage=vision_tune", "stage.encoder.last_n=1", "stage.lr.encoder=0.01", "stage.ema_decay=0.5"]
+    few = ["trainer.max_steps=2", "answers.num_samples=2", "data.num_val_samples=2"]
+    assert train(*TINY, *options, *few, f"ckpt={instructed}", f"run_dir={run}") == 0
+    earlier, now = (load_file(folder / "artifact" / "weights.safetensors") for folder in (instructed, run))
+    last_block = {
+        f"encoder.model.blocks.1.{layer}.{kind}"
+        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    }
+    assert now.keys() == earlier.keys() | last_block
+    changed = {name for name in earlier if not torch.equal(now[name], earlier[name])}
+    assert {name.split(".")[0] for name in changed} == {"connector"}
+    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    assert [stage["name"] for stage in manifest["stages"]] == ["align", "instruct", "vision_tune"]
+    assert set(manifest["tensors"]) == now.keys()
+    assert manifest["lora"]["r"] == 16
+
+    trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert trained.keys() == {f"model.{name}" for name in now if "lora_" not in name}
+    assert not torch.equal(
+        trained["model.encoder.model.blocks.1.mlp.fc1.weight"], now["encoder.model.blocks.1.mlp.fc1.weight"]
+    )
+    assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2", "batch_size=2", "max_new_tokens=2") == 0
+    ours = json.loads((run / "eval" / "results.json").read_text())["metrics"]
+    theirs = json.loads((run / "metrics.json").read_text())
+    assert {name: ours[name] for name in ("val/loss", "val/loss_blank")} == pytest.approx(
+        {name: theirs[name] for name in ("val/loss", "val/loss_blank")}, rel=1e-3
+    )
+
+
 def test_evaluation_of_a_run(instructed: Path) -> None:
     assert evaluate(f"ckpt={instructed}", "trainer=cpu", "num_samples=6", "batch_size=3", "max_new_tokens=2") == 0
     results = json.loads((instructed / "eval" / "results.json").read_text())
@@ -211,8 +246,10 @@ def test_evaluation_needs_a_run(told) -> None:
 @pytest.mark.parametrize(
     ("change", "field", "values"),
     [
-        ("llm.config.hidden_size=32", "bases.llm.fingerprint", []),
-        ("encoder.model_args.depth=1", "bases.encoder.fingerprint", []),
+        ("llm.config.hidden_size=32", "bases.llm.config.hidden_size = 64, here it is 32", []),
+        ("+llm.config.rms_norm_eps=1e-3", "bases.llm.config.rms_norm_eps = 1e-06, here it is 0.001", []),
+        ("encoder.model_args.depth=1", "bases.encoder.config.model_args.depth = 2, here it is 1", []),
+        ("encoder.image_size=32", "parts.encoder.image_size = [64, 64], here it is [32, 32]", []),
         ("connector=linear", "parts.connector", ["vlm.connectors.linear.Linear", "vlm.connectors.mlp.MLP"]),
         ("llm.chat_template=plain", "chat_template", ["chatml", "plain"]),
     ],

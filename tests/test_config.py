@@ -23,6 +23,7 @@ NEEDED = {
     ("data", "image_folder"): ["data.root=a"],
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
+    ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],
@@ -87,7 +88,7 @@ def test_every_combination_composes() -> None:
         build.check(cfg)
         assert cfg["stage"]["name"] == stage
         if data == "shapes":
-            assert cfg["data"]["task"] == {"align": "caption", "instruct": "instruct"}[stage]
+            assert cfg["data"]["task"] == ("caption" if stage == "align" else "instruct")
 
 
 def test_no_derived_dimension_is_in_a_file() -> None:
@@ -113,7 +114,11 @@ def test_a_whole_number_is_also_a_float(override: str) -> None:
     build.check(settings(override))
 
 
-def test_debug_beats_the_stage_and_the_command_line_beats_debug() -> None:
+def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> None:
+    experiment = "experiment=llava15_7b"
+    assert settings(experiment)["stage"]["lr_floor"] == 0.0
+    assert [settings(experiment, *debug)["trainer"]["val_check_interval"] for debug in ([], ["debug=fast"])] == [500, 2]
+    assert settings(experiment, "stage.lr_floor=0.1")["stage"]["lr_floor"] == 0.1
     assert settings("debug=fast")["trainer"]["max_steps"] == 4
     assert settings("debug=fast", "trainer.max_steps=7")["trainer"]["max_steps"] == 7
 
@@ -178,6 +183,16 @@ def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
             ["max_epoch"],
         ),
         ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
+        (
+            "logger",
+            "_target_: lightning.pytorch.loggers.WandbLogger\nsave_dir: x\nentty: y",
+            ["logger.entty", "did you mean entity?"],
+        ),
+        (
+            "logger",
+            "_target_: lightning.pytorch.loggers.TensorBoardLogger\nsave_dir: x\nflush_sec: 3",
+            ["did you mean flush_secs?"],
+        ),
         ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnSignal\n  soon: 1", ["callbacks.stop.soon"]),
         ("encoder", "_target_: vlm.encoders.timm.TimmEncoder\nweights: random", ["encoder lacks the option name"]),
     ],
@@ -188,6 +203,13 @@ def test_a_slip_in_a_file(tmp_path: Path, group: str, lines: str, said: list[str
     told = refusal(f"{group}=mine", f"hydra.searchpath=[file://{tmp_path}]")
     for words in said:
         assert words in told, told
+
+
+def test_a_logger_takes_what_it_passes_on() -> None:
+    build.check(settings("logger=wandb", "+logger.entity=us"))
+    build.check(settings("logger=tensorboard", "+logger.flush_secs=3"))
+    with pytest.raises(ValueError, match=r"logger\.entity; .*choose one of .*flush_secs"):
+        build.check(settings("logger=tensorboard", "+logger.entity=us"))
 
 
 def test_an_unknown_section_is_refused() -> None:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from chat import byte_tokenizer, say
@@ -159,10 +160,36 @@ def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) ->
         ids = sorted((name for batch in part for name in batch.ids), key=lambda name: int(name.split("/")[1]))
         assert ids == [f"train/{i}" for i in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 11)]
     lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
-    named = {line["index"]: line["error"] for line in lines}
-    assert named == {i: f"sample 'train/{i}' is broken; mend it" for i in (3, 4)}
+    named = {line.pop("index"): line for line in lines}
+    assert named == {
+        i: {"split": "train", "kind": "other_defect", "error": f"sample 'train/{i}' is broken; mend it"} for i in (3, 4)
+    }
     if num_workers == 0:
         assert len(lines) == 2
+
+
+def test_a_run_that_goes_on_knows_the_bad_samples_it_has_named(tmp_path: Path) -> None:
+    epoch(module(tmp_path, bad=(3, 4), max_bad_share=0.2))
+    file = tmp_path / "bad_samples.jsonl"
+    named = file.read_text()
+    file.write_text(named + '{"split": "val", "index": 5, "kind": "too_long"}\n{"spl')
+    epoch(module(tmp_path, bad=(3, 4), max_bad_share=0.2))
+    assert file.read_text().startswith(named)
+    assert file.read_text().count("\n") == 3  # none is named twice
+    with pytest.raises(ValueError, match=r"sample 'train/5' is broken; mend it \(3 bad samples of 12, 2 allowed: rep"):
+        epoch(module(tmp_path, bad=(5,), max_bad_share=0.2))
+
+
+def test_rows_that_were_left_out_or_cut_are_counted(tmp_path: Path) -> None:
+    longest = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
+    for too_long, kind in (("drop", "too_long"), ("truncate_text", "truncated")):
+        data = module(max_length=longest - 1, max_bad_share=0.1, too_long=too_long)
+        data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+        assert data.counts() == {}
+        epoch(data, 2)
+        assert data.counts() == {f"train/num_{kind}": 1}
+        list(data.val_dataloader())
+        assert data.counts() == {f"train/num_{kind}": 1, f"val/num_{kind}": 1}
 
 
 @pytest.mark.parametrize(

@@ -229,14 +229,16 @@ def test_every_rank_validates_as_often() -> None:
 
 def test_what_deepspeed_and_slices_cannot_do() -> None:
     deepspeed = {"strategy": {"_target_": "lightning.pytorch.strategies.DeepSpeedStrategy", "stage": 2}}
-    check_strategy({**deepspeed, "accumulate_grad_batches": 1}, quantization="none")
+    check_strategy({**deepspeed, "accumulate_grad_batches": 1}, quantization="none", ema_decay=None)
     with pytest.raises(ValueError, match=r"accumulate_grad_batches=2, but DeepSpeed .* choose trainer=fsdp"):
-        check_strategy({**deepspeed, "accumulate_grad_batches": 2}, quantization="none")
+        check_strategy({**deepspeed, "accumulate_grad_batches": 2}, quantization="none", ema_decay=None)
     with pytest.raises(ValueError, match="saves its artefact but no checkpoint to resume from"):
         check_resumes(deepspeed)
     with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sliced"):
-        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="nf4")
-    check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4")
+        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="nf4", ema_decay=None)
+    with pytest.raises(ValueError, match="averages whole tensors"):
+        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="none", ema_decay=0.9)
+    check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4", ema_decay=0.9)
 
 
 def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 from array import array
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from vlm.cli.doctor_report import spread, write
 from vlm.cli.doctor_score import sample_losses, scores
-from vlm.data.checkup import Checkup, Entry, Reader, hash_answer, kind_of
+from vlm.data.checkup import Checkup, Entry, Reader, hash_answer
 from vlm.data.collate import collate, make_row
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.duplicates import Look, Looks, closest, look
 from vlm.data.filter import Filtered, filtered
 from vlm.data.findings import Finding, find
-from vlm.data.images import pad_to_square
 from vlm.data.sources.captions import Captions
 from vlm.data.sources.instruct import Instruct
+from vlm.data.sources.stamps import Stamps
 from vlm.schema import BadSample, Batch, Sample, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.language import identifier
@@ -163,10 +164,12 @@ def test_what_a_source_refuses(tmp_path: Path, record: dict, kind: str) -> None:
     assert (read(source).kind, read(source).id) == (kind, None)
 
 
-def test_a_picture_that_cannot_be_squared_is_unreadable() -> None:
-    with pytest.raises(ValueError, match="padded to a square") as refusal:
-        pad_to_square(Image.new("RGB", (1, 60_000)))
-    assert kind_of(refusal.value) == "unreadable_image"
+def test_a_picture_that_cannot_be_squared_is_unreadable(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "strip.png")
+    (tmp_path / "strip.txt").write_text("A strip.")
+    entry = read(Stamps(split="train", root=tmp_path, val_fraction=0.0))
+    assert "padded to a square" in entry.message
+    assert entry.kind == "unreadable_image"
 
 
 def test_answers_and_their_spelling() -> None:
@@ -212,6 +215,7 @@ class Ordered(list):
     """A source with all that a source may have."""
 
     names = ("one", "other")
+    left_out: ClassVar = {"drawings": 7}
 
     def outline(self, index: int) -> Sample:
         return Sample(f"outline of {self[index].id}", [], [])
@@ -222,6 +226,7 @@ class Ordered(list):
 
 def test_a_filtered_source_has_what_its_source_has() -> None:
     source = Filtered(Ordered(Sample(name, [], []) for name in "abcde"), left_out=[0, 3])
+    assert source.left_out == {"drawings": 7, "samples by data.filter": 2}
     assert [source[index].id for index in range(len(source))] == ["b", "c", "e"]
     assert source.names == ("one", "other")
     assert source.outline(2).id == "outline of e"

@@ -19,7 +19,7 @@ from vlm import artifact
 from vlm.callbacks.save import Save
 from vlm.evaluation.looking import blank, shuffled, with_images
 from vlm.module import NotFinite
-from vlm.objectives.language_modeling import LanguageModeling, SummedCrossEntropy
+from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
 from vlm.schema import Batch
 
 IMAGES = pictures(4)
@@ -79,7 +79,7 @@ def test_logged_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cross_entropy_in_chunks_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Seven rows, three at a time; a gradient in bfloat16 is the float32 one, rounded once."""
-    monkeypatch.setattr("vlm.objectives.language_modeling.CHUNK", 3 * 11)
+    monkeypatch.setitem(CHUNK, "cpu", 3 * 11)
     torch.manual_seed(0)
     logits, targets = (5 * torch.randn(7, 11)).to(dtype).requires_grad_(), torch.randint(11, (7,))
     reference = logits.detach().float().requires_grad_()

@@ -129,6 +129,12 @@ def test_memory_at_a_precision(precision: str, frozen: int, trained: int) -> Non
     assert memory == pytest.approx({name: size / 1e9 for name, size in expected.items()}, rel=1e-12)
 
 
+def test_an_average_is_one_more_copy_of_what_trains() -> None:
+    plain, averaged = (describe(*planned(f"stage.ema_decay={decay}"))[0]["memory_gb"] for decay in ("null", 0.999))
+    copy = 4 * CONNECTOR / 1e9
+    assert averaged == pytest.approx({**plain, "average": copy, "total": plain["total"] + copy}, rel=1e-12)
+
+
 def planned(*overrides: str) -> tuple[dict[str, Any], Any]:
     cfg = settings(*overrides)
     return cfg, build_meta(cfg)

@@ -48,6 +48,7 @@ def test_counts(plain):
         num_visual_tokens=6,
         longest_row=17,
         shown=["<bos><image×3>Hi\n⟦no<eos>⟧"],
+        left_out={},
     )
 
 
@@ -85,6 +86,20 @@ def test_table(plain):
     ] in rows
     assert text.endswith("val 0: <bos><image×3>Hi\n⟦no<eos>⟧\nval 1: <bos><image×3>Hi\n⟦no<eos>⟧\n")
     assert "train 0" not in text
+    assert "left out" not in text
+    same, other = {"symbols": 1200, "copies": 0, "drawings": 3}, {"pictures": 1}
+    for counts, told in (
+        ((same, same), "train and val left out: 1,200 symbols, 3 drawings\n"),
+        ((same, other), "train left out: 1,200 symbols, 3 drawings\nval left out: 1 pictures\n"),
+    ):
+        splits = [Conversations(GOOD), Conversations(GOOD)]
+        for split, left_out in zip(splits, counts, strict=True):
+            split.left_out = left_out
+        reports = [
+            preflight(name=name, source=split, encoder=plain, num_samples=1, show=0)
+            for name, split in zip(("train", "val"), splits, strict=True)
+        ]
+        assert render(reports).endswith(told)
 
 
 @pytest.mark.parametrize(

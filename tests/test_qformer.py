@@ -457,6 +457,17 @@ def test_fresh_tokens_depend_on_the_picture() -> None:
     assert seen(connector(features)) < 0.15
 
 
+def test_each_query_starts_at_a_patch_of_its_own() -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "grid": (3, 4), "num_queries": 6, "depth": 3, "width": 192, "num_heads": 3}
+    features = torch.randn(1, 12, 24)
+    features -= features.mean(2, keepdim=True)  # or the norm would make something of a patch that is all zeros
+    changed = torch.stack([features[0].index_fill(0, torch.tensor(patch), 0.0) for patch in range(12)])
+    connector = QFormer(**sizes)
+    change = (connector(changed) - connector(features)).square().sum(2)  # P K
+    assert change.argmax(0).tolist() == [0, 2, 4, 7, 9, 11]
+
+
 def test_position_tells_where_a_patch_is() -> None:
     features = torch.randn(2, 5, 24)
     for position in (False, True):

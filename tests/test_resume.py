@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.test_cli import QUICK, ROOT, read, told, train
+from vlm import build
 from vlm.callbacks.save import newest_checkpoint, rng_state, set_rng_state
 
 __all__ = ["told"]  # a fixture
@@ -27,6 +31,7 @@ OPTIONS = [
     "data.max_length=600",
     "data.num_train=30",
     "data.num_workers=2",
+    "data.augment={crop:0.5}",
     "trainer.max_steps=8",
     "trainer.val_check_interval=6",
     "trainer.accumulate_grad_batches=2",
@@ -137,9 +142,55 @@ def test_a_run_that_had_saved_nothing_begins_anew(whole: Path, tmp_path: Path) -
     assert_same(run, whole)
 
 
-def test_nothing_can_be_changed_on_the_way(whole: Path, told: Any) -> None:
-    assert train(f"resume={whole}", "trainer.max_steps=20") == 2
-    assert "leave out trainer.max_steps=20" in told()
+def test_what_would_change_the_run_is_refused_by_name(whole: Path, told: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert train(f"resume={whole}", "trainer.max_steps=20", "seed=3", "resume.allow=[seed]", "data.num_workers=0") == 2
+    assert (
+        "but trainer.max_steps is 8 and would be 20; leave that out, allow it with 'resume.allow=[trainer.max_steps]'"
+        in told()
+    )
+    assert train(f"resume={whole}", "connector=linear", "debug=overfit") == 2
+    assert "resume= cannot change debug=fast to overfit" in told()
+    assert train(f"resume={whole}", "connector=linear") == 2
+    assert "connector._target_ is vlm.connectors.mlp.MLP and would be vlm.connectors.linear.Linear" in told()
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_what_is_allowed_may_change(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command again, as a queue repeats it, but for two more steps, no workers, and a path from elsewhere."""
+    run = tmp_path / "a longer, second=run"
+    shutil.copytree(whole, run)
+    monkeypatch.chdir(tmp_path)
+    longer = [option for option in OPTIONS if not option.startswith("trainer.max_steps")]
+    change = ["trainer.max_steps=10", "data.num_workers=0", "resume.allow=[trainer]", f"run_dir={whole}"]
+    assert train(f"resume={run.name}", *longer, *change) == 0
+    assert losses(run)[:10] == losses(whole), "what was done is done"
+    assert [step for step, _ in losses(run)[10:]] == [9, 9, 10], "a validation after every third step"
+    settings, _ = build.read_config(run)
+    assert (settings["trainer"]["max_steps"], settings["data"]["num_workers"]) == (10, 0)
+    assert settings["run_dir"] == str(run)
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its relative paths are from where it was started; the logger knows it by the same id."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lines = []
+    for number in range(6):
+        Image.new("RGB", (40, 30), (40 * number, 99, 200)).save(f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": f"colour number {number}"}) + "\n")
+    Path("captions.jsonl").write_text("".join(lines))
+    data = ["data=captions", "data.annotations=captions.jsonl", "data.images=.", "data.val_fraction=0.4"]
+    assert train(*QUICK, *data, "logger=wandb", "run_dir=run") == 0
+    before, _ = build.read_config(Path("run"))
+    assert re.fullmatch("[0-9a-f]{8}", before["logger"]["id"])
+    monkeypatch.chdir(tmp_path)
+    longer = ["trainer.max_steps=3", "resume.allow=[trainer.max_steps]", "data.batch_size=2"]
+    assert train("resume=here/run", *longer) == 0
+    assert Path.cwd() == tmp_path / "here"
+    after, _ = build.read_config(Path("run"))
+    assert after["logger"] == before["logger"]
+    assert losses(Path("run"))[-1][0] == 3
 
 
 def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, told: Any) -> None:

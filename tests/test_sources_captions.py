@@ -43,7 +43,7 @@ def test_coco_trains_on_every_caption_and_validates_every_image_once(coco: Path,
     assert not train_images & val_images
     assert train_images | val_images == {f"{index}.png" for index in range(7)}
     assert (len(train), len(val)) == (3 * len(train_images), len(val_images))
-    assert train.num_without_caption == 1
+    assert train.left_out == {"images without a caption": 1}
 
     first = int(val[0].meta["image"][0])
     assert val[0].id == f"10{first}0"

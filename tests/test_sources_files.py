@@ -101,8 +101,12 @@ def test_stamps_are_counted_and_split_by_path(stamps: Path) -> None:
     ids = [sample.id for sample in samples(train)], [sample.id for sample in samples(val)]
     assert sorted(ids[0] + ids[1]) == [f"animals/{index:02}.png" for index in range(20)]
     assert ids[1] == [name for name in sorted(ids[0] + ids[1]) if in_split(name, split="val", val_fraction=0.15)]
-    counts = (train.num_symbols, train.num_svg_only, train.num_variants, train.num_without_caption)
-    assert counts == (1, 1, 2, 2)
+    assert train.left_out == {
+        "symbols": 1,
+        "drawings that are SVG alone": 1,
+        "mirrored copies": 2,
+        "pictures without a caption in 'en'": 2,
+    }
 
 
 def test_stamp_is_a_square_on_white_with_its_caption(stamps: Path) -> None:
@@ -120,13 +124,13 @@ def test_stamps_in_japanese(stamps: Path) -> None:
     source = Stamps(split="train", root=stamps, language="ja", val_fraction=0.0)
     assert source[8].messages[0]["content"][1]["text"] == "画像を説明してください。"
     assert [answer(sample) for sample in samples(source)] == [*(f"動物{index}。" for index in range(20)), "題なし。"]
-    assert source.num_without_caption == 1
+    assert source.left_out["pictures without a caption in 'ja'"] == 1
     assert Stamps(split="train", root=stamps, prompt="What?")[0].messages[0]["content"][1]["text"] == "What?"
 
 
 def test_symbols_on_demand(stamps: Path) -> None:
     source = Stamps(split="train", root=stamps, symbols=True, val_fraction=0.0)
-    assert source.num_symbols == 0
+    assert source.left_out["symbols"] == 0
     assert len(source) == 21
     assert source[20].id == "symbols/a.png"
     assert source[20].images[0].getpixel((1, 2)) == (255, 255, 255)
@@ -177,8 +181,8 @@ def test_real_stamps() -> None:
         assert 400 < len(train) < 520
         assert 50 < len(val) < 110
         assert not {name for name, _ in train.items} & {name for name, _ in val.items}
-        assert train.num_symbols > 200
-        assert train.num_svg_only > 100
+        assert train.left_out["symbols"] > 200
+        assert train.left_out["drawings that are SVG alone"] > 100
         for sample in [source[index] for source in (train, val) for index in range(0, len(source), 40)]:
             assert sample.images[0].mode == "RGB"
             assert sample.images[0].width == sample.images[0].height

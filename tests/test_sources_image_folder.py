@@ -59,7 +59,7 @@ def test_what_lacks_its_other_half_is_named_and_counted(tree: Path) -> None:
     picture(tree / "._hidden.png")
     source = folder(tree)
     assert len(source) == 3
-    assert (source.num_without_caption, source.num_without_image) == (1, 1)
+    assert source.left_out == {"text files without an image": 1}
     assert refusal(source, 0) == "sample '2.jpeg' has no '2.txt' beside it; write its caption there"
     assert refusal(source, 1) == "sample 'a/0.png' has no text as its caption; write one or remove the sample"
     assert refusal(source, 2).startswith("sample 'a/b/1.PNG' has a '1.txt' that cannot be read ('utf-8' codec")

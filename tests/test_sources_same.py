@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.test_sources_files import refusal, samples, write
 from tests.test_sources_webdataset import shard
 from vlm.data import record_file
-from vlm.data.record_file import RecordFile, plain_image
+from vlm.data.record_file import RecordFile
 from vlm.data.sources.huggingface import HuggingFace
 from vlm.data.sources.instruct import Instruct
 from vlm.data.sources.webdataset import WebDataset
@@ -102,33 +103,36 @@ def test_outlines_of_every_format(images: Path) -> None:
 # -- large files ------------------------------------------------------------------------------------------------------
 
 
+def rows(file: Path) -> list[Row]:
+    """The rows of a file: seen once in turn, and read again by number."""
+    seen: list[Row] = []
+    records = RecordFile(file, seen.append)
+    assert [records[index] for index in range(len(records))] == seen
+    return seen
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_records_are_found_wherever_a_chunk_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    odd = [{"a": '\\"}'}, {"b": ["\\", {"c": "]["}]}, {"image": 'x\\\\"'}, {}, {"é": "青"}]
-    for content in (write(tmp_path / "a.json", odd), write(tmp_path / "b.jsonl", odd)):
-        monkeypatch.setattr(record_file, "CHUNK", chunk)
-        file = RecordFile(content)
-        assert [file[index].record for index in range(len(file))] == odd
-        monkeypatch.undo()
-    spaced = write(tmp_path / "c.json", '\ufeff [ {"a": 1} ,\n {"b": 2}\n]\n')
-    assert [RecordFile(spaced)[index].record for index in (0, 1)] == [{"a": 1}, {"b": 2}]
+    monkeypatch.setattr(record_file, "CHUNK", chunk)
+    odd = [{"a": '\\"}'}, {"b": ["\\", {"c": "]["}]}, {"image": 'x\\\\"'}, {}, {"é": "青"}, {"n": -1.5e3}]
+    for name in ("a.json", "b.jsonl"):
+        assert [row.record for row in rows(write(tmp_path / name, odd))] == odd
+    plain = json.dumps(odd, ensure_ascii=False, indent="\t")
+    spaced = plain.replace("\n\t}", "\n\t} ").replace("\n", "\r\n")
+    for text in (plain, spaced, f"\ufeff \n{spaced}\n\n"):
+        assert [row.record for row in rows(write(tmp_path / "c.json", text))] == odd
+    lines = "\ufeff" + "\n\n".join(json.dumps(record, ensure_ascii=False) for record in odd)
+    for name in ("d.json", "d.jsonl"):
+        made = rows(write(tmp_path / name, lines))
+        assert [row.record for row in made] == odd
+        assert [row.place for row in made] == [f"{name}:{line}" for line in (1, 3, 5, 7, 9, 11)]
 
 
-@pytest.mark.parametrize(
-    ("data", "image"),
-    [
-        (b'{"id": 1, "image": "a.png", "conversations": [{"from": "human"}]}', "a.png"),
-        (b'{"image":"\xe9"}', None),
-        (b'{"image": "a\\u0062.png"}', None),
-        (b'{"image": ["a.png"]}', None),
-        (b'{"image": null, "images": "b.png"}', None),
-        (b'{"image": "a.png", "images": "b.png"}', None),
-        (b'{"conversations": [{"image": "a.png"}]}', None),
-        (b'{"text": "\\"image\\": \\"a.png\\""}', None),
-    ],
-)
-def test_an_image_is_taken_unparsed_only_where_it_is_sure(data: bytes, image: str | None) -> None:
-    assert plain_image(data) == image
+def test_a_file_that_changes_under_a_run_gives_bad_samples(images: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", [llava(0), llava(1)])
+    made = Instruct(split="train", annotations=file, images=images, val_fraction=0.0)
+    write(file, "[]" + " " * file.stat().st_size)
+    assert refusal(made, 1).startswith("sample 'a.json[1]' is not what it was at the start (Expecting value")
 
 
 def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> None:
@@ -148,6 +152,13 @@ def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> N
         ('[{"id": 1}, 3]', r"has 1 of 2 items that are no objects; remove them"),
         ('[{"id": 1}\n{"id": 2}]', r"line 2 is not JSON \(Expecting ',' delimiter\); correct that line"),
         ('[{"id": "1}]', r"line 1 is not JSON \(Unterminated string"),
+        ('[{"id": 1},\n{"id": 2, "image" 3}]', r"line 2 is not JSON \(Expecting ':' delimiter\); correct that line"),
+        ('[{"id": 1},\n]', r"line 2 is not JSON \(Expecting value\); correct that line"),
+        ('[\n{"id": 1}]\n{"id": 2}', r"line 3 is not JSON \(Extra data\); correct that line"),
+        ('[\n{"id": 1}', r"line 2 is not JSON \(Expecting ',' delimiter\); correct that line"),
+        ('[{"id": 1}, ' + "[" * 99999, r"line 1 is not JSON \(maximum recursion depth"),
+        ("", r"line 1 is not JSON \(Expecting value\)"),
+        ("7", r"a\.json' holds no list; give a list of conversations"),
         ("[]", r"holds 0 conversations; set data\.annotations="),
     ],
 )
@@ -156,7 +167,9 @@ def test_lists_that_are_not_sound(tmp_path: Path, content: str, message: str) ->
         Instruct(split="train", annotations=write(tmp_path / "a.json", content), images=None)
 
 
-def test_a_slip_in_a_record_with_an_image_is_a_bad_sample(images: Path, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.json", '[{"image": "1_0.png"},\n{"image": "2_0.png", "id" 3}]')
-    made = Instruct(split="train", annotations=file, images=images, val_fraction=0.0)
-    assert refusal(made, 1).endswith("a.json' line 2 is not JSON (Expecting ':' delimiter); correct that line")
+def test_a_list_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"id": 1},\n\n{"id": "\xe9"}]')
+    for chunk in (4, 1000):
+        monkeypatch.setattr(record_file, "CHUNK", chunk)
+        with pytest.raises(ValueError, match=r"a\.json' line 3 is not UTF-8 \(invalid continuation byte\); save the"):
+            Instruct(split="train", annotations=tmp_path / "a.json", images=None)

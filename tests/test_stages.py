@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
-from vlm.optim import cosine, parameter_groups, set_trainable
+from vlm.optim import check_rates, make_schedule, parameter_groups, set_trainable
 
 CONNECTOR = {
     "connector.norm.weight",
@@ -123,13 +123,6 @@ def test_a_wrong_state_is_refused(states: dict[str, Any], text: str) -> None:
         set_trainable(tiny_model(), {**STATES, **states}, LORA)
 
 
-def test_a_part_that_trains_needs_a_learning_rate() -> None:
-    model = tiny_model()
-    set_trainable(model, {**STATES, "llm": "lora"}, LORA)
-    with pytest.raises(ValueError, match=r"trains the llm but gives it no learning rate; set stage\.lr\.llm"):
-        parameter_groups(model, lr={"encoder": None, "connector": 1e-3, "llm": None}, weight_decay=0.0)
-
-
 def test_only_matrices_decay() -> None:
     model = tiny_model()
     set_trainable(model, {**STATES, "encoder": {"last_n": 1}, "llm": "lora"}, LORA)
@@ -156,16 +149,42 @@ def test_only_matrices_decay() -> None:
     }
 
 
-def test_cosine_by_hand() -> None:
-    """Warm-up in 2 steps, then cos(0), cos(π/4), … cos(π) between the peak 1 and the floor 0.1 of two groups."""
+def test_a_module_may_have_a_rate_of_its_own() -> None:
+    model = tiny_model()
+    set_trainable(model, STATES, LORA)
+    lr: Any = {"connector": {"rest": 1e-4, "norm": 1e-2}}
+    groups = parameter_groups(model, lr=lr, weight_decay=0.1)
+    assert {group["name"]: (group["lr"], len(group["params"])) for group in groups} == {
+        "connector/rest/decay": (1e-4, 2),
+        "connector/rest/no_decay": (1e-4, 3),
+        "connector/norm/no_decay": (1e-2, 2),
+    }
+    with pytest.raises(ValueError, match=r"stage.lr.connector names nrm; give a rate to the rest and to any of .*norm"):
+        parameter_groups(model, lr={"connector": {"rest": 1e-4, "nrm": 1e-2}}, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"stage.lr.connector has no rest: {'norm': 0.01}; give a rate to the rest"):
+        parameter_groups(model, lr={"connector": {"norm": 1e-2}}, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"stage.layer_decay=0.8 starts from one rate, but stage.lr.encoder={'rest'"):
+        check_rates(STATES, lr={"connector": 1e-3, "encoder": {"rest": 1e-4}}, layer_decay=0.8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "after"),
+    [
+        ("cosine", [1.0, 0.868198, 0.55, 0.231802, 0.1, 0.1]),  # of cos(0), cos(π/4), … cos(π)
+        ("linear", [1.0, 0.775, 0.55, 0.325, 0.1, 0.1]),
+        ("constant", [1.0] * 6),
+    ],
+)
+def test_a_schedule_by_hand(kind: Any, after: list[float]) -> None:
+    """Warm-up in 2 steps, then 4 between the peak 1 and the floor 0.1, for two groups of different peaks."""
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 10.0}])
-    schedule = cosine(optimizer, warmup=2, steps=6, floor=0.1)
+    schedule = make_schedule(optimizer, kind=kind, warmup=2, steps=6, floor=0.1)
     rates = []
     for _ in range(8):
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    expected = [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802, 0.1, 0.1]
+    expected = [0.5, 1.0, *after]
     assert [rate for rate, _ in rates] == pytest.approx(expected, abs=1e-6)
     assert [rate for _, rate in rates] == pytest.approx([10 * rate for rate in expected], abs=1e-5)

@@ -111,7 +111,9 @@ def test_last_turns_go_first_then_the_end_of_the_answer(bytes_only, max_length, 
     subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text", train_on=train_on)
     if train_on == "last_assistant" and max_length == 29:
         shown = shown.replace("⟦a star<eos>⟧", "a star<eos>")
-    assert subject.display(subject.encode("a/1", TWO_TURNS, 1)) == shown
+    row = subject.encode("a/1", TWO_TURNS, 1)
+    assert subject.display(row) == shown
+    assert row.num_cut == 29 - len(row.input_ids)
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 3])

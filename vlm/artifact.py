@@ -1,10 +1,11 @@
 """What a run leaves behind: the tensors that were trained, and a manifest of what they belong to.
 
     artifact/weights.safetensors   every tensor trained in this stage or in one before it, nothing frozen
-    artifact/manifest.json         format, parts and options, identities of the base models, template, stages, code
+    artifact/manifest.json         format, step, parts and options, identities of the bases, template, stages, code
 
-Saving writes each file aside and renames it, so that a full disk or a killed process leaves the previous one whole.
-Both files describe the same tensors at every save of a run, so any pair of them fits.
+Saving writes both files aside, waits until the disk has them, and renames them, so that a full disk or a killed process
+leaves the previous ones whole. Both describe the same tensors at every save of a run, so any pair of them fits; after a
+kill between the two renames the manifest names the step of the save before, the weights' own header the right one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,44 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.optim import lora_names
+from vlm.optim import lora_names, match_buffers
+from vlm.options import defaults
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SAMPLE = 1024  # values a tensor that enter its fingerprint
+# What a configuration says beside facts of the architecture: where the weights lie, how they are kept and run, and what
+# the manifest names elsewhere.
+NO_FACTS = {
+    *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
+    *("transformers_version", "architectures", "dtype", "use_cache", "quantization_config"),
+    *("image_size", "layer", "mean", "std", "interpolation", "resize"),
+}
 
 
 class SaveError(ValueError):
     """The disk did not take what should be saved; what was saved before is intact."""
+
+
+def identity(part: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Which base model a part is: hub id or folder, facts of the architecture, and a hash of the weights.
+
+    Much of what a model computes stands in no tensor: activation, epsilon of norms, rotary base, soft-capping. So the
+    facts are kept one by one, those of Transformers' configuration or else the `options` that made the part.
+    """
+    configs: Any = (getattr(module, "config", None) for module in part.modules())
+    facts = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), options)
+    return {
+        "pretrained": _source(options.get("pretrained")),
+        "config": {key: value for key, value in facts.items() if key not in NO_FACTS and not key.startswith("_")},
+        "fingerprint": fingerprint(part),
+    }
+
+
+def _source(pretrained: Any) -> Any:
+    """A hub id as it is, a folder by its absolute path."""
+    if isinstance(pretrained, list):
+        return [_source(each) for each in pretrained]
+    return str(Path(pretrained).absolute()) if pretrained and Path(pretrained).is_dir() else pretrained
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -48,6 +80,11 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def short_hash(content: Any) -> str:
+    """A hash of something that JSON can write."""
+    return hashlib.blake2b(_json(content).encode(), digest_size=8).hexdigest()
+
+
 def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
     """Parameters that this stage trains or an earlier one has trained, also where an adapter has renamed them since."""
     earlier = {name.replace(".base_layer.", ".") for name in inherited}
@@ -55,33 +92,51 @@ def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
     return [name for name, p in parameters if p.requires_grad or name.replace(".base_layer.", ".") in earlier]
 
 
-def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int) -> None:
+def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int | None) -> None:
     """Write an artefact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
+    weights, described = folder / "weights.safetensors", folder / "manifest.json"
+    content = {**manifest, "format_version": FORMAT_VERSION, "step": step, "tensors": list(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / "weights.safetensors.tmp"
-        save_file(dict(tensors), aside, metadata={"format": "pt", "step": str(step)})
-        os.replace(aside, folder / "weights.safetensors")
-        write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, **manifest, "tensors": list(tensors)})
+        save_file(dict(tensors), aside(weights), metadata={"format": "pt", "step": str(step)})
+        aside(described).write_text(_json(content), encoding="utf-8")
+        put(weights)
+        put(described)
     except (OSError, SafetensorError) as error:
         for left in folder.glob("*.tmp"):
             left.unlink()
-        before = (
-            "the artefact saved before is intact" if (folder / "weights.safetensors").exists() else "none was saved"
-        )
+        before = "the artefact saved before is intact" if weights.exists() else "none was saved"
         raise SaveError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
+
+
+def aside(file: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return file.with_name(file.name + ".tmp")
+
+
+def put(file: Path) -> None:
+    """Let what was written aside take its place once the disk has it; some tell only then that they are full."""
+    with open(aside(file), "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(aside(file), file)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write aside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    aside(path).write_text(_json(content), encoding="utf-8")
+    put(path)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def read_manifest(run: str | Path) -> dict[str, Any]:
-    """The manifest of a run directory. Raises ValueError where it is none, or is of another format."""
+    """The manifest of a run directory, brought to this format version; the file stays as it is.
+
+    Raises ValueError where it is none, or is of a later format.
+    """
     path = Path(run) / "artifact" / "manifest.json"
     if not path.is_file():
         raise ValueError(f"ckpt={run} is no run directory: it has no artifact/manifest.json")
@@ -90,9 +145,41 @@ def read_manifest(run: str | Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest: {error}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}; update the older one")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this code reads 1 to {FORMAT_VERSION}; update the code")
+    for later in MIGRATIONS[version - 1 :]:
+        later(manifest)
     return manifest
+
+
+def _from_1_to_2(manifest: dict[str, Any]) -> None:
+    """Version 2 adds the step, facts of the bases, the encoder's transform, and sizes and templates in full.
+
+    What version 1 did not know is left out, and so not compared.
+    """
+    encoder = manifest["parts"]["encoder"]
+    encoder["transform"] = {"resize": encoder.pop("resize", "squash")}
+    encoder.setdefault("tiles", {"grids": [], "row_separator": False})
+    if (side := encoder.pop("image_size", None)) is not None:
+        encoder["image_size"] = [side, side]
+    if manifest["chat_template"] == "the tokenizer's own":
+        del manifest["chat_template"]
+    manifest.setdefault("quantization", "none")
+    manifest["step"] = None
+
+
+MIGRATIONS = (_from_1_to_2,)  # each from the format version of its place, counted from 1, to the next
+
+
+@contextmanager
+def open_weights(run: str | Path) -> Iterator[Any]:
+    """The weights file of a run directory. Raises ValueError where it cannot be read."""
+    file = Path(run) / "artifact" / "weights.safetensors"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read ({error}); take another ckpt=") from error
 
 
 def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,14 +189,16 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
     manifests' bases differ, or the tensors that do not fit.
     """
     theirs = read_manifest(run)
-    rounded = theirs.get("quantization", "none")  # not recorded at first
-    _compare("llm.quantization", rounded, manifest["quantization"], run)  # before the fingerprint, which it changes
-    for field in ("bases", "parts", "chat_template", "num_image_tokens"):
-        _compare(field, theirs[field], manifest[field], run)
+    # Before the fingerprint, which it changes.
+    _compare("llm.quantization", theirs["quantization"], manifest["quantization"], run)
+    usual = defaults(manifest["parts"]["connector"]["_target_"])
+    for trained, here in zip(_comparable(theirs, usual), _comparable(manifest, usual), strict=True):
+        for field in trained:
+            _compare(field, trained[field], here[field], run)
     if theirs["lora"] and not lora_names(model.llm):  # type: ignore[arg-type]
         model.llm.add_lora(**theirs["lora"])  # type: ignore[operator,union-attr]
     parameters = dict(model.named_parameters())
-    with safe_open(Path(run) / "artifact" / "weights.safetensors", framework="pt") as file:
+    with open_weights(run) as file:
         stored = set(file.keys())
         if stored != set(theirs["tensors"]) or not stored <= set(parameters):
             odd = sorted(stored ^ set(theirs["tensors"])) or sorted(stored - set(parameters))
@@ -120,13 +209,35 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
                 raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
             # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
             target.data = tensor.to(target.device, copy=True)
+    match_buffers(model)
     return theirs
 
 
+def _comparable(manifest: Mapping[str, Any], usual: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is compared, as JSON has it: first what a reader understands, then the fingerprints, which say only that.
+
+    `usual` are the connector's options that a file or older code left out.
+    """
+    parts, bases = manifest["parts"], manifest["bases"]
+    told = {
+        "bases": {part: {key: base[key] for key in base if key != "fingerprint"} for part, base in bases.items()},
+        "parts": {**parts, "connector": {"_target_": None, **usual, **parts["connector"]}},
+        **{field: manifest[field] for field in ("chat_template", "num_image_tokens") if field in manifest},
+    }
+    hashed = {"bases": {part: {"fingerprint": base["fingerprint"]} for part, base in bases.items()}}
+    return json.loads(_json([told, hashed]))
+
+
 def _compare(field: str, theirs: Any, ours: Any, run: str | Path) -> None:
-    """Raise on the first difference of two nested fields."""
+    """Raise on the first difference of two nested fields; what only one of them names is not known of the other."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys([*theirs, *ours]):
-            _compare(f"{field}.{key}", theirs.get(key), ours.get(key), run)
-    elif theirs != ours:
+        for key in theirs:
+            if key in ours:
+                _compare(f"{field}.{key}", theirs[key], ours[key], run)
+    elif theirs != ours and not (field.endswith(".pretrained") and (_is_folder(theirs) or _is_folder(ours))):
         raise ValueError(f"ckpt={run} was trained with {field} = {theirs}, here it is {ours}; use the same parts")
+
+
+def _is_folder(pretrained: Any) -> bool:
+    """Whether it says where weights lie, not what they are; the facts and the fingerprint tell that."""
+    return isinstance(pretrained, str) and Path(pretrained).is_absolute()

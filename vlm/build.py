@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,42 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from vlm.artifact import fingerprint
+from vlm.artifact import aside, identity, put, short_hash
+from vlm.callbacks.ema import EMA
+from vlm.callbacks.stop import StopOnTime
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
-from vlm.optim import set_trainable
+from vlm.optim import PARTS, check_rates, set_trainable
 from vlm.options import bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 from vlm.sharding import check_strategy
 
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
-STAGE_KEYS = {"name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"}
+STAGE_KEYS = {
+    "name",
+    "task",
+    "encoder",
+    "connector",
+    "llm",
+    "lr",
+    "lora",
+    "objective",
+    "gradient_clip_val",
+    "ema_decay",
+}
 SECTIONS = {
     "preflight": {"samples", "show"},
     "answers": {"num_samples", "batch_size", "max_new_tokens"},
     "plan": {"show", "json"},
+    "resume": {"run", "allow"},
     "stage": STAGE_KEYS,  # and the arguments of VLMModule
 }
 SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan")
+VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan", "recipe")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -45,8 +60,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
-    """config.yaml: the resolved settings, and which option each group had."""
-    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices)}), run_dir / "config.yaml")
+    """config.yaml: the resolved settings, which option each group had, and the folder that relative paths are from."""
+    file = run_dir / "config.yaml"
+    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd()}), aside(file))
+    put(file)
 
 
 def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
@@ -55,7 +72,18 @@ def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
     if not file.is_file():
         raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
     settings: Any = OmegaConf.to_container(OmegaConf.load(file))
+    settings.pop("cwd", None)
+    if (merged := run_dir / "llm").is_dir():  # it goes where its run goes
+        settings["llm"]["pretrained"] = str(merged.absolute())
     return settings, settings.pop("choices", {})
+
+
+def enter_folder_of(run_dir: Path) -> None:
+    """Go where a run was started, if that is here, so that the relative paths in its config mean what they meant."""
+    stored: Any = OmegaConf.load(run_dir / "config.yaml")
+    folder = stored.get("cwd")
+    if folder and Path(folder).is_dir():
+        os.chdir(folder)
 
 
 def check(cfg: Mapping[str, Any]) -> None:
@@ -63,15 +91,20 @@ def check(cfg: Mapping[str, Any]) -> None:
     known("", cfg, {*GROUPS, *VALUES})
     for section, keys in SECTIONS.items():
         extra = parameters(VLMModule) if section == "stage" else {}
-        known(section, cfg.get(section, {}), keys | (extra.keys() - {"model"}))
+        known(section, cfg.get(section) or {}, keys | (extra.keys() - {"model"}))
     typed(
         "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
+    build_ema(cfg["stage"])
+    check_rates(cfg["stage"], lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
     bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
     for section in ("preflight", "answers"):
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{section}.{key}={value!r} is not a whole number")
+    allow = (cfg.get("resume") or {}).get("allow", [])
+    if not isinstance(allow, list) or not all(isinstance(key, str) for key in allow):
+        raise ValueError(f"resume.allow={allow!r} is no list of keys; write 'resume.allow=[trainer.max_steps]'")
     if (show := cfg.get("plan", {}).get("show", False)) not in (True, False):
         raise ValueError(f"plan={show!r} is neither true nor false")
     loader, source = split_data(cfg["data"])
@@ -92,7 +125,8 @@ def check(cfg: Mapping[str, Any]) -> None:
     _check_llm(cfg, connector=connector, llm=llm)
     bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
     bind("stage.objective", cfg["stage"]["objective"])
-    check_strategy(cfg["trainer"], quantization=cfg["llm"].get("quantization", "none"))
+    quantization, ema_decay = cfg["llm"].get("quantization", "none"), cfg["stage"].get("ema_decay")
+    check_strategy(cfg["trainer"], quantization=quantization, ema_decay=ema_decay)
     trainer = {**cfg["trainer"], "precision": precision(cfg)}
     if isinstance(trainer.get("strategy"), dict):
         bind("trainer.strategy", trainer.pop("strategy"))
@@ -160,10 +194,7 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     llm.check_length(_of_loader(cfg, "max_length"))
     if _of_loader(cfg, "packing") and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
-    bases = {
-        part: {"pretrained": cfg[part].get("pretrained"), "fingerprint": fingerprint(module)}
-        for part, module in (("encoder", encoder), ("llm", llm))
-    }
+    bases = {"encoder": identity(encoder, options), "llm": identity(llm, cfg["llm"])}
     if bf16:
         encoder.to(torch.bfloat16)
     torch.manual_seed(cfg["seed"])
@@ -178,13 +209,17 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     manifest = {
         "parts": {
             "connector": dict(cfg["connector"]),
-            "encoder": {key: options.get(key) for key in ("_target_", "image_size", "layer")}
-            | {key: options[key] for key in ("resize",) if options.get(key, "squash") != "squash"}
-            | ({"tiles": cfg["encoder"]["tiles"]} if tiles.grids else {}),
+            "encoder": {
+                **{key: options.get(key) for key in ("_target_", "layer")},
+                "image_size": list(encoder.image_size),
+                "transform": asdict(encoder.transform),
+                "tiles": asdict(tiles),
+            },
         },
         "bases": bases,
         "quantization": cfg["llm"].get("quantization", "none"),
-        "chat_template": cfg["llm"]["chat_template"] or "the tokenizer's own",
+        "chat_template": cfg["llm"]["chat_template"]
+        or f"the tokenizer's own, {short_hash(llm.tokenizer.chat_template)}",
         "num_image_tokens": placeholders(connector),
     }
     return model, manifest
@@ -220,16 +255,25 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
 def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
     """The training module of a stage, its trainable parameters set."""
     stage = cfg["stage"]
-    set_trainable(model, {part: stage[part] for part in ("encoder", "connector", "llm")}, stage["lora"])
+    set_trainable(model, {part: stage[part] for part in PARTS}, stage["lora"])
     options = {key: value for key, value in stage.items() if key in parameters(VLMModule) and key != "objective"}
     options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)
+
+
+def build_ema(stage: Mapping[str, Any]) -> list[EMA]:
+    """The callback that averages what a stage trains, where it wants one."""
+    if (decay := stage.get("ema_decay")) is None:
+        return []
+    return [bind("stage", {"_target_": "vlm.callbacks.ema.EMA", "ema_decay": decay})()]
 
 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:
     """Lightning's Trainer with the configured callbacks and loggers, and `extra` callbacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its small talk; importing it had set INFO
     callbacks = [bind(f"callbacks.{name}", options)() for name, options in cfg["callbacks"].items()]
+    if (max_time := cfg["trainer"].get("max_time")) is not None:
+        callbacks.append(StopOnTime(max_time=max_time))
     options = {**cfg["trainer"], "precision": precision(cfg)}
     derived = {
         "callbacks": [*callbacks, *extra],

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
-from vlm.optim import cosine, parameter_groups
+from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.schema import Batch, LossOutput
 from vlm.sharding import FullyShard
 
@@ -36,8 +36,10 @@ class VLMModule(pl.LightningModule):
         *,
         model: Any,
         objective: Any,
-        lr: dict[str, float | None],
+        lr: dict[str, Rate],
+        layer_decay: float | None = None,
         weight_decay: float = 0.0,
+        schedule: Schedule = "cosine",
         warmup_share: float = 0.03,
         lr_floor: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -45,8 +47,8 @@ class VLMModule(pl.LightningModule):
         super().__init__()
         self.model, self.objective = model, objective
         self.strict_loading = False  # a checkpoint holds what trains; `on_load_checkpoint` looks at its names
-        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup_share, self.lr_floor = warmup_share, lr_floor
+        self.lr, self.layer_decay, self.weight_decay, self.betas = lr, layer_decay, weight_decay, betas
+        self.schedule, self.warmup_share, self.lr_floor = schedule, warmup_share, lr_floor
         self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
@@ -57,10 +59,11 @@ class VLMModule(pl.LightningModule):
             self.trainer.strategy.shard(self.model)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
+        groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = cosine(optimizer, warmup=round(steps * self.warmup_share), steps=steps, floor=self.lr_floor)
+        warmup = round(steps * self.warmup_share)
+        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.lr_floor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -95,7 +98,8 @@ class VLMModule(pl.LightningModule):
                 "trainer.accumulate_grad_batches=1 with a larger data.batch_size"
             )
         unit = self.trainer.world_size if early else max(counts)
-        return sum(output.sums[n] * (unit / count) for n, count in zip(losses, counts, strict=True) if count)
+        parts = [output.sums[name] * (unit / max(1, count)) for name, count in zip(losses, counts, strict=True)]
+        return torch.stack(parts).sum()
 
     def _add(self, name: str, value: Tensor | int, count: int) -> None:
         """Add to the sums of the optimiser step in progress."""

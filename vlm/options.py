@@ -14,6 +14,10 @@ from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
 ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
+PASSED_ON = {  # where what a constructor does not know ends up
+    "lightning.pytorch.loggers.WandbLogger": "wandb.init",
+    "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+}
 TYPES = BeartypeConf(is_pep484_tower=True)  # a whole number is also a float
 
 
@@ -25,23 +29,36 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
     """
     arguments = dict(options)
     target = arguments.pop("_target_", None)
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
-    module, _, attribute = target.rpartition(".")
-    try:
-        constructor = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+    constructor = _constructor(name, target)
     derived = dict(derived or {})
     taken = parameters(constructor)
-    kinds = {p.kind for p in inspect.signature(constructor).parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:  # W&B's logger passes what it does not know on to wandb.init
-        known(name, arguments, taken.keys() - derived.keys())
+    passed_on = parameters(_import(PASSED_ON[target])).keys() if target in PASSED_ON else set()
+    known(name, arguments, (taken.keys() | passed_on) - derived.keys())
     missing = [key for key, p in taken.items() if p.default is p.empty and key not in arguments and key not in derived]
     if missing:
         raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
     typed(name, arguments, constructor)
     return partial(constructor, **arguments, **derived)
+
+
+def _constructor(name: str, target: Any) -> Callable[..., Any]:
+    if not isinstance(target, str) or not target.startswith(ALLOWED):
+        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
+    try:
+        return _import(target)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def defaults(target: str) -> dict[str, Any]:
+    """What a constructor takes where an option is not given."""
+    taken = parameters(_constructor("connector", target))
+    return {name: p.default for name, p in taken.items() if p.default is not p.empty}
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:

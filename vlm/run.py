@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import secrets
+import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -21,21 +25,52 @@ from vlm.optim import PARTS
 CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
 
 
-def claim(run_dir: Path) -> None:
-    """Make the directory of a new run. Raises ValueError where another run has left something."""
-    if (run_dir / "config.yaml").exists():
-        raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
+def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
+    """Take a directory for this run, for as long as the returned file stays open.
+
+    The lock is one of POSIX (`lockf`): it ends with its process, however that ends, and data workers do not inherit it;
+    over NFS it holds between machines. Other ranks of a run, which share its directory, take none.
+
+    Raises ValueError where another run is at work, or has left something and is not `resumed`.
+    """
+    if not first_rank():
+        return None
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(run_dir / ".lock", "a+")  # noqa: SIM115, closing it would release it
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.seek(0)
+            raise ValueError(
+                f"run_dir={run_dir} is in use by {lock.read() or 'another process'}; wait for its end, or choose "
+                "another directory"
+            ) from error
+        print(f"{run_dir} is on a file system without locks ({error.strerror}): start no second run in it")
+    if not resumed and (run_dir / "config.yaml").exists():
+        raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
 
 
-def only_resumes(overrides: Sequence[str]) -> None:
-    """Raise ValueError where the command line has more than what names the run to resume."""
-    others = [override for override in overrides if not override.startswith(("resume=", "run_dir="))]
-    if others:
-        raise ValueError(
-            f"resume= goes on with a run as it was configured; leave out {' '.join(others)}, or start a new run from "
-            "its artefact with ckpt="
-        )
+def finished(run_dir: Path) -> bool:
+    """Whether a run went to its end. One that a signal stopped also has figures, but not those of the answers."""
+    file = run_dir / "metrics.json"
+    return file.is_file() and "val/exact_match" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def first_rank() -> bool:
+    """Whether no launcher has told this process that it is another than the first of its run."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
+def name_logger(logger: dict[str, Any]) -> None:
+    """Choose the id under which a service knows the run; config.yaml keeps it, for a run that goes on."""
+    if "id" in logger and logger["id"] is None:
+        logger["id"] = secrets.token_hex(4)
 
 
 def forget_after(run_dir: Path, *, step: int) -> None:
@@ -83,15 +118,19 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def print_parts(
-    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], states: Mapping[str, Any]
+    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], stage: Mapping[str, Any]
 ) -> None:
     """What trains: one line a part, with its parameters as `count_parameters` has them."""
-    table = Table(title="What trains")
-    for heading in ("part", "option", "state", "trainable", "total"):
+    table = Table(title=f"What trains in stage {stage['name']}")
+    for heading in ("part", "option", "state", "learning rate", "trainable", "total"):
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
-        state = states[part] if isinstance(states[part], str) else f"last {states[part]['last_n']}"
-        table.add_row(part, options[part], state, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
+        state = stage[part] if isinstance(stage[part], str) else f"last {stage[part]['last_n']}"
+        lr: Any = stage["lr"][part] if numbers["trainable"] else "-"
+        rate = ", ".join(f"{name} {value:g}" for name, value in lr.items()) if isinstance(lr, dict) else f"{lr}"
+        if numbers["trainable"] and part == "encoder" and (factor := stage.get("layer_decay")) is not None:
+            rate += f", × {factor:g} a block"
+        table.add_row(part, options[part], state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
     CONSOLE.print(table)
 
 

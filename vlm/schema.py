@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Literal, NotRequired, Protocol, TypedDict, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,8 +60,16 @@ class Sample:
         return sum(item["type"] == "image" for message in self.messages for item in message["content"])
 
 
+BadKind = Literal["unreadable_image", "placeholder_mismatch", "empty_text", "too_long", "other_defect"]
+BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
+
+
 class BadSample(ValueError):
-    """A sample that cannot be used; the message names the sample, what is wrong and the remedy."""
+    """A sample that cannot be used; the message names the sample, what is wrong and the remedy, `kind` what it is."""
+
+    def __init__(self, message: str, kind: BadKind = "other_defect") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 @runtime_checkable
@@ -70,7 +78,8 @@ class Source(Protocol):
 
     A source that can tell a sample's text without opening its images has `outline(index) -> Sample`, whose `images` are
     empty; one that does not read each sample once an epoch has `order(epoch, *, seed) -> Sequence[int]`, the indices of
-    that epoch in the order to read them. Neither is required.
+    that epoch in the order to read them; one that passes over some of the data has `left_out: dict[str, int]`, how many
+    of what. None of them is required.
     """
 
     def __len__(self) -> int: ...

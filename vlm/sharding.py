@@ -76,7 +76,7 @@ def _whole(parameter: nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def check_strategy(trainer: Mapping[str, Any], *, quantization: str) -> None:
+def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: float | None) -> None:
     """Raise ValueError for a strategy that cannot train this, or would not save it whole."""
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str):
@@ -89,6 +89,11 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str) -> None:
     if quantization != "none":
         raise ValueError(
             f"llm.quantization={quantization} makes weights that cannot be sliced; set it to none or use trainer=ddp"
+        )
+    if ema_decay is not None:
+        raise ValueError(
+            f"stage.ema_decay={ema_decay} averages whole tensors, and this trainer slices them; set it to null or use "
+            "trainer=ddp"
         )
     batches = trainer.get("accumulate_grad_batches", 1)
     if _is_deepspeed(strategy) and batches != 1:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 
 class MetricsFile(pl.Callback):
-    """Appends the train metrics at every logged step and the val metrics at every validation of a fit."""
+    """Appends the train metrics at every logged step and the val and text metrics at every validation of a fit."""
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._last = trainer.global_step  # not 0 where a run goes on
@@ -23,7 +23,7 @@ class MetricsFile(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.state.fn == "fit":
-            self._write(trainer, ("val/",))
+            self._write(trainer, ("val/", "text/"))
 
     def _write(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> None:
         if trainer.is_global_zero:

@@ -62,7 +62,9 @@ class Progress(pl.Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit":
             seen = trainer.callback_metrics
             loss, gain = seen["val/loss"], seen["val/visual_gain"]
-            CONSOLE.print(f"step {trainer.global_step}: val/loss {loss:.3f}, val/visual_gain {gain:.3f} nats/token")
+            forgot = f", text/forgetting {seen['text/forgetting']:.3f}" if "text/forgetting" in seen else ""
+            figures = f"val/loss {loss:.3f}, val/visual_gain {gain:.3f}{forgot} nats/token"
+            CONSOLE.print(f"step {trainer.global_step}: {figures}")
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero:

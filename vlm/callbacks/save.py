@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from vlm import artifact
+from vlm.callbacks.ema import averaged
 from vlm.module import NotFinite
 from vlm.sharding import FullyShard, gather
 
@@ -51,6 +52,8 @@ class Save(pl.Callback):
             raise ValueError(
                 f"checkpoint.every_n_steps={every_n_steps} and checkpoint.keep_last={keep_last}; set both to 1 or more"
             )
+        if every_n_minutes is not None and every_n_minutes <= 0:
+            raise ValueError(f"checkpoint.every_n_minutes={every_n_minutes}; set it above 0, or null for steps alone")
         self.run_dir, self.manifest, self.inherited = run_dir, manifest, inherited
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_steps, every_n_minutes, keep_last
         self.best, self._best_value = best, float("-inf")
@@ -59,7 +62,8 @@ class Save(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self._rng:  # setting up a fit draws numbers too, so this is the first moment that is not too early
-            set_rng_state(self._rng[trainer.global_rank])
+            if trainer.global_rank < len(self._rng):  # there may be more ranks than before
+                set_rng_state(self._rng[trainer.global_rank])
             self._rng = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -75,9 +79,13 @@ class Save(pl.Callback):
             return
         if self.best is not None and (value := self._figure(trainer)) > self._best_value:
             self._best_value = value  # before the checkpoint, which remembers it
-            self._save_artifact(trainer, module, self.run_dir / "best")
+            best = self.run_dir / "best"
             if trainer.is_global_zero:
-                shutil.copyfile(self.run_dir / "config.yaml", self.run_dir / "best" / "config.yaml")
+                best.mkdir(exist_ok=True)
+                config = best / "config.yaml"  # first, for an artefact is not taken without it
+                shutil.copyfile(self.run_dir / config.name, artifact.aside(config))
+                artifact.put(config)
+            self._save_artifact(trainer, module, best)
         if trainer.global_step > self._saved and self._due(trainer):
             self._save(trainer, module)
 
@@ -86,11 +94,18 @@ class Save(pl.Callback):
             self._save(trainer, module)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        if trainer.global_step <= self._saved or isinstance(exception, artifact.SaveError):
+        if trainer.global_step == self._saved or isinstance(exception, artifact.SaveError):
             return
         together = isinstance(exception, NotFinite)  # which all ranks raise; from a sliced model they save together
-        if together or not isinstance(trainer.strategy, SLICED):
+        if not together and isinstance(trainer.strategy, SLICED):
+            return
+        try:
             self._save_artifact(trainer, module, self.run_dir)  # in the middle of a step nothing can be resumed
+        except artifact.SaveError as error:
+            print(error)  # what went wrong first is raised
+        else:
+            if trainer.is_global_zero:
+                print(f"The weights of step {trainer.global_step} are saved in {self.run_dir / 'artifact'}")
         if together:
             trainer.strategy.barrier()  # the first rank to end would take the others with it
 
@@ -126,21 +141,23 @@ class Save(pl.Callback):
         file = self.run_dir / "checkpoints" / LAST
         file.parent.mkdir(exist_ok=True)
         try:
-            trainer.save_checkpoint(file.with_suffix(".tmp"))
+            trainer.save_checkpoint(artifact.aside(file))
             if trainer.is_global_zero:
                 for number in range(self.keep_last - 1, 0, -1):
                     if (newer := _numbered(file, number - 1)).exists():
                         os.replace(newer, _numbered(file, number))
-                os.replace(file.with_suffix(".tmp"), file)
+                artifact.put(file)
         except (OSError, RuntimeError) as error:
-            file.with_suffix(".tmp").unlink(missing_ok=True)
+            artifact.aside(file).unlink(missing_ok=True)
             raise artifact.SaveError(
                 f"could not write {file} at step {trainer.global_step}: {error}; the artefact is saved"
             ) from error
         self._time = time.monotonic()
 
     def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
-        tensors = gather(module.model, artifact.trained_names(module.model, self.inherited))  # with all ranks
+        names = artifact.trained_names(module.model, self.inherited)
+        with averaged(trainer, module):
+            tensors = gather(module.model, names)  # with all ranks
         if trainer.is_global_zero:
             artifact.save(folder / "artifact", tensors=tensors, manifest=self.manifest, step=trainer.global_step)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C or SIGTERM ends a run after the step in progress, with all saved; a second Ctrl-C ends it at once."""
+"""Ctrl-C, SIGTERM or `trainer.max_time` ends a run after the step in progress, with all saved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from a scheduler that wants the machine back
 
 
 class StopOnSignal(pl.Callback):
-    """Turns the first signal into a stop request; `received` is that signal, on whichever rank it came, or None."""
+    """Turns the first signal into a stop request, a second Ctrl-C ends at once.
+
+    `received` is the first, on whichever rank it came, or None.
+    """
 
     received: signal.Signals | None = None
 
@@ -38,3 +43,29 @@ class StopOnSignal(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for signum, before in self._before.items():
             signal.signal(signum, before)
+
+
+class StopOnTime(Timer):
+    """Lightning's timer, which then does without its own, but at the end of a step, and for this process alone.
+
+    A stop among the accumulated batches of a step would lose their gradients. A run that goes on has its time again, as
+    a job that a scheduler queues again has.
+    """
+
+    def __init__(self, *, max_time: Any) -> None:
+        try:
+            super().__init__(duration=max_time)
+        except MisconfigurationException as error:
+            raise ValueError(
+                f"trainer.max_time={max_time!r} is no time; write it as 00:04:30:00, from days on"
+            ) from error
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

@@ -30,8 +30,9 @@ def doctor(cfg: Any) -> None:
     from vlm import artifact, build, run
     from vlm.cli import doctor_report
     from vlm.cli.doctor_score import scores
-    from vlm.data.checkup import BAD, Checkup, Folder, Reader
+    from vlm.data.checkup import Checkup, Folder, Reader
     from vlm.data.findings import find, lowest_scores
+    from vlm.schema import BAD_KINDS
     from vlm.text.language import identifier
 
     settings, options = _settings(cfg)
@@ -63,7 +64,7 @@ def doctor(cfg: Any) -> None:
                 report["splits"][split]["score"] = doctor_report.spread(found)
                 findings += lowest_scores(split, checkup, found, options.num_low_scores)
 
-    out, kinds = Path(options.out), {*BAD, *options.filter_kinds}
+    out, kinds = Path(options.out), {*BAD_KINDS, *options.filter_kinds}
     doctor_report.print_tables(report, findings, kinds)
     doctor_report.write(out, report, findings, data.splits)
     if settings["data"].get("filter") is None:
@@ -92,6 +93,7 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
     if settings["ckpt"]:
         settings |= _parts_of(settings["ckpt"])
     build.check(settings)
+    settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
     return settings, options
 
 

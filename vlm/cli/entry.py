@@ -18,7 +18,9 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
     quiet()
     sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
-    sys.argv += [a.replace("resume=", "run_dir=", 1) for a in sys.argv if a.startswith("resume=")]  # where it was
+    if config_name == "eval":  # it changes the data of the run, which has keys of its own
+        sys.argv = [re.sub(r"^data\.", "++data.", argument) for argument in sys.argv]
+    sys.argv = resuming(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException
@@ -32,7 +34,14 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
         except (ValueError, OSError) as error:
             if os.environ.get("VLM_TRACEBACK"):
                 raise
-            fail(str(error))
+            fail(sentence(error))
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            fail(
+                f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
+                "data.batch_size lower, and go on with resume=<run dir>"
+            )
         except KeyboardInterrupt:
             sys.exit(130)
 
@@ -44,6 +53,34 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
         if "Unknown plugin class" not in str(error):
             raise
         fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
+
+
+def resuming(arguments: list[str]) -> list[str]:
+    """The command line, `resume=<run dir>` in full: in its directory, with the options that its groups had.
+
+    Those let Hydra know every key of the run; what the run was configured with is read from its config.yaml later.
+    """
+    from omegaconf import OmegaConf
+
+    folders = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("resume=")]
+    kept = [argument for argument in arguments if not argument.startswith("resume=")]
+    if not folders or folders[-1] == "null":
+        return kept
+    file = Path(folders[-1], "config.yaml")
+    stored: Any = OmegaConf.load(file) if file.is_file() else {}
+    choices = stored.get("choices", {})
+    settled = {argument.partition("=")[0] for argument in kept}
+    groups = [(group, option) for group, option in choices.items() if option and "/" not in group]
+    options = [f"{group}={option}" for group, option in groups if group not in settled]
+    return [*kept, *options, *(f'{key}="{folders[-1]}"' for key in ("resume.run", "run_dir"))]
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, without the stack trace that a data worker puts before it."""
+    text = str(error).rstrip(" .\n")
+    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
+        text = text.rpartition("\n")[2].partition(": ")[2]
+    return text
 
 
 def fail(message: str) -> None:

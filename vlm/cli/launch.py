@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vlm import build
-
-
-def is_first() -> bool:
-    """Whether this process is rank 0, which alone writes and talks; told by the environment, before any trainer is."""
-    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def check_ranks(hydra: Any) -> None:

@@ -82,12 +82,16 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
         "visual_tokens_per_image": model.connector.num_tokens * tiles.most,
         "visual_tokens_per_tile": model.connector.num_tokens,
         "tokens_per_sample": tokens,
-        "memory_gb": memory_gb(model, quantization=settings["llm"].get("quantization", "none")),
+        "memory_gb": memory_gb(
+            model,
+            quantization=settings["llm"].get("quantization", "none"),
+            averaged=settings["stage"].get("ema_decay") is not None,
+        ),
     }
     return report, remark
 
 
-def memory_gb(model: Any, *, quantization: str) -> dict[str, float]:
+def memory_gb(model: Any, *, quantization: str, averaged: bool = False) -> dict[str, float]:
     """Gigabytes (10⁹ bytes) that training holds beside activations, on one device without sharding."""
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -96,6 +100,8 @@ def memory_gb(model: Any, *, quantization: str) -> dict[str, float]:
         for weight in (m.weight for m in linear if not m.weight.requires_grad):  # those of an adapter learn
             stored += weight.numel() * (QUANTIZED[quantization] - weight.element_size())
     held = {"weights": stored, "gradients": trained, "optimizer_states": ADAMW_STATES * trained}
+    if averaged:
+        held["average"] = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     return {name: size / GB for name, size in {**held, "total": sum(held.values())}.items()}
 
 

@@ -6,6 +6,7 @@ T tokens of a text, S the queries and the text, of which either may be absent.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +19,7 @@ from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, sta
 
 MAX_TEXT = 512  # positions of BERT
 LOOK_STD = 0.3  # of the logits of cross-attention at the start, about BERT's: sharper random looks learn slower
+LOOK_LOCAL = 0.75  # of a query's own patch, over a key of its length: about 3/4 of its weight is then there
 NORM_EPS = 1e-12  # BERT's
 FEATURE_NORM_EPS = 1e-6  # of the last norm of BLIP-2's encoders
 
@@ -33,6 +35,9 @@ class QFormer(nn.Module):
                has one; states = norm(states + feed(states)), with one feed for the queries and another for the text
 
     The text path, of BLIP-2's first stage, is built with `text`: `hidden_states` then takes pictures, texts or both.
+    The last matrix wants a far higher learning rate than the transformer before it, as conf/connector/qformer.yaml has:
+    what the LLM can read changes only as fast as that matrix does, and the transformer breaks at its rate.
+
     With `norm` and `position` off it is Transformers' Blip2QFormerModel and the projection after it.
 
     Parameters with L blocks, C of them with cross-attention: L·(12·W² + 13·W) + C·(2·W² + 2·Dv·W + 6·W) + K·W + 2·W
@@ -116,6 +121,8 @@ class QFormer(nn.Module):
             if self.position is not None:
                 nn.init.zeros_(self.position)  # what the checkpoint computes stays
             start_from_blip2(self.state_dict(), str(init_from), num_heads=num_heads, projection=init_projection)
+        if init != "blip2" and self.position is not None:
+            self._look_at_patches(self.position)
         if not init_projection:
             self._match_scale(output_rms)
 
@@ -175,6 +182,21 @@ class QFormer(nn.Module):
         nn.init.normal_(self.queries)
         if self.position is not None:
             nn.init.normal_(self.position)
+
+    @torch.no_grad()
+    def _look_at_patches(self, position: nn.Parameter) -> None:
+        """Let each query start by looking at a patch of its own, evenly spread: drawn at random, all see the average.
+
+        What a query asks for in each block is the key of its patch's position; the queries, far fewer than W, are
+        nearly orthogonal, so that a matrix can tell each what to ask for. A query is one of i + 1 equal parts of the
+        states that enter the i-th look, beside what the earlier looks have seen.
+        """
+        patches = torch.linspace(0, len(position) - 1, len(self.queries)).round().long()
+        of_query = torch.linalg.pinv(self.norm(self.queries))  # W K
+        looks: list[Any] = [block.cross for block in self.blocks if block.cross is not None]
+        for index, cross in enumerate(looks):
+            wanted = LOOK_LOCAL * math.sqrt(index + 1) * cross.key(position[patches])  # K W
+            cross.query.weight += (of_query @ wanted).T
 
     def _match_scale(self, output_rms: float) -> None:
         """Draw the projection so that the visual tokens have `output_rms`: E[x²] of a norm's output is γ² + β²."""

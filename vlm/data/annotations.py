@@ -69,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any] | list[Row]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and _is_json(text.split("\n", 1)[0]):
             return list(read_jsonl(file))
-        raise _not_json(file, error.lineno, error.msg) from error
+        raise not_json(file, error.lineno, error) from error
     except (RecursionError, ValueError) as error:  # lists nested too deep, a number of thousands of digits
         raise ValueError(f"'{file}' is JSON that cannot be read ({error}); simplify it") from error
     if isinstance(document, dict):
@@ -87,7 +87,7 @@ def read_jsonl(file: Path) -> Iterator[Row]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise _not_json(file, number, error.msg) from error
+            raise not_json(file, number, error) from error
         except (RecursionError, ValueError) as error:
             raise ValueError(f"'{file}' line {number} is JSON that cannot be read ({error}); simplify it") from error
         yield to_row(f"{file.name}:{number}", record)
@@ -128,13 +128,20 @@ def to_row(place: str, record: Any) -> Row:
     return Row(place, {}, f"is {_kind(record)} where an object is needed; write it as {{...}}")
 
 
+def not_json(file: Path, line: int, error: Exception) -> ValueError:
+    """What tells the user where a file goes wrong."""
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(f"'{file}' line {line} is not UTF-8 ({error.reason}); save the file as UTF-8")
+    return ValueError(f"'{file}' line {line} is not JSON ({getattr(error, 'msg', error)}); correct that line")
+
+
 def _text(file: Path) -> str:
     data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"'{file}' line {line} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise not_json(file, line, error) from error
 
 
 def _is_json(text: str) -> bool:
@@ -143,10 +150,6 @@ def _is_json(text: str) -> bool:
     except (RecursionError, ValueError):
         return False
     return True
-
-
-def _not_json(file: Path, line: int, reason: str) -> ValueError:
-    return ValueError(f"'{file}' line {line} is not JSON ({reason}); correct that line")
 
 
 def _kind(value: Any) -> str:

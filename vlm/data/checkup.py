@@ -19,14 +19,6 @@ from vlm.schema import BadSample, Message, Sample, Source
 from vlm.text.encode import TextEncoder
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-# A refusal carries no kind: the words of its message tell, the first that match. A test raises each.
-WORDS = {
-    "too_long": ("data.max_length",),
-    "placeholder_mismatch": ("image placeholder",),
-    "empty_text": ("no supervised token", "has no text", "has nothing in turn", "empty answer", "has 0 captions"),
-    "unreadable_image": ("image '", "padded to a square"),
-}
-BAD = (*WORDS, "other_defect")
 # A word is a run of letters or digits, or two characters of a script that puts no space between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{1,2}|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
@@ -63,12 +55,13 @@ class Reader(Dataset[Entry]):
         try:
             sample = self.source[index]
         except BadSample as error:
-            return Entry(kind=kind_of(error), message=str(error))
+            return Entry(kind=error.kind, message=str(error))
         answers = answers_of(sample)
         try:
             entry = self._lengths(sample)
         except ValueError as error:  # also what the chat template refuses
-            return Entry(id=sample.id, kind=kind_of(error), message=str(error))
+            kind = error.kind if isinstance(error, BadSample) else "other_defect"
+            return Entry(id=sample.id, kind=kind, message=str(error))
         looks = tuple(look(image) for image in sample.images)
         return entry._replace(
             looks=looks,
@@ -83,7 +76,8 @@ class Reader(Dataset[Entry]):
         """The entry of a sample that may be too long, which says so. Raises ValueError for any other defect."""
         row = self._unlimited.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
         if "" in map(str.strip, answers_of(sample)):
-            raise BadSample(f"sample '{sample.id}' has an empty answer among its turns; write it or remove the sample")
+            says = "has an empty answer among its turns; write it or remove the sample"
+            raise BadSample(f"sample '{sample.id}' {says}", "empty_text")
         entry = Entry(
             id=sample.id,
             characters=sum(len(text_of(message)) for message in sample.messages),
@@ -94,7 +88,7 @@ class Reader(Dataset[Entry]):
             try:
                 self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
             except BadSample as error:
-                return entry._replace(kind=kind_of(error), message=str(error))
+                return entry._replace(kind=error.kind, message=str(error))
         return entry
 
 
@@ -178,11 +172,6 @@ class Checkup:
             self.answerers.append(index)
         if entry.language is not None:
             self.languages[entry.language] += 1
-
-
-def kind_of(error: ValueError) -> str:
-    """Which of `BAD` a refusal is."""
-    return next((kind for kind, words in WORDS.items() if any(word in str(error) for word in words)), "other_defect")
 
 
 def text_of(message: Message) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from vlm.schema import Content, Message
+from vlm.schema import BadSample, Content, Message
 
 MARK = "<image>"  # in a text, the place of the next image
 
@@ -15,7 +15,7 @@ _LLAVA_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": 
 _CHAT_ROLES: dict[str, Role] = {"user": "user", "assistant": "assistant", "system": "system"}
 
 
-class Malformed(ValueError):
+class Malformed(BadSample):
     """What is wrong with a record, in words that follow on "sample 'x'"."""
 
 
@@ -94,7 +94,7 @@ def _content(value: Any, number: int) -> list[Content]:
     if isinstance(value, str):
         return _split_marks(value)
     if not isinstance(value, list):
-        raise Malformed(f"has no text in turn {number}; write it as a text or a list of pieces")
+        raise Malformed(f"has no text in turn {number}; write it as a text or a list of pieces", "empty_text")
     pieces: list[Content] = []
     for piece in value:
         kind = piece.get("type") if isinstance(piece, dict) else None
@@ -139,7 +139,8 @@ def _check_turns(messages: Sequence[Message]) -> None:
         raise Malformed(f"ends with a user turn (turn {len(roles)} of {len(roles)}); add the answer or remove the turn")
     for number, message in enumerate(messages, start=1):
         if not any(piece["type"] == "image" or piece["text"].strip() for piece in message["content"]):
-            raise Malformed(f"has nothing in turn {number} of {len(roles)} ({message['role']}); write its text")
+            says = f"has nothing in turn {number} of {len(roles)} ({message['role']}); write its text"
+            raise Malformed(says, "empty_text")
 
 
 def _check_marks(messages: Sequence[Message], *, num_images: int) -> None:
@@ -152,7 +153,8 @@ def _check_marks(messages: Sequence[Message], *, num_images: int) -> None:
     if num_marks != num_images:
         raise Malformed(
             f"holds {num_images} image{'s' * (num_images != 1)} but its text has {num_marks} image "
-            f"placeholder{'s' * (num_marks != 1)}; add or remove an {MARK}"
+            f"placeholder{'s' * (num_marks != 1)}; add or remove an {MARK}",
+            "placeholder_mismatch",
         )
 
 

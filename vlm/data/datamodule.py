@@ -17,7 +17,8 @@ from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import collate, make_row
 from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
-from vlm.data.rows import Rows
+from vlm.data.replay import with_replay
+from vlm.data.rows import STATES, Rows
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 
@@ -45,6 +46,8 @@ class VLMDataModule(pl.LightningDataModule):
         seed: of the order of the samples.
         bad_samples_file: where skipped samples are named; None writes nothing.
         filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
+        text_replay: the share of the training samples that are conversations without images; 0 adds none.
+        replay_annotations: a file of such conversations; None takes those of the project.
 
     `connect` tells what only the model knows; call it before a loader is asked for.
     """
@@ -69,6 +72,8 @@ class VLMDataModule(pl.LightningDataModule):
         seed: int = 0,
         bad_samples_file: Path | None = None,
         filter: str | None = None,
+        text_replay: float = 0.0,
+        replay_annotations: str | None = None,
     ) -> None:
         super().__init__()
         self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
@@ -77,6 +82,8 @@ class VLMDataModule(pl.LightningDataModule):
         for split, samples in self.splits.items():
             if len(samples) < 2:
                 raise ValueError(f"the {split} split has {len(samples)} samples, it needs at least 2; see data.*")
+        if text_replay:
+            self.splits["train"] = with_replay(self.splits["train"], share=text_replay, annotations=replay_annotations)
         if batching == "tokens" and batch_tokens < max_length:
             raise ValueError(
                 f"data.batch_tokens={batch_tokens} does not hold a row of data.max_length={max_length} tokens; "
@@ -112,6 +119,17 @@ class VLMDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             too_long=self.too_long,
         )
+        self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many samples of each split all ranks have left out so far, by kind, and truncated; none that are 0."""
+        assert self.trainer is not None
+        found: dict[str, int] = {}
+        for split, rows in self._rows.items():
+            states = rows.states.to(self.trainer.strategy.root_device, copy=True)  # reduced in place
+            numbers = self.trainer.strategy.reduce(states, reduce_op="max").bincount(minlength=len(STATES)).tolist()
+            found |= {f"{split}/num_{state}": n for state, n in zip(STATES[1:], numbers[1:], strict=True) if n}
+        return found
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
         """Read some samples of each split as training will, and stop at what would train wrongly."""
@@ -179,16 +197,20 @@ class VLMDataModule(pl.LightningDataModule):
         except BadSample:
             return 1
 
-    def _loader(self, split: Split, batches: Sampler[Any]) -> DataLoader[Batch]:
-        dataset: Any = Rows(  # collation makes batches of its rows
-            source=self.splits[split],
+    def _rows_of(self, split: Split, source: Source) -> Rows:
+        return Rows(
+            source=source,
+            split=split,
             text=self.text,
             spec=self.spec,
-            max_bad=int(self.max_bad_share * len(self.splits[split])),
+            max_bad=int(self.max_bad_share * len(source)),
             bad_samples_file=self.bad_samples_file,
             augment=self.augment if split == "train" else None,
             seed=self.seed,
         )
+
+    def _loader(self, split: Split, batches: Sampler[Any]) -> DataLoader[Batch]:
+        dataset: Any = self._rows[split]  # collation makes batches of its rows
         sources = getattr(self.splits[split], "names", ())
         return DataLoader(
             dataset,

@@ -15,13 +15,14 @@ CHECKED = 32  # samples whose ids are compared: each has to be read
 class Filtered:
     """A source without some of its samples; the others keep their order.
 
-    It has `outline`, `order` and `names` where the source has them.
+    It has `outline`, `order` and `names` where the source has them. `left_out` counts these samples too.
     """
 
     def __init__(self, source: Source, *, left_out: Sequence[int]) -> None:
         self.source: Any = source
         gone = set(left_out)
         self.kept = [index for index in range(len(source)) if index not in gone]
+        self.left_out = {**getattr(source, "left_out", {}), "samples by data.filter": len(gone)}
         if hasattr(source, "names"):
             self.names = source.names
         if hasattr(source, "outline"):

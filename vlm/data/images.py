@@ -1,4 +1,4 @@
-"""Image files, which nobody has vouched for, to plain RGB pictures: every way to fail ends in one `BadSample`."""
+"""Image files, which nobody has vouched for, to plain RGB pictures: every way to fail ends in one `BadImage`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ _UPRIGHT = {
 }
 
 
+class BadImage(BadSample):
+    """An image that cannot be used; the message names it, what is wrong and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "unreadable_image")
+
+
 def load_image(
     path: str | Path, *, root: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
@@ -37,7 +44,7 @@ def load_image(
 
     `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. The
     number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
-    Raises `BadSample`, naming the file, what is wrong and the remedy.
+    Raises `BadImage`, naming the file, what is wrong and the remedy.
     """
     return decode_image(_read(path, root=root, max_bytes=max_bytes), name=str(path), max_pixels=max_pixels)
 
@@ -45,27 +52,27 @@ def load_image(
 def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture that a file of these bytes holds, as `load_image` gives it; errors call it `name`.
 
-    Raises `BadSample`, naming what is wrong and the remedy.
+    Raises `BadImage`, naming what is wrong and the remedy.
     """
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise BadSample(
+                raise BadImage(
                     f"image '{name}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
                     f"{max_pixels:,}; make it smaller"
                 )
             image.load()
             return _to_rgb(_upright(image), name)
-    except BadSample:
+    except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # past Pillow's own limit: no size
-        raise BadSample(f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
+        raise BadImage(f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
     except UnidentifiedImageError as error:
-        raise BadSample(f"image '{name}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
+        raise BadImage(f"image '{name}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadSample(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
+        raise BadImage(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
 
 
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -98,27 +105,25 @@ def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
         home = _resolved(root)
         file = (home / path).resolve()
         if not file.is_relative_to(home):
-            raise BadSample(
-                f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder"
-            )
+            raise BadImage(f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder")
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
-            raise BadSample(f"image '{path}' under '{root}' is not a regular file; replace it with an image file")
+            raise BadImage(f"image '{path}' under '{root}' is not a regular file; replace it with an image file")
         if status.st_size > max_bytes:
-            raise BadSample(
+            raise BadImage(
                 f"image '{path}' has {status.st_size:,} bytes, more than the limit of {max_bytes:,}; make it smaller"
             )
         with file.open("rb") as handle:
-            return handle.read(max_bytes)
-    except BadSample:
+            return handle.read(status.st_size)  # told more, Python would make room for all of it
+    except BadImage:
         raise
     except FileNotFoundError as error:
-        raise BadSample(f"image '{path}' does not exist under '{root}'; add the file or remove its sample") from error
+        raise BadImage(f"image '{path}' does not exist under '{root}'; add the file or remove its sample") from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise BadSample(f"image '{path}' cannot be read ({reason}); replace the file") from error
+        raise BadImage(f"image '{path}' cannot be read ({reason}); replace the file") from error
     except (ValueError, RuntimeError) as error:  # a null byte or half a surrogate pair in the name; a loop of symlinks
-        raise BadSample(f"image {str(path)!r} is not a usable path ({error}); rename the file") from error
+        raise BadImage(f"image {str(path)!r} is not a usable path ({error}); rename the file") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -131,7 +136,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise BadSample(
+        raise BadImage(
             f"image '{name}' holds 32-bit values (mode {image.mode}), of which none is known to be white; "
             "save it with 8 or 16 bits"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vlm.schema import IGNORE, BadSample, Source
@@ -23,6 +23,7 @@ class PreflightReport:
     num_visual_tokens: int
     longest_row: int
     shown: list[str]  # the first rows decoded, the supervised part between ⟦ and ⟧
+    left_out: dict[str, int]  # what the source passes over in its data, and how much of it
 
 
 def preflight(
@@ -75,6 +76,7 @@ def preflight(
         num_visual_tokens=sum(sum(row.image_mask) for row in rows),
         longest_row=max(len(row.input_ids) for row in rows),
         shown=shown,
+        left_out={what: num for what, num in getattr(source, "left_out", {}).items() if num},
     )
 
 
@@ -103,5 +105,15 @@ def render(reports: Sequence[PreflightReport]) -> str:
     text = io.StringIO()
     Console(file=text, width=100).print(table)
     lines = [text.getvalue().rstrip()]
+    lines += _left_out(reports)
     lines += [f"{report.name} {index}: {row}" for report in reports for index, row in enumerate(report.shown)]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(reports: Sequence[PreflightReport]) -> Iterator[str]:
+    """A line a split; one for all that have left out the same, as most count over the whole of the data."""
+    splits: dict[str, list[str]] = {}
+    for report in reports:
+        counts = ", ".join(f"{num:,} {what}" for what, num in report.left_out.items())
+        splits.setdefault(counts, []).append(report.name)
+    return (f"{' and '.join(names)} left out: {counts}" for counts, names in splits.items() if counts)

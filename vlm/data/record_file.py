@@ -1,88 +1,80 @@
-"""Records of a large JSON file, found by where they begin and end and parsed when they are read.
+"""Records of a large JSON file: each is parsed once at the start, to learn where it lies, and again when it is read.
 
 A list of 665,000 conversations is 1 GB of text and several of dictionaries, of which a run needs a batch at a time.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
 
-from vlm.data.annotations import Row, read_json, to_row
+from vlm.data.annotations import Row, not_json, to_row
 
-CHUNK = 2**18  # bytes looked at together: few enough for a core's cache
+BOM = codecs.BOM_UTF8
+CHUNK = 2**20  # bytes read together
 HEAD = 2**24  # bytes that the first of several lines may have
-_QUOTE, _BACKSLASH, _OPEN, _CLOSE, _LINE = (ord(character) for character in '"\\{}\n')
-_LOWER = 0x20  # the bit in which { differs from [ and } from ]
-_IMAGE = re.compile(rb'"images?"\s*:\s*(?:"([^"\\]*)")?')  # within a text its quotes would be escaped
+LARGEST = 2**26  # characters among which the end of a record is looked for
+_BETWEEN = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")  # what may stand between two items of a list
+_DECODER = json.JSONDecoder()
+
+
+class Item(NamedTuple):
+    """A JSON value, the bytes [start, end) that hold it, and its number: of its line, or its place in the list."""
+
+    start: int
+    end: int
+    number: int
+    value: Any
 
 
 class RecordFile:
-    """`file[i]` is the row of record i of a JSON list, or of JSON lines; in memory are two numbers a record.
+    """`file[i]` is the row of record i of a JSON list, or of JSON lines; in memory are three numbers a record.
 
-    Raises `ValueError` where the file is neither; that a record is JSON in itself is seen when it is read.
+    `visit` sees every row once, in turn. Raises `ValueError` where the file is neither, naming the line of a slip.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.is_lines = file.suffix == ".jsonl" or _is_lines(file)
-        self.starts, self.ends = _lines(file) if self.is_lines else _items(file)
-        self.numbers = np.arange(len(self.starts))
-        if self.is_lines:  # places count every line, the empty ones are no records
-            self.numbers += 1
-            filled = np.array([bool(data.strip()) for data in self.raw()], dtype=bool)
-            self.starts, self.ends, self.numbers = (a[filled] for a in (self.starts, self.ends, self.numbers))
+    def __init__(self, file: Path, visit: Callable[[Row], None]) -> None:
+        self.file, self._name = file, file.name
+        self._is_lines = file.suffix == ".jsonl" or _is_lines(file)
+        places = array("q")
+        num_wrong = 0
+        for item in _lines(file) if self._is_lines else _items(file):
+            row = self._row(item.number, item.value)
+            num_wrong += bool(row.problem)
+            places.extend(item[:3])
+            visit(row)
+        self._places = np.array(places).reshape(-1, 3)
+        if num_wrong and not self._is_lines:
+            raise ValueError(f"'{file}' has {num_wrong} of {len(self)} items that are no objects; remove them")
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Row:
-        start, end = int(self.starts[index]), int(self.ends[index])
+        start, end, number = self._places[index].tolist()
         with self.file.open("rb") as handle:
             handle.seek(start)
-            return self.row(index, handle.read(end - start))
-
-    def row(self, index: int, data: bytes) -> Row:
-        """The row of a record whose bytes are at hand. Raises `ValueError` naming the line where they are not JSON."""
-        number = int(self.numbers[index])
-        place = f"{self.file.name}:{number}" if self.is_lines else f"{self.file.name}[{number}]"
+            data = handle.read(end - start)
         try:
-            return to_row(place, json.loads(data))
+            return self._row(number, json.loads(data))
         except (ValueError, RecursionError) as error:
-            before = self.file.read_bytes()[: int(self.starts[index]) + getattr(error, "pos", 0)]
-            line, reason = before.count(b"\n") + 1, getattr(error, "msg", error)
-            raise ValueError(f"'{self.file}' line {line} is not JSON ({reason}); correct that line") from error
+            return self._row(number, {})._replace(problem=f"is not what it was at the start ({error}); start anew")
 
-    def raw(self) -> Iterator[bytes]:
-        """The bytes of every record in turn."""
-        with self.file.open("rb", buffering=2**20) as handle:  # mapped, all of the file would count as memory in use
-            for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
-                handle.seek(start)
-                yield handle.read(end - start)
-
-
-def plain_image(data: bytes) -> str | None:
-    """A record's one image where a look at its bytes tells it for sure, else None: then the record has to be parsed."""
-    if data.count(b'"image') != 1:
-        return None
-    match = _IMAGE.search(data)
-    if match is None or not match[1] or b"{" in data[1 : match.start()]:
-        return None
-    try:
-        return match[1].decode()
-    except UnicodeDecodeError:
-        return None
+    def _row(self, number: int, value: Any) -> Row:
+        return to_row(f"{self._name}:{number}" if self._is_lines else f"{self._name}[{number}]", value)
 
 
 def _is_lines(file: Path) -> bool:
     """Whether a `.json` file holds JSON lines: its first line is an object, and not its last."""
     with file.open("rb") as handle:
-        head = handle.read(HEAD).removeprefix(b"\xef\xbb\xbf")
+        head = handle.read(HEAD).removeprefix(BOM)
     first, _, rest = head.lstrip().partition(b"\n")
     if not first.startswith(b"{") or not rest.strip():
         return False
@@ -93,74 +85,97 @@ def _is_lines(file: Path) -> bool:
     return True
 
 
-def _chunks(file: Path) -> Iterator[tuple[int, UInt8[np.ndarray, " n"]]]:
-    """The file's bytes and where they begin; none ends between a backslash and what it escapes."""
-    first = 0
+def _lines(file: Path) -> Iterator[Item]:
+    end = 0
     with file.open("rb") as handle:
-        if handle.read(3) == b"\xef\xbb\xbf":
-            first = 3
-        handle.seek(first)
-        while data := handle.read(CHUNK):
-            while data.endswith(b"\\") and (more := handle.read(1)):
-                data += more
-            yield first, np.frombuffer(data, dtype=np.uint8)
-            first += len(data)
+        for number, line in enumerate(handle, start=1):
+            start, end = end, end + len(line)
+            if line.removeprefix(BOM).strip():
+                try:
+                    yield Item(start, end, number, json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    raise not_json(file, number, error) from error
 
 
-def _lines(file: Path) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    breaks = [np.empty(0, np.int64)]
-    begin = end = 0
-    for first, data in _chunks(file):
-        begin = first if not end else begin
-        breaks.append(np.flatnonzero(data == _LINE) + first)
-        end = first + len(data)
-    at = np.concatenate(breaks)
-    return np.concatenate([[begin], at + 1]), np.concatenate([at, [end]])
+def _items(file: Path) -> Iterator[Item]:
+    """The items of a JSON list."""
+    with file.open("rb") as handle:
+        window = _Window(handle)
+        try:
+            kind = window.kind()
+            if kind == "a list":
+                yield from window.items()
+        except (ValueError, RecursionError) as error:
+            raise not_json(file, window.line_of(error), error) from error
+    if kind != "a list":
+        raise ValueError(f"'{file}' holds {kind}; give a list of conversations")
 
 
-def _items(file: Path) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Where the items of a JSON list begin and end, from its brackets outside of texts alone."""
-    starts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    in_text = depth = 0
-    for first, data in _chunks(file):
-        quotes = np.flatnonzero(data == _QUOTE)
-        quotes = quotes[~_escaped(data, quotes)]
-        folded = data | _LOWER
-        brackets = np.flatnonzero((folded == _OPEN) | (folded == _CLOSE))
-        brackets = brackets[(np.searchsorted(quotes, brackets) + in_text) % 2 == 0]
-        steps = np.where(folded[brackets] == _OPEN, 1, -1)
-        depths = depth + np.cumsum(steps)
-        starts.append(brackets[(steps == 1) & (depths == 2)] + first)
-        ends.append(brackets[(steps == -1) & (depths == 1)] + first + 1)
-        in_text = (in_text + len(quotes)) % 2
-        depth = int(depths[-1]) if len(depths) else depth
-    start, end = np.concatenate(starts), np.concatenate(ends)
-    if in_text or depth or len(start) != len(end) or not _only_commas(file, start, end):
-        document = read_json(file)  # tells the line of a slip
-        if isinstance(document, dict):
-            raise ValueError(f"'{file}' holds one object; give a list of conversations")
-        if num_wrong := sum(bool(row.problem) for row in document):
-            raise ValueError(f"'{file}' has {num_wrong} of {len(document)} items that are no objects; remove them")
-    return start, end
+class _Window:
+    """The part of a file's text that is in memory."""
 
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._at = "", 0  # what is read next
+        self._byte = len(BOM) if handle.read(len(BOM)) == BOM else 0  # of the file, at `_at`
+        handle.seek(self._byte)
 
-def _escaped(data: UInt8[np.ndarray, " n"], quotes: Int[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
-    """Which quotes stand behind an odd number of backslashes."""
-    escaped = np.zeros(len(quotes), dtype=bool)
-    run = np.arange(len(quotes))
-    back = 1
-    while len(run := run[(quotes[run] >= back) & (data[quotes[run] - back] == _BACKSLASH)]):
-        escaped[run] ^= True
-        back += 1
-    return escaped
+    def kind(self) -> str:
+        """What the file holds; of a list, the opening bracket is read."""
+        if self.between() == "[":
+            return "a list"
+        return "one object" if isinstance(self._value(), dict) else "no list"
 
+    def items(self) -> Iterator[Item]:
+        """What stands behind the opening bracket of a list with which the file ends."""
+        mark = self.between() if self._text.startswith("]", self._at) else ","
+        number = 0
+        while mark == ",":
+            start, value = self._byte, self._value()
+            yield Item(start, self._byte, number, value)
+            number += 1
+            mark = self.between()
+        if mark != "]" or self._at < len(self._text):
+            reason = "Extra data" if mark == "]" else "Expecting ',' delimiter"
+            raise json.JSONDecodeError(reason, self._text, self._at)
 
-def _only_commas(file: Path, starts: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"]) -> bool:
-    """Whether there is nothing but one comma between the items, and the list's brackets around them."""
-    gaps = zip([0, *ends.tolist()], [*starts.tolist(), file.stat().st_size], strict=True)
-    with file.open("rb", buffering=2**20) as handle:
-        found = []
-        for start, end in gaps:
-            handle.seek(start)
-            found.append(handle.read(end - start).removeprefix(b"\xef\xbb\xbf").strip())
-    return found == [b"[", *[b","] * (len(starts) - 1), b"]"] if len(starts) else found == [b"[]"]
+    def between(self) -> str:
+        """Goes on to the next value, over the mark that is returned: a bracket, a comma, or none."""
+        while (found := _BETWEEN.match(self._text, self._at)) and found.end() == len(self._text) and self._more():
+            pass
+        assert found is not None
+        self._go_on(found.end())
+        return found[1]
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                if end < len(self._text) or not self._more():  # a number may go on
+                    break
+            except json.JSONDecodeError:
+                if len(self._text) - self._at > LARGEST or not self._more():
+                    raise
+        self._go_on(end)
+        return value
+
+    def _go_on(self, end: int) -> None:
+        self._byte += end - self._at if self._text.isascii() else len(self._text[self._at : end].encode())
+        self._at = end
+
+    def _more(self) -> bool:
+        """Reads on, as much again as is left; False at the end of the file."""
+        data = self._handle.read(max(CHUNK, len(self._text) - self._at))
+        new = self._decode(data, final=not data)
+        if data:
+            self._text, self._at = self._text[self._at :] + new, 0
+        return bool(data)
+
+    def line_of(self, error: Exception) -> int:
+        """The line of the file that an error speaks of."""
+        self._handle.seek(0)
+        line = 1 + self._handle.read(self._byte).count(b"\n")
+        if isinstance(error, UnicodeDecodeError):  # behind what is in memory
+            return line + self._text.count("\n", self._at) + error.object.count(b"\n", 0, error.start)
+        return line + self._text.count("\n", self._at, getattr(error, "pos", self._at))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -12,8 +11,6 @@ import numpy as np
 from jaxtyping import Bool, UInt64
 
 from vlm.schema import Split
-
-_ODD = re.compile(r"^/|//|/$|(?:^|/)\.{1,2}(?:/|$)|^$|\\")  # a path that may have another spelling
 
 
 def check_split(*, split: Split, val_fraction: float) -> None:
@@ -41,7 +38,8 @@ def digest(key: str) -> int:
 
 def image_key(name: str, *, root: Path) -> str:
     """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
-    if not _ODD.search(name):  # nearly all of the million that a dataset may have
+    odd = name[:1] in "/." or name[-1:] == "/" or "//" in name or "/." in name or "\\" in name
+    if not odd:  # as nearly all of the million are that a dataset may have
         return name
     if os.path.isabs(name):
         name = os.path.relpath(name, root)

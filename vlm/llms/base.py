@@ -149,6 +149,33 @@ class LanguageModel(nn.Module, ABC):
         )
         inject_adapter_in_model(settings, self.model)
 
+    def merge_lora(self) -> None:
+        """Add the adapter to the matrices that it stands beside, and take it away."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for name, module in adapted:
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module.get_base_layer())
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Within it the LLM is what it was before `add_lora`; one without an adapter stays as it is."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+            for parameter, flag in trains:  # which PEFT has changed too
+                parameter.requires_grad_(flag)
+
     @contextmanager
     def narrowed(self, keep: Tensor) -> Iterator[None]:
         """Within it the output matrix sees the positions of `keep` alone: a vocabulary is far wider than hidden states.

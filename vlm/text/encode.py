@@ -102,7 +102,8 @@ class TextEncoder:
         learnt = answers[-1:] if self.train_on == "last_assistant" else answers
         if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learnt):
             raise BadSample(
-                f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it"
+                f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it",
+                "empty_text",
             )
         try:
             text = self._render(roles, texts, self._form)
@@ -242,22 +243,19 @@ class TextEncoder:
         self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]
     ) -> tuple[Encoded, list[int | None]]:
         """The row, every token but an image's a label, and the answer that each of its places belongs to."""
-        row = Encoded(input_ids=[], image_mask=[], images_before=[], labels=[], text=text.replace(BREAK, ""))
-        placed: list[int | None] = []
+        cells: list[tuple[int, bool, int, int, int | None]] = []  # what the lists hold of one token
         num_images = 0
         for token, answer in zip(ids, answers, strict=True):
-            if token == self._break_id:
-                continue
-            places: list[int | None] = [token]
             if token == self._image_id:
                 places = self._places(num_images, sizes)
                 num_images += 1
-            row.input_ids.extend([self.pad_id if place is None else place for place in places])
-            row.image_mask.extend([place is None for place in places])
-            row.images_before.extend([num_images] * len(places))
-            row.labels.extend([IGNORE if token == self._image_id else token] * len(places))
-            placed.extend([answer] * len(places))
-        return row, placed
+                visual = (self.pad_id, True, num_images, IGNORE, answer)
+                cells += [visual if at is None else (at, False, num_images, IGNORE, answer) for at in places]
+            elif token != self._break_id:
+                cells.append((token, False, num_images, token, answer))
+        columns: list[list[Any]] = [list(column) for column in zip(*cells, strict=True)] or [[], [], [], [], []]
+        ids, image_mask, images_before, labels, answers = columns
+        return Encoded(ids, image_mask, images_before, labels, text=text.replace(BREAK, "")), answers
 
     def _supervise(self, sample_id: str, row: Encoded, answers: Sequence[int | None]) -> Encoded:
         """The row cut to its length where that is asked for, with the labels that `train_on` leaves."""
@@ -275,6 +273,7 @@ class TextEncoder:
             images_before=row.images_before[:length],
             labels=labels[:length],
             text=row.text,
+            num_cut=0 if length is None else len(answers) - length,
         )
         check_length(sample_id, row, self.max_length)
         return row

@@ -20,7 +20,8 @@ def check_length(sample_id: str, row: Encoded, max_length: int) -> None:
     raise BadSample(
         f"sample '{sample_id}' takes {length} tokens but data.max_length is {max_length}, which would cut "
         f"{count(num_visual, 'image token')} and {count(num_supervised, 'supervised token')}; "
-        f"set data.max_length={length} or more"
+        f"set data.max_length={length} or more",
+        "too_long",
     )
 
 

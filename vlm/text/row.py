@@ -18,3 +18,4 @@ class Encoded:
     images_before: list[int]
     labels: list[int]  # the token itself where it is supervised, else IGNORE
     text: str  # as rendered, before any cut, with IMAGE_PLACEHOLDER for each image
+    num_cut: int = 0  # tokens that the row has lost at its end

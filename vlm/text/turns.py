@@ -30,7 +30,8 @@ def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> li
     if num_marks != num_images:
         raise BadSample(
             f"sample '{sample_id}' holds {count(num_images, 'image')} but its text has "
-            f"{count(num_marks, 'image placeholder')}; add or remove an <image>"
+            f"{count(num_marks, 'image placeholder')}; add or remove an <image>",
+            "placeholder_mismatch",
         )
     texts = [
         "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])

@@ -12,16 +12,17 @@ from vlm.data.annotations import Records, Row, existing_file, existing_folder, r
 from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image
 from vlm.data.split import check_split, image_key, in_split
-from vlm.schema import BadSample, Sample, Split
+from vlm.schema import BadKind, BadSample, Sample, Split
 
 
 class Caption(NamedTuple):
-    """What a text says of an image, or the problem with it."""
+    """What a text says of an image, or the problem with it and its kind."""
 
     id: str
     image: str
     text: str
-    problem: str
+    problem: str = ""
+    kind: BadKind = "other_defect"
 
 
 class CaptionedImages:
@@ -59,7 +60,7 @@ class CaptionedImages:
             )
         chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
         self._with_references = split == "val"
-        self._records = Records(chosen)
+        self._records = Records([[c if c.problem else c[:3] for c in captions] for captions in chosen])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -69,14 +70,14 @@ class CaptionedImages:
         try:
             return replace(sample, images=[load_image(sample.meta["image"], root=self.images)])
         except BadSample as error:
-            raise BadSample(f"sample '{sample.id}': {error}") from error
+            raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
     def outline(self, index: int) -> Sample:
         """The sample without its image, which is not opened."""
         captions = [Caption(*values) for values in self._records[index]]
         for caption in captions:
             if caption.problem:
-                raise BadSample(f"sample '{caption.id}' {caption.problem}")
+                raise BadSample(f"sample '{caption.id}' {caption.problem}", caption.kind)
         first = captions[0]
         meta = {"image": first.image}
         if self._with_references:
@@ -87,7 +88,7 @@ class CaptionedImages:
 class Captions(CaptionedImages):
     """A file of captions. Without `val_annotations` images are held out by name; with it, each file is as it is.
 
-    `num_without_caption` counts COCO images with none.
+    `left_out` counts COCO images that have none.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class Captions(CaptionedImages):
             file = existing_file(val_annotations, option="val_annotations")
         else:
             file = existing_file(annotations, option="annotations")
-        captions, self.num_without_caption = _read(file)
+        captions, num_without = _read(file)
+        self.left_out = {"images without a caption": num_without}
         if not captions:
             raise ValueError(f"'{file}' holds 0 captions; set data.annotations= to a file that has some")
         share = val_fraction if val_annotations is None else None
@@ -141,7 +143,7 @@ def _of_row(row: Row) -> Iterator[Caption]:
     texts = row.record.get("caption")
     texts = texts if isinstance(texts, list) else [texts]
     if not texts:
-        yield Caption(row.place, image, "", problem or "has 0 captions; write one or remove the sample")
+        yield _empty(row.place, image, problem, "has 0 captions; write one or remove the sample")
     for number, text in enumerate(texts):
         yield caption_of(f"{row.place}#{number}" if number else row.place, image, text, problem)
 
@@ -173,4 +175,8 @@ def caption_of(name: str, image: str, text: Any, problem: str = "") -> Caption:
     """A caption, or the problem that it has no text."""
     if isinstance(text, str) and text.strip():
         return Caption(name, image, text.strip(), problem)
-    return Caption(name, image, "", problem or "has no text as its caption; write one or remove the sample")
+    return _empty(name, image, problem, "has no text as its caption; write one or remove the sample")
+
+
+def _empty(name: str, image: str, problem: str, says: str) -> Caption:
+    return Caption(name, image, "", problem) if problem else Caption(name, image, "", says, "empty_text")

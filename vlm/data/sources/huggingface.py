@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.data.annotations import existing_folder
 from vlm.data.conversations import Malformed, caption_messages, conversation, turns_record
-from vlm.data.images import MAX_BYTES, decode_image, load_image
+from vlm.data.images import MAX_BYTES, BadImage, decode_image, load_image
 from vlm.data.split import check_split, digest, held_out
 from vlm.schema import BadSample, Sample, Split
 
@@ -82,7 +82,7 @@ class HuggingFace:
         try:
             images = [self._image(picture, number) for number, picture in enumerate(pictures, start=1)]
         except BadSample as error:
-            raise BadSample(f"sample '{sample.id}': {error}") from error
+            raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
         return replace(sample, images=images)
 
     def outline(self, index: int) -> Sample:
@@ -100,9 +100,10 @@ class HuggingFace:
             try:
                 messages = conversation(turns_record(text, num_images=len(pictures)), num_images=len(pictures))
             except Malformed as error:
-                raise BadSample(f"sample '{name}' {error}") from error
+                raise BadSample(f"sample '{name}' {error}", error.kind) from error
         elif not isinstance(text, str) or not text.strip():
-            raise BadSample(f"sample '{name}' has no text in column '{self.text_column}'; write one or remove the row")
+            says = f"has no text in column '{self.text_column}'; write one or remove the row"
+            raise BadSample(f"sample '{name}' {says}", "empty_text")
         elif len(pictures) != 1:
             raise BadSample(f"sample '{name}' has {len(pictures)} images for 1 caption; give it one")
         else:
@@ -114,13 +115,13 @@ class HuggingFace:
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
         if isinstance(data, bytes):
             if len(data) > MAX_BYTES:
-                raise BadSample(
+                raise BadImage(
                     f"image {number} has {len(data):,} bytes, more than the limit of {MAX_BYTES:,}; make it smaller"
                 )
             return decode_image(data, name=str(number))
         if isinstance(path, str):
             return load_image(path, root=self.root)
-        raise BadSample(f"image {number} is neither bytes nor a path; set data.image_column= to a column of images")
+        raise BadImage(f"image {number} is neither bytes nor a path; set data.image_column= to a column of images")
 
 
 def _pictures(value: Any) -> list[Any]:

@@ -21,8 +21,8 @@ class ImageFolder(CaptionedImages):
     them all, val the first, with all of them as references. A caption of several lines must be written as one.
 
     An image without a text file, or with an empty one, is a bad sample: named and counted like one that cannot be
-    decoded. `num_without_caption` counts those without a file over both splits, `num_without_image` text files that
-    belong to no image. The split is by the path under `root`. Links to folders are not followed.
+    decoded. `left_out` counts text files that belong to no image. The split is by the path under `root`. Links to
+    folders are not followed.
     """
 
     def __init__(
@@ -47,8 +47,7 @@ class ImageFolder(CaptionedImages):
                 f"'{folder}' holds 0 images among {len(names)} files; set data.root= to the folder of images"
             )
         beside = {image: os.path.splitext(image)[0] + ".txt" for image in images}
-        self.num_without_caption = sum(text not in texts for text in beside.values())
-        self.num_without_image = len(texts - set(beside.values()))
+        self.left_out = {"text files without an image": len(texts - set(beside.values()))}
         captions = [
             caption for image, text in beside.items() for caption in _captions(folder, image, text, text in texts)
         ]

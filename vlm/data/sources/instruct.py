@@ -12,7 +12,7 @@ from jaxtyping import UInt64
 from vlm.data.annotations import Row, existing_file, existing_folder
 from vlm.data.conversations import Malformed, conversation, image_paths
 from vlm.data.images import load_image
-from vlm.data.record_file import RecordFile, plain_image
+from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.schema import BadSample, Sample, Split
 
@@ -69,17 +69,14 @@ class Instruct:
         try:
             return replace(sample, images=[load_image(path, root=self.images) for path in paths])
         except BadSample as error:
-            raise BadSample(f"sample '{sample.id}': {error}") from error
+            raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""
         return self._read(index)[0]
 
     def _read(self, index: int) -> tuple[Sample, list[str]]:
-        try:
-            row = self._records[int(self._rows[index])]
-        except ValueError as error:
-            raise BadSample(str(error)) from error
+        row = self._records[int(self._rows[index])]
         name, record = _id(row), row.record
         if row.problem:
             raise BadSample(f"sample '{name}' {row.problem}")
@@ -87,7 +84,7 @@ class Instruct:
             paths = image_paths(record)
             messages = conversation(record, num_images=len(paths))
         except Malformed as error:
-            raise BadSample(f"sample '{name}' {error}") from error
+            raise BadSample(f"sample '{name}' {error}", error.kind) from error
         return Sample(id=name, images=[], messages=messages, meta={"image": ", ".join(paths)} if paths else {}), paths
 
 
@@ -96,17 +93,18 @@ def _index(file: Path, root: Path, changed: int, size: int) -> tuple[RecordFile,
     """The records of a file as it is now, what each is split by, and how many have images."""
     if file.suffix not in (".json", ".jsonl"):
         raise ValueError(f"'{file}' ends in '{file.suffix}'; give a .json or .jsonl file")
-    records = RecordFile(file)
-    if not len(records):
-        raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
     names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
     num_with_images = 0
-    for number, data in enumerate(records.raw()):
-        image = plain_image(data)
-        row = Row("", {}) if image is not None else records.row(number, data)
-        paths = [image] if image is not None else _paths(row)
+
+    def visit(row: Row) -> None:
+        nonlocal num_with_images
+        paths = _paths(row)
         num_with_images += bool(paths)
         names.append(tuple(image_key(path, root=root) for path in paths) or (f"id:{_id(row)}",))
+
+    records = RecordFile(file, visit)
+    if not len(records):
+        raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
     return records, digests, num_with_images
 

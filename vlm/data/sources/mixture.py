@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ class Mixture:
     A source's share is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, more
     favours the small ones, towards equal shares. An epoch has `num_samples` (None: the sum of sizes). A source is
     read in its own order, through to its end before a sample comes again, over epochs too. Validation takes the
-    held-out samples of every source. `Sample.meta["source"]` and the start of the id are the source's name.
+    held-out samples of every source. `Sample.meta["source"]` and the start of the id are the source's name; a mixture
+    among the sources says its own in `meta`.
 
     Raises ValueError where `weights` do not name exactly the sources, are negative or all zero.
     """
@@ -46,7 +48,14 @@ class Mixture:
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"data.num_samples={num_samples} is no length of an epoch; choose 1 or more, or null")
         self.sources = {name: _made(make, name, split) for name, make in sources.items()}
-        self.names = list(self.sources)
+        self._sources = list(self.sources.values())
+        names = (getattr(source, "names", [name]) for name, source in self.sources.items())
+        self.names = list(dict.fromkeys(chain.from_iterable(names)))  # what `meta["source"]` can be
+        self.left_out = {
+            f"{what} of {name}": num
+            for name, source in self.sources.items()
+            for what, num in getattr(source, "left_out", {}).items()
+        }
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
         self.num_samples = num_samples or int(self._ends[-1])
@@ -63,27 +72,27 @@ class Mixture:
         """The sample without its images; a source without outlines opens them."""
         return self._read(index, _outline)
 
-    def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
+    def order(self, epoch: int, *, seed: int) -> list[int]:
         """The `num_samples` indices of an epoch."""
-        past = sum((self._counts(e, seed) for e in range(epoch)), np.zeros(len(self.names), dtype=np.int64))
+        past = sum((self._counts(e, seed) for e in range(epoch)), np.zeros(len(self._sources), dtype=np.int64))
         counts = self._counts(epoch, seed)
-        turns = np.repeat(np.arange(len(self.names)), counts)
+        turns = np.repeat(np.arange(len(self._sources)), counts)
         np.random.default_rng((seed, epoch, 1)).shuffle(turns)
         order = np.empty(len(turns), dtype=np.int64)
         for place, first in enumerate(self._ends - np.diff(self._ends, prepend=0)):
             order[turns == place] = first + self._drawn(place, int(past[place]), int(counts[place]), seed)
-        return order
+        return order.tolist()
 
     def _read(self, index: int, read: Callable[[Any, int], Sample]) -> Sample:
         index = range(len(self))[index]
         place = int(np.searchsorted(self._ends, index, side="right"))
-        name = self.names[place]
-        source = self.sources[name]
+        name, source = list(self.sources.items())[place]
         try:
             sample = read(source, index - int(self._ends[place]) + len(source))
         except BadSample as error:
-            raise BadSample(f"source '{name}': {error}") from error
-        return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, "source": name})
+            raise BadSample(f"source '{name}': {error}", error.kind) from error
+        inner = {} if hasattr(source, "names") else {"source": name}
+        return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, **inner})
 
     def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
         """Samples of each source in an epoch: its share rounded down, the few that remain drawn by what was cut off."""
@@ -97,11 +106,15 @@ class Mixture:
 
     def _drawn(self, place: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
         """`count` samples of a source, `start` having been drawn before, as its rounds follow on each other."""
-        source = self.sources[self.names[place]]
-        length = len(_round(source, 0, seed, place)) if count else 1
-        rounds = range(start // length, -(-(start + count) // length))
-        drawn = [_round(source, number, seed, place) for number in rounds]
-        return np.concatenate([np.empty(0, np.int64), *drawn])[start % length :][:count]
+        source: Any = self._sources[place]
+        number = 0
+        if not hasattr(source, "order"):  # which may give rounds of unlike lengths, to be counted through
+            number, start = divmod(start, len(source))
+        drawn, missing = [np.empty(0, np.int64)], start + count
+        while missing > 0:
+            drawn.append(np.asarray(_round(source, number, seed, place)))
+            number, missing = number + 1, missing - len(drawn[-1])
+        return np.concatenate(drawn)[start:][:count]
 
 
 def _made(make: Callable[..., Source], name: str, split: Split) -> Source:

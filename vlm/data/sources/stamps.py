@@ -24,8 +24,7 @@ class Stamps:
     """`NAME.png` with `NAME.txt`, whose first line is the English caption and whose lines `ja.utf8=...` translate it.
 
     The split is by a hash of the path under `root`, the same in every language; byte-identical files (there are some)
-    stay together. What is left out is counted over both splits: `num_symbols`, `num_svg_only`, `num_variants` (mirrored
-    copies with no text of their own), `num_without_caption`.
+    stay together. `left_out` counts over both splits; a mirrored copy has no text of its own.
     """
 
     def __init__(
@@ -58,12 +57,14 @@ class Stamps:
                 f"none of the {len(names)} stamps under '{self.root}' has a caption in language '{language}'; choose "
                 f"one of {', '.join(codes) or '(no caption found: set data.root=)'}"
             )
-        self.num_symbols = len(found) - len(names)
-        self.num_svg_only = len(
-            {name.removesuffix(".svg") for name in drawings} - {n.removesuffix(".png") for n in found}
-        )
-        self.num_variants = sum(not captions[name] and _is_variant(name, captions) for name in names)
-        self.num_without_caption = len(names) - len(items) - self.num_variants
+        pictures = {name.removesuffix(".png") for name in found}
+        num_variants = sum(not captions[name] and _is_variant(name, captions) for name in names)
+        self.left_out = {
+            "symbols": len(found) - len(names),
+            "drawings that are SVG alone": len({name.removesuffix(".svg") for name in drawings} - pictures),
+            "mirrored copies": num_variants,
+            f"pictures without a caption in '{language}'": len(names) - len(items) - num_variants,
+        }
 
         keys = _split_keys(self.root, names)
         self.items = [item for item in items if in_split(keys[item[0]], split=split, val_fraction=val_fraction)]
@@ -82,7 +83,7 @@ class Stamps:
         try:
             return replace(sample, images=[pad_to_square(image)])
         except ValueError as error:
-            raise BadSample(f"stamp '{sample.id}' cannot be used: {error}") from error
+            raise BadSample(f"stamp '{sample.id}' cannot be used: {error}", "unreadable_image") from error
 
     def outline(self, index: int) -> Sample:
         """The sample without its image, which is not opened."""

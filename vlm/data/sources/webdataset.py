@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from vlm.data.annotations import Records
 from vlm.data.conversations import Malformed, caption_messages, conversation
-from vlm.data.images import MAX_BYTES, decode_image
+from vlm.data.images import MAX_BYTES, BadImage, decode_image
 from vlm.data.split import check_split, digest, held_out
 from vlm.schema import BadSample, Sample, Split
 
@@ -79,12 +79,12 @@ class WebDataset:
             images = []
             for number, (_, offset, size) in enumerate(pictures, start=1):
                 if size > MAX_BYTES:
-                    raise BadSample(
+                    raise BadImage(
                         f"image {number} has {size:,} bytes, more than the limit of {MAX_BYTES:,}; make it smaller"
                     )
                 images.append(decode_image(self._bytes(index, offset, size), name=str(number)))
         except BadSample as error:
-            raise BadSample(f"sample '{sample.id}': {error}") from error
+            raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
         return replace(sample, images=images)
 
     def outline(self, index: int) -> Sample:
@@ -121,13 +121,13 @@ class WebDataset:
             if "conversations" in record or "messages" in record:
                 messages = conversation(record, num_images=len(pictures))
             elif not isinstance(caption, str) or not caption.strip():
-                raise Malformed(f"has no text in its {kind}; write a caption or a conversation there")
+                raise Malformed(f"has no text in its {kind}; write a caption or a conversation there", "empty_text")
             elif len(pictures) != 1:
                 raise Malformed(f"has {len(pictures)} images for 1 caption; give it one")
             else:
                 messages = caption_messages(self.prompt, caption.strip())
         except Malformed as error:
-            raise BadSample(f"sample '{name}' {error}") from error
+            raise BadSample(f"sample '{name}' {error}", error.kind) from error
         return Sample(id=name, images=[], messages=messages, meta={}), pictures
 
     def _bytes(self, index: int, offset: int, size: int) -> bytes:

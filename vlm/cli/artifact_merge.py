@@ -1,0 +1,90 @@
+"""An adapter becomes part of its LLM: a folder that any program of Transformers reads, and a run that stands on it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm import artifact, build, run
+from vlm.sharding import gather
+
+TOLERANCE = 1e-4  # of the largest logit; float32 rounds otherwise once two matrices are one
+
+
+def merge(ckpt: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Write `out/llm`, the LLM with all that was trained in it, and around it a run directory without an adapter.
+
+    Raises ValueError where there is nothing to merge, or what comes out would answer otherwise.
+    """
+    ckpt, out = ckpt.absolute(), out.absolute()
+    manifest = artifact.read_manifest(ckpt)
+    settings, choices = build.read_config(ckpt)
+    if not any(name.startswith("llm.") for name in manifest["tensors"]):
+        raise ValueError(f"ckpt={ckpt} has trained nothing in its llm, so there is nothing to merge; use it as it is")
+    if manifest["quantization"] != "none":
+        raise ValueError(
+            f"ckpt={ckpt} was trained beside weights in {manifest['quantization']}, into which nothing can be merged; "
+            "use it as it is"
+        )
+    if out.exists():
+        raise ValueError(f"out={out} exists already; choose another folder")
+    build.enter_folder_of(ckpt)
+    model = _model(ckpt, settings)
+    _merge(model.llm)
+    model.llm.to(getattr(torch, dtype))
+
+    llm = {**settings["llm"], "pretrained": str(out / "llm"), "weights": "pretrained", "package": None}
+    stages = [*manifest["stages"], {"name": "merge", "run": str(out), "options": {"ckpt": str(ckpt)}}]
+    bases = {**manifest["bases"], "llm": {**artifact.identity(model.llm, llm), "pretrained": llm["pretrained"]}}
+    kept = [name for name in manifest["tensors"] if not name.startswith("llm.")]
+    stage = {**settings["stage"], "llm": "frozen", "connector": "full"}  # an evaluation builds it, and adds no adapter
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as work:
+        folder = Path(work) / "done"
+        model.llm.model.save_pretrained(folder / "llm")
+        model.llm.tokenizer.save_pretrained(folder / "llm")
+        artifact.save(
+            folder / "artifact",
+            tensors=gather(model, kept),
+            manifest={**manifest, "bases": bases, "lora": None, "stages": stages, "code": run.provenance()},
+            step=manifest["step"],
+        )
+        build.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices)
+        folder.rename(out)
+    run.CONSOLE.print(
+        f"Merged run: {out}\nA next stage: python train.py ckpt={out} llm={choices['llm']} llm.weights=pretrained "
+        f"llm.package=null llm.pretrained={out / 'llm'}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _model(ckpt: Path, settings: dict[str, Any]) -> Any:
+    """The trained model in float32 on the CPU."""
+    exact = {**settings["trainer"], "accelerator": "cpu", "precision": "32-true"}
+    model, manifest = build.build_model({**settings, "trainer": exact})
+    artifact.load(ckpt, model=model, manifest=manifest)
+    return model.eval()  # an adapter comes with its dropout
+
+
+@torch.no_grad()
+def _merge(llm: Any) -> None:
+    """Merge the adapter. Raises ValueError unless the logits stay, as they do not where it changes tied matrices."""
+    before = _logits(llm)
+    llm.merge_lora()
+    difference, largest = float((_logits(llm) - before).abs().max()), float(before.abs().max())
+    if not difference <= TOLERANCE * largest:
+        raise ValueError(
+            f"merged, the llm's logits differ by {difference:.2g} of {largest:.2g}; an adapter that changes tied "
+            "matrices cannot be merged: use the run as it is"
+        )
+
+
+def _logits(llm: Any) -> Tensor:
+    """Those of a short answer to a short prompt."""
+    positions = torch.arange(16)[None]  # 1 T, and as good ids as any
+    return llm(llm.embed(positions), positions >= 0, positions, positions >= 8)  # M V

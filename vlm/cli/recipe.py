@@ -1,0 +1,284 @@
+"""Recipes: the stages that an experiment names, one after the other, each a `train.py` that starts from the one before.
+
+<dir>/options.json              what each stage was asked for when the recipe was begun
+<dir>/1-align/, 2-instruct/, …  a run directory a stage
+<dir>/recipe.json               the figures after every stage
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.table import Table
+
+from vlm import build, run
+from vlm.artifact import write_json
+from vlm.callbacks.stop import SIGNALS
+from vlm.cli import plan
+from vlm.cli.entry import CONF, config_error
+from vlm.options import known
+
+FORWARDED = (*SIGNALS, signal.SIGHUP)
+OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
+FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
+BY_TYPE, TEXT = "val/accuracy/", "text/"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's name, its run directory, what it was asked for beside the paths, and the config of all that."""
+
+    name: str
+    run_dir: Path
+    options: list[str]
+    cfg: DictConfig
+
+
+def run_stages(cfg: DictConfig) -> None:
+    """Run or plan every stage of `cfg.recipe`; what an earlier call has finished is left as it is."""
+    root = Path(HydraConfig.get().runtime.output_dir)
+    stages = read_stages(cfg, root)
+    if plan.wanted(cfg):
+        for number, stage in enumerate(stages):
+            _tell(stage.name, "train.py", _begin(stages, number))
+            if file := cfg.plan.json:
+                stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
+            plan.plan(stage.cfg)
+        return
+    _lock = run.claim(root, resumed=False)  # until this function ends; each stage has one of its own
+    _begun(root, stages)
+    for number, stage in enumerate(stages):
+        if run.finished(stage.run_dir):
+            run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
+        elif (stage.run_dir / "config.yaml").exists():
+            _run(stage.name, "train.py", [override("resume", str(stage.run_dir))])
+        else:
+            _run(stage.name, "train.py", _begin(stages, number))
+        if cfg.recipe.get("eval") and not _figures(stage, cfg):
+            _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
+    _report(root, stages, cfg)
+
+
+def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
+    """The stages of a recipe, each composed and checked before the first one starts.
+
+    A stage's options in the file stand between its experiment and debug=: where debug or the command line says
+    something of the same key, they are left out. Raises ValueError where a stage does not compose.
+    """
+    listed, given = _listed(cfg), _given()
+    if "stage" in given.values():
+        names = ", ".join(entry["stage"] for entry in listed)
+        raise ValueError(f"this recipe runs the stages {names}; leave out stage=, or add recipe=null for a plain run")
+    choices: Any = HydraConfig.get().runtime.choices
+    first = [f"experiment={choices.experiment}", "recipe=null"] if choices.experiment else []
+    general = [line for line, key in given.items() if key.partition(".")[0] not in OURS or key == "debug"]
+    start = [line for line, key in given.items() if key == "ckpt"]
+    stronger = {*given.values(), *(_keys(compose(f"debug/{choices.debug}")) if choices.debug else ())}
+    stages = []
+    for number, entry in enumerate(listed, start=1):
+        name = f"{number}-{entry['stage']}"
+        own = [override(key, value) for key, value in entry.items() if key not in stronger]
+        options = [*first, *own, *general, *(start if number == 1 else ())]
+        try:
+            if barred := [key for key in entry if key.partition(".")[0] in OURS]:
+                raise ValueError(f"{barred[0]} is not for a stage to set; give it on the command line")
+            composed = compose("train", [*options, override("run_dir", str(root / name))])
+            if not plan.wanted(cfg):  # which needs no data
+                build.check(build.plain(composed))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"stage {name} of the recipe: {config_error(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"stage {name} of the recipe: {error}") from error
+        stages.append(Stage(name=name, run_dir=root / name, options=options, cfg=composed))
+    return stages
+
+
+def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The stages as the experiment has them. Raises ValueError where it has none."""
+    recipe: Any = OmegaConf.to_container(cfg.recipe) if OmegaConf.is_config(cfg.recipe) else cfg.recipe
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe={recipe} has no stages; write recipe.stages=[{{stage: align}}, {{stage: instruct}}]")
+    known("recipe", recipe, {"stages", "eval"})
+    stages = recipe.get("stages")
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and "stage" in s for s in stages):
+        raise ValueError(f"recipe.stages={stages} is no list of stages; write [{{stage: align}}, {{stage: instruct}}]")
+    if not isinstance(recipe.get("eval") or {}, dict):
+        raise ValueError(f"recipe.eval={recipe['eval']} is no set of options of eval.py; write {{data.task: instruct}}")
+    return stages
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as Hydra reads it back."""
+    return f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """A value in Hydra's grammar; a text is quoted where it would be taken for something else."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = str(value)
+    try:
+        same = OverridesParser.create().parse_override(f"x={text}").value() == value
+    except HydraException:
+        same = False
+    escaped = text.replace("'", r"\'")
+    return text if same else f"'{escaped}'"
+
+
+def _given() -> dict[str, str]:
+    """Each override that the user gave, with the key or group that it is of."""
+    hydra = HydraConfig.get()
+    task = {line: OverridesParser.create().parse_override(line).key_or_group for line in hydra.overrides.task}
+    added = [s for s in hydra.runtime.config_sources if s.provider not in ("hydra", "main", "schema")]
+    where = [f"{source.schema}://{source.path}" for source in added]
+    return task | ({override("hydra.searchpath", where): "hydra.searchpath"} if where else {})
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all values."""
+    for key in map(str, node):
+        yield from _keys(node[key], f"{prefix}{key}.") if isinstance(node[key], DictConfig) else (prefix + key,)
+
+
+def _begin(stages: Sequence[Stage], number: int) -> list[str]:
+    """The options of train.py that start a stage."""
+    before = [override("ckpt", str(stages[number - 1].run_dir))] if number else []
+    return [*stages[number].options, *before, override("run_dir", str(stages[number].run_dir))]
+
+
+def _evaluation(stage: Stage, cfg: DictConfig) -> list[str]:
+    """The options of eval.py that measure a stage, on one device, with what all stages are measured with."""
+    answers = {key: stage.cfg.answers[key] for key in ("num_samples", "batch_size", "max_new_tokens")}
+    machine = {f"trainer.{key}": stage.cfg.trainer[key] for key in ("accelerator", "precision")}
+    asked: Any = OmegaConf.to_container(cfg.recipe.eval)
+    options = {"ckpt": str(stage.run_dir), **answers, **machine, "trainer.devices": 1, **asked}
+    return [override(key, value) for key, value in options.items()]
+
+
+def _begun(root: Path, stages: Sequence[Stage]) -> None:
+    """Remember what a recipe is begun with. Raises ValueError where it was begun with other options."""
+    now = {stage.name: stage.options for stage in stages}
+    file = root / "options.json"
+    if file.exists():
+        _compare(json.loads(file.read_text(encoding="utf-8")), now, root)
+    else:
+        write_json(file, now)
+
+
+def _compare(before: Mapping[str, list[str]], now: Mapping[str, list[str]], root: Path) -> None:
+    """Raise ValueError naming the options that only one of the two has."""
+
+    def only(these: Mapping[str, list[str]], those: Mapping[str, list[str]]) -> str:
+        return " ".join(dict.fromkeys(o for name in these for o in these[name] if o not in those.get(name, [])))
+
+    differs = {"with": only(before, now), "without": only(now, before)}
+    if any(differs.values()):
+        found = " and ".join(f"{word} {options}" for word, options in differs.items() if options)
+        raise ValueError(
+            f"the recipe in run_dir={root} was begun {found}; give that command again to go on, or another run_dir"
+        )
+
+
+def _tell(what: str, program: str, options: Sequence[str]) -> None:
+    """Print a command so that it can be copied."""
+    file = Path(CONF).parent / program
+    shown = file.name if file.parent == Path.cwd() else str(file)
+    line = f"\n{what}: python {' '.join(map(_quoted, [shown, *options]))}"
+    run.CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell, which stays readable where Hydra's quotes are in it."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def _run(what: str, program: str, options: Sequence[str]) -> None:
+    """Start a program of the project and wait for its end; exit with its code if that is not 0."""
+    _tell(what, program, options)
+    code = wait_for([sys.executable, str(Path(CONF).parent / program), *options])
+    if code:
+        ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
+        print(f"Error: {what} {ended}; the same command goes on there", file=sys.stderr)
+        sys.exit(code)
+
+
+def wait_for(command: Sequence[str]) -> int:
+    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command."""
+    received: list[int] = []
+    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in FORWARDED}
+    try:
+        # In a group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
+        process = subprocess.Popen(command, process_group=0)
+        sent = 0
+        while process.poll() is None:
+            for signum in received[sent:]:
+                process.send_signal(signum)
+                sent += 1
+            time.sleep(0.05)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    code = process.returncode
+    return 128 - code if code < 0 else code or (128 + received[0] if received else 0)
+
+
+def _figures(stage: Stage, cfg: DictConfig) -> dict[str, float] | None:
+    """What eval.py has measured of a stage with the recipe's options; None where it has not."""
+    file = stage.run_dir / "eval" / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return results["metrics"] if results.get("options") == _evaluation(stage, cfg) else None
+
+
+def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
+    """Print the figures after every stage and write them to recipe.json."""
+    evaluated = bool(cfg.recipe.get("eval"))
+    rows: list[dict[str, Any]] = [
+        {
+            "name": stage.name,
+            "run": str(stage.run_dir),
+            "metrics": json.loads((stage.run_dir / "metrics.json").read_text(encoding="utf-8")),
+            "eval": _figures(stage, cfg) if evaluated else None,
+        }
+        for stage in stages
+    ]
+    experiment = HydraConfig.get().runtime.choices["experiment"]
+    asked = OmegaConf.to_container(cfg.recipe.eval) if evaluated else None
+    write_json(root / "recipe.json", {"experiment": experiment, "eval": asked, "stages": rows})
+    table = Table(title="After each stage")
+    table.add_column("metric")
+    for stage in stages:
+        table.add_column(stage.name, justify="right")
+    kinds = (TEXT,) if evaluated else (TEXT, BY_TYPE)
+    _section(table, "on its own data", [row["metrics"] for row in rows], kinds)
+    if evaluated:
+        same = ", ".join(f"{key}={value}" for key, value in cfg.recipe.eval.items())
+        _section(table, f"on {same}", [row["eval"] for row in rows], (BY_TYPE,))
+    run.CONSOLE.print(table)
+    run.CONSOLE.print(f"Recipe: {root / 'recipe.json'}", markup=False, soft_wrap=True)
+
+
+def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], kinds: tuple[str, ...]) -> None:
+    """A row a figure: those that every stage has, then those whose names begin with one of `kinds`."""
+    table.add_section()
+    table.add_row(f"[bold]{title}")
+    for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
+        table.add_row(name, *(f"{each[name]:.3f}" if name in each else "" for each in figures))

@@ -1,0 +1,77 @@
+"""`resume=<run dir>`: what a run that goes on is configured with, and what of it may be changed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from vlm import build
+
+# These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
+FREE = (
+    *("resume", "run_dir", "plan", "preflight", "answers", "logger", "callbacks", "checkpoint"),
+    *("data.num_workers", "trainer.max_time", "trainer.log_every_n_steps"),
+)
+
+
+def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """A run's own settings and choices with what the command line changes in them; its folder is entered.
+
+    Raises ValueError, naming the keys, where more is changed than `resume.allow` says.
+    """
+    before, choices = build.read_config(run_dir)
+    if (run_dir / "llm").is_dir():
+        raise ValueError(f"{run_dir} is a merged run, which has ended; start a next stage from it with ckpt={run_dir}")
+    after, choices = _overridden(before, choices, cfg)
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _within(key, FREE)]
+    if refused := [key for key in changed if not _within(key, cfg.resume.allow)]:
+        values = ", ".join(f"{key} is {old.get(key)} and would be {new.get(key)}" for key in refused)
+        raise ValueError(
+            f"resume= goes on with a run as it was configured, but {values}; leave that out, allow it with "
+            f"'resume.allow=[{','.join(refused)}]', or start a new run from its artefact with ckpt={run_dir}"
+        )
+    moved = {key: str(run_dir) if value == before["run_dir"] else value for key, value in after["logger"].items()}
+    build.enter_folder_of(run_dir)
+    return {**after, "logger": moved, "run_dir": str(run_dir)}, choices
+
+
+def _overridden(
+    before: dict[str, Any], choices: dict[str, str | None], cfg: DictConfig
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Settings and choices with the overrides of the command line, whose values Hydra has composed."""
+    hydra = HydraConfig.get()
+    choices, after = dict(choices), OmegaConf.create(before)
+    for override in OverridesParser.create().parse_overrides(hydra.overrides.task):
+        key = override.key_or_group
+        if key not in choices:
+            OmegaConf.update(after, key, _plain(OmegaConf.select(cfg, key)), merge=False)
+        elif (option := hydra.runtime.choices[key]) != choices[key]:
+            if key not in build.GROUPS:
+                raise ValueError(f"resume= cannot change {key}={choices[key]} to {option}; leave it out")
+            after[key], choices[key] = _plain(cfg[key]), option
+    after["resume"] = _plain(cfg.resume)
+    changed: Any = OmegaConf.to_container(after)
+    return changed, choices
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key in full with its value."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _within(key: str, beginnings: Any) -> bool:
+    return any(key == beginning or key.startswith(f"{beginning}.") for beginning in beginnings)

@@ -1,0 +1,32 @@
+"""`data.text_replay=`: conversations without images among the training samples, so that the LLM keeps what it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlm.data.annotations import existing_file
+from vlm.data.sources.instruct import Instruct
+from vlm.data.sources.mixture import Mixture
+from vlm.schema import Source
+
+REPLAY = Path(__file__).with_name("replay.jsonl")  # written for this project, half English and half Japanese
+
+
+def with_replay(source: Source, *, share: float, annotations: str | None) -> Mixture:
+    """A training split that gives `share` of an epoch to conversations of a file, and reads the source once meanwhile.
+
+    `annotations` are conversations as `Instruct` takes them; None takes those that come with the project.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"data.text_replay={share} is no share; choose a number from 0 up to, and without, 1")
+    file = REPLAY if annotations is None else existing_file(annotations, option="replay_annotations")
+    try:
+        texts = Instruct(split="train", annotations=file, images=None, val_fraction=0.0)
+    except ValueError as error:
+        raise ValueError(f"data.replay_annotations={file} takes conversations without images: {error}") from error
+    order = getattr(source, "order", None)
+    size = len(source) if order is None else len(order(0, seed=0))
+    parts: dict[str, Any] = {"data": lambda split: source, "replay": lambda split: texts}
+    weights = {"data": 1 - share, "replay": share}
+    return Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - share)))
