@@ -166,7 +166,7 @@ def test_quantised_weights_count_in_their_bits_and_an_adapter_in_full(quantizati
 def test_an_adapter_of_an_earlier_stage_is_counted(tmp_path: Path) -> None:
     lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}
     (tmp_path / "artifact").mkdir()
-    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({"format_version": 1, "lora": lora}))
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({"format_version": 2, "lora": lora}))
     cfg, model = planned(f"ckpt={tmp_path}")
     assert describe(cfg, model)[0]["parts"]["llm"] == {"total": LLM + 2 * 2 * (64 + 64), "trainable": 0}
 

@@ -75,7 +75,10 @@ def cooked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 def test_each_stage_starts_from_the_one_before_and_is_asked_the_same(cooked) -> None:
     root, _ = cooked
-    assert {path.name for path in root.iterdir()} == {"1-align", "2-instruct", "options.json", "recipe.json"}
+    assert {path.name for path in root.iterdir()} == {
+        *(".lock", "1-align", "2-instruct"),
+        *("options.json", "recipe.json"),
+    }
     settings = [OmegaConf.load(root / name / "config.yaml") for name in ("1-align", "2-instruct")]
     assert [cfg.ckpt for cfg in settings] == [None, str(root / "1-align")]
     assert [(cfg.stage.name, cfg.data.task, cfg.trainer.max_steps) for cfg in settings] == [
@@ -248,7 +251,7 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
         ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt is not for a stage to set"]),
         (["recipe={stages:[{stage:alignn}]}"], ["stage 1-alignn of", "did you mean align?"]),
         (["recipe={stages:[{stage:align}]}", "stage=instruct"], ["runs the stages align; leave out stage="]),
-        (["recipe={stages:[{stage:align}]}", "resume=x"], ["'x' is no run directory"]),
+        (["recipe={stages:[{stage:align}]}", "resume=x"], ["x' is no run directory"]),
     ],
 )  # fmt: skip
 def test_a_slip(arguments: list[str], said: list[str], commands, told, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_the_command_line_sets_it() -> None:
     build.check(cfg)
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]
-    assert manifest["parts"]["encoder"]["resize"] == "crop"  # another way at evaluation would be refused
+    assert manifest["parts"]["encoder"]["transform"]["resize"] == "crop"  # another way at evaluation would be refused
     data = build.build_data(cfg, model, None)
     batch = next(iter(data.val_dataloader()))
     assert batch.num_images.tolist() == [5, 5]  # square pictures: a thumbnail and 2×2 tiles
@@ -206,9 +206,7 @@ def test_the_command_line_sets_it() -> None:
 def test_without_grids_nothing_changes() -> None:
     cfg = settings()
     model, manifest = build.build_model(cfg)
-    assert (
-        not {"tiles", "resize"} & manifest["parts"]["encoder"].keys()
-    )  # artefacts from before there were any still fit
+    assert manifest["parts"]["encoder"]["tiles"] == {"grids": [], "row_separator": False}
     assert build.build_data(cfg, model, None).spec.transform is model.encoder.transform
 
 

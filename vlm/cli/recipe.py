@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,18 +61,18 @@ def run_stages(cfg: DictConfig) -> None:
                 stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
             plan.plan(stage.cfg)
         return
-    _lock = run.claim(root, resumed=False)  # until this function ends; each stage has one of its own
-    _begun(root, stages)
-    for number, stage in enumerate(stages):
-        if run.finished(stage.run_dir):
-            run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
-        elif (stage.run_dir / "config.yaml").exists():
-            _run(stage.name, "train.py", [override("resume", str(stage.run_dir))])
-        else:
-            _run(stage.name, "train.py", _begin(stages, number))
-        if cfg.recipe.get("eval") and not _figures(stage, cfg):
-            _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
-    _report(root, stages, cfg)
+    with run.claim(root, resumed=False) or nullcontext():  # each stage has a directory of its own
+        _begun(root, stages)
+        for number, stage in enumerate(stages):
+            if run.finished(stage.run_dir):
+                run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
+            elif (stage.run_dir / "config.yaml").exists():
+                _run(stage.name, "train.py", [override("resume", str(stage.run_dir))])
+            else:
+                _run(stage.name, "train.py", _begin(stages, number))
+            if cfg.recipe.get("eval") and not _figures(stage, cfg):
+                _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
+        _report(root, stages, cfg)
 
 
 def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
