@@ -105,7 +105,7 @@ def test_the_loss_by_hand(tmp_path: Path) -> None:
         total, num = total + losses.sum().item(), num + sum(label >= 0 for label in row.labels)
         assert sum(label >= 0 for label in row.labels) == len(answer.encode()) + 1  # and the end of the turn
     for subject in (texts, encoder(byte_tokenizer(), "chatml", max_length=20, train_on="all")):
-        assert text_loss(llm, text_batches(subject, SPEC, file=file), device=CPU) == pytest.approx(
+        assert text_loss(tiny_model(llm=llm), text_batches(subject, SPEC, file=file), device=CPU) == pytest.approx(
             total / num, abs=1e-5
         )
         assert subject.max_length in (4096, 20)  # it stays the run's own
@@ -114,20 +114,22 @@ def test_the_loss_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_without_its_adapter_the_llm_is_the_untouched_one(use_dora: bool) -> None:
     batches = [make_batch(*TEXT), make_batch(([15, 16], [26]))]
-    untouched = text_loss(tiny_llm(), batches, device=CPU)
+    untouched = text_loss(tiny_model(llm=tiny_llm()), batches, device=CPU)
     llm = tiny_llm()
     llm.add_lora(**LORA, use_dora=use_dora)
-    assert text_loss(llm, batches, device=CPU) == pytest.approx(untouched, abs=1e-6 if use_dora else 0.0)
+    assert text_loss(tiny_model(llm=llm), batches, device=CPU) == pytest.approx(
+        untouched, abs=1e-6 if use_dora else 0.0
+    )
     trains = {name: name.endswith("q_proj.lora_B.default.weight") for name, _ in llm.named_parameters()}
     for name, parameter in llm.named_parameters():
         parameter.requires_grad_(trains[name])
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.5)
-    learnt = text_loss(llm, batches, device=CPU)
+    learnt = text_loss(tiny_model(llm=llm), batches, device=CPU)
     assert abs(learnt - untouched) > 1e-3
     with llm.without_adapter():
-        assert text_loss(llm, batches, device=CPU) == pytest.approx(untouched, abs=1e-6)
-    assert text_loss(llm, batches, device=CPU) == learnt
+        assert text_loss(tiny_model(llm=llm), batches, device=CPU) == pytest.approx(untouched, abs=1e-6)
+    assert text_loss(tiny_model(llm=llm), batches, device=CPU) == learnt
     assert {name: parameter.requires_grad for name, parameter in llm.named_parameters()} == trains
 
 

@@ -38,7 +38,8 @@ class FullyShard(ModelParallelStrategy):
             for part in unit if isinstance(unit, nn.ModuleList) else (unit,):  # encoders side by side
                 fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "generate")
+        for method in ("generate", "without_images"):
+            register_fsdp_forward_method(model, method)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains; Lightning's own would also put the frozen tensors together, for a checkpoint without them."""

@@ -62,4 +62,4 @@ class Forgetting(pl.Callback):
         if not hasattr(self, "_batches"):
             self._batches = text_batches(data.text, data.spec)
         with trainer.precision_plugin.forward_context():
-            return text_loss(module.model.llm, self._batches, device=module.device)
+            return text_loss(module.model, self._batches, device=module.device)

@@ -34,12 +34,12 @@ def text_batches(encoder: TextEncoder, spec: VisualSpec, *, file: Path = TEXTS) 
 
 
 @torch.no_grad()
-def text_loss(llm: Any, batches: Sequence[Batch], *, device: torch.device) -> float:
-    """Mean cross-entropy over all supervised tokens of the batches, in nats; the LLM alone reads them."""
+def text_loss(model: Any, batches: Sequence[Batch], *, device: torch.device) -> float:
+    """Mean cross-entropy over all supervised tokens of the batches, in nats; the model's LLM alone reads them."""
     total, num_tokens = 0.0, 0
     for batch in batches:
         batch = batch.to(device)
-        logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)  # M V
+        logits = model.without_images(batch)  # M V
         total += F.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
         num_tokens += len(batch.targets)
     return total / num_tokens

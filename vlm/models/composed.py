@@ -41,6 +41,10 @@ class Composed(nn.Module):
         with self.connector.looking_at(visual, batch):
             return self.llm(embeds, batch.llm_mask, batch.positions, batch.keep)  # M V
 
+    def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
+        """Logits of the bare LLM, for rows of text alone."""
+        return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.positions, batch.keep)  # M V
+
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
         """Ids of the answers to a batch of left-padded prompts."""
