@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vlm.data.images import decode_image, load_image, pad_to_square
+from vlm.encoders.transform import Transform
 from vlm.schema import BadSample
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -296,6 +297,27 @@ def test_first_frame_of_what_moves(tmp_path: Path, suffix: str) -> None:
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     red, green, _ = load_image(f"a.{suffix}", root=tmp_path).getpixel((4, 4))
     assert red > 240 > 10 > green
+
+
+def photograph(size: tuple[int, int]) -> tuple[Image.Image, bytes]:
+    """Slow waves with sharp edges in them, and its JPEG."""
+    x, y = np.meshgrid(np.linspace(0, 20, size[0]), np.linspace(0, 15, size[1]))
+    waves = np.stack([np.sin(x), np.cos(x + y), np.sign(np.sin(3 * y))], axis=2)
+    image = Image.fromarray((127.5 + 100 * waves).astype(np.uint8))
+    file = BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return image, file.getvalue()
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same() -> None:
+    see = Transform(size=(336, 336), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bicubic")
+    for size, decoded in (((2800, 2700), (1400, 1350)), ((2687, 2800), (2687, 2800))):
+        image, file = photograph(size)
+        seen = decode_image(file, name="it")
+        assert seen.size == decoded
+        difference = (see(seen) - see(image)).abs()
+        assert difference.mean() < 1 / 255, size
+        assert difference.max() < 24 / 255, size
 
 
 def test_pad_to_square() -> None:
