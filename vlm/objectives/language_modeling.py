@@ -46,10 +46,13 @@ class SummedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # M V
         losses = logits.new_empty(len(logits), dtype=torch.float32)  # M
         rows = max(1, CHUNK["cpu" if logits.device.type == "cpu" else "gpu"] // logits.shape[1])
+        # Room that is used again and again: new room would come as fresh pages, which cost more than the arithmetic.
+        room = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
         for start in range(0, len(logits), rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]
-            log_p = logits[chunk].log_softmax(1, dtype=torch.float32)  # at most `rows` V
+            wide, log_p = room[:, : len(target)]  # each at most `rows` V
+            torch.log_softmax(wide.copy_(logits[chunk]), 1, out=log_p)
             losses[chunk] = -log_p.gather(1, target)[:, 0]
             if gradient is not None:
                 p = log_p.exp_()
