@@ -21,6 +21,7 @@ def evaluate(cfg: Any) -> None:
     manifest = artifact.read_manifest(run_dir)
     settings, _ = build.read_config(run_dir)
     build.enter_folder_of(run_dir)
+    settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
     if cfg.num_samples is not None and cfg.num_samples < 2:
         raise ValueError(f"num_samples={cfg.num_samples} is too few to compare images; set it to 2 or more")

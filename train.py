@@ -27,7 +27,7 @@ def train(cfg: Any) -> None:
     from vlm.cli import launch, plan, recipe, resume
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
-    from vlm.module import NotFinite
+    from vlm.module import Ended
     from vlm.sharding import check_resumes
 
     hydra = HydraConfig.get()
@@ -36,6 +36,8 @@ def train(cfg: Any) -> None:
         return
     cfg.run_dir = hydra.runtime.output_dir  # a sweep has its own, and the loggers' folders follow
     if plan.wanted(cfg):
+        if cfg.resume.run is not None:
+            raise ValueError("plan=true shows what a new run would cost; leave out resume=")
         plan.plan(cfg)
         return
     run_dir = Path(hydra.runtime.output_dir)
@@ -86,7 +88,7 @@ def train(cfg: Any) -> None:
     run.log_options(trainer, settings)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
-    except NotFinite:
+    except Ended:
         if trainer.is_global_zero:  # which tells it for all
             raise
         return

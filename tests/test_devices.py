@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,10 @@ def test_what_deepspeed_and_slices_cannot_do() -> None:
     with pytest.raises(ValueError, match="averages whole tensors"):
         check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="none", ema_decay=0.9)
     check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4", ema_decay=0.9)
+    for name in ("DDPStrategy", "FSDPStrategy"):
+        strategy = {"_target_": f"lightning.pytorch.strategies.{name}"}
+        with nullcontext() if name == "DDPStrategy" else pytest.raises(ValueError, match="FSDPStrategy does not save"):
+            check_strategy({"strategy": strategy}, quantization="nf4", ema_decay=0.9)
 
 
 def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:

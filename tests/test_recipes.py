@@ -229,6 +229,35 @@ def test_a_plan_of_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "2-instruct: python" in capfd.readouterr().out
 
 
+def test_a_recipe_is_for_one_process(commands, told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = commands(lambda command: 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train(*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}") == 2
+    assert "but 2 processes were started with it; start one" in told()
+    assert (seen, list((tmp_path / "root").iterdir())) == ([], [])
+
+
+def test_own_config_folders_go_with_a_stage_that_goes_on(commands, told, tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "connector"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("_target_: vlm.connectors.linear.Linear\n")
+    own = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    stage = tmp_path / "root" / "1-align"
+
+    def begin(command: list[str]) -> int:
+        stage.mkdir()
+        (stage / "config.yaml").write_text("")
+        return 7
+
+    seen = commands(begin)
+    arguments = [*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}", "connector=mine", own]
+    assert train(*arguments) == 7
+    commands(lambda command: seen.append(command) or 7)
+    assert train(*arguments) == 7
+    assert f"hydra.searchpath=['file://{tmp_path / 'conf'}']" in seen[0]
+    assert seen[1][2:] == [f"resume={stage}", f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
+
+
 def test_a_command_tells_its_end() -> None:
     assert recipe.wait_for(["sh", "-c", "exit 3"]) == 3
     assert recipe.wait_for(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL

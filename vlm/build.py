@@ -29,16 +29,8 @@ from vlm.sharding import check_strategy
 
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
 STAGE_KEYS = {
-    "name",
-    "task",
-    "encoder",
-    "connector",
-    "llm",
-    "lr",
-    "lora",
-    "objective",
-    "gradient_clip_val",
-    "ema_decay",
+    *("name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"),
+    *("gradient_clip_val", "ema_decay"),
 }
 SECTIONS = {
     "preflight": {"samples", "show"},
@@ -102,6 +94,8 @@ def check(cfg: Mapping[str, Any]) -> None:
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{section}.{key}={value!r} is not a whole number")
+            if section == "answers" and value < 1:
+                raise ValueError(f"answers.{key}={value} leaves nothing to answer; set it to 1 or more")
     allow = (cfg.get("resume") or {}).get("allow", [])
     if not isinstance(allow, list) or not all(isinstance(key, str) for key in allow):
         raise ValueError(f"resume.allow={allow!r} is no list of keys; write 'resume.allow=[trainer.max_steps]'")

@@ -17,7 +17,11 @@ from vlm.schema import Batch, LossOutput
 from vlm.sharding import FullyShard
 
 
-class NotFinite(ValueError):
+class Ended(ValueError):
+    """What ends a run on all ranks after the same step, with the weights of that step good to save."""
+
+
+class NotFinite(Ended):
     """The loss or a gradient became NaN or infinite; the weights are those of the last good step.
 
     All ranks raise it together.

@@ -87,6 +87,11 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: 
                 "choose trainer=fsdp, deepspeed_zero2 or deepspeed_zero3"
             )
         return
+    target = str(strategy.get("_target_"))
+    if target.endswith((".FSDPStrategy", ".ModelParallelStrategy")):
+        raise ValueError(f"trainer.strategy._target_={target} does not save the model whole; choose trainer=fsdp")
+    if not target.endswith((".FullyShard", ".DeepSpeedStrategy")):
+        return
     if quantization != "none":
         raise ValueError(
             f"llm.quantization={quantization} makes weights that cannot be sliced; set it to none or use trainer=ddp"

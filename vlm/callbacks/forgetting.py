@@ -7,9 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from vlm.evaluation.texts import text_batches, text_loss
+from vlm.module import Ended
 
 
-class Forgotten(ValueError):
+class Forgotten(Ended):
     """The LLM has lost more on plain conversations than the run allows."""
 
 
@@ -57,9 +58,9 @@ class Forgetting(pl.Callback):
         self._base = state_dict["base"]
 
     def _loss(self, trainer: pl.Trainer, module: Any) -> float:
-        """Each rank reads all the texts: they are few, and all ranks come to one figure without a word."""
+        """Each rank reads all the texts, which are few, and all go by the figure of the first."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(self, "_batches"):
             self._batches = text_batches(data.text, data.spec)
         with trainer.precision_plugin.forward_context():
-            return text_loss(module.model, self._batches, device=module.device)
+            return trainer.strategy.broadcast(text_loss(module.model, self._batches, device=module.device))

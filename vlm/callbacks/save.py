@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from vlm import artifact
 from vlm.callbacks.ema import averaged
-from vlm.module import NotFinite
+from vlm.module import Ended
 from vlm.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
@@ -96,7 +96,7 @@ class Save(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         if trainer.global_step == self._saved or isinstance(exception, artifact.SaveError):
             return
-        together = isinstance(exception, NotFinite)  # which all ranks raise; from a sliced model they save together
+        together = isinstance(exception, Ended)  # which all ranks raise; from a sliced model they save together
         if not together and isinstance(trainer.strategy, SLICED):
             return
         try:
@@ -110,10 +110,12 @@ class Save(pl.Callback):
             trainer.strategy.barrier()  # the first rank to end would take the others with it
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rng": self._rng_of_ranks, "best": self._best_value}
+        return {"rng": self._rng_of_ranks, "best": (self.best, self._best_value)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rng, self._best_value = state_dict["rng"], state_dict["best"]
+        self._rng, (name, value) = state_dict["rng"], state_dict["best"]
+        if name == self.best:  # a figure of another name is no measure
+            self._best_value = value
 
     def _figure(self, trainer: pl.Trainer) -> float:
         assert self.best is not None

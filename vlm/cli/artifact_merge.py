@@ -41,7 +41,11 @@ def merge(ckpt: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "flo
     stages = [*manifest["stages"], {"name": "merge", "run": str(out), "options": {"ckpt": str(ckpt)}}]
     bases = {**manifest["bases"], "llm": {**artifact.identity(model.llm, llm), "pretrained": llm["pretrained"]}}
     kept = [name for name in manifest["tensors"] if not name.startswith("llm.")]
-    stage = {**settings["stage"], "llm": "frozen", "connector": "full"}  # an evaluation builds it, and adds no adapter
+    lr = {
+        **settings["stage"]["lr"],
+        "connector": settings["stage"]["lr"]["connector"] or 1.0,
+    }  # which nothing trains at
+    stage = {**settings["stage"], "llm": "frozen", "connector": "full", "lr": lr}  # for an evaluation to build
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         folder = Path(work) / "done"

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
 
 from vlm import build
+from vlm.callbacks.stop import SIGNALS
+
+FORWARDED = (*SIGNALS, signal.SIGHUP)
+
+
+def num_processes() -> int:
+    """How many processes torchrun or srun started for this one command."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def check_ranks(hydra: Any) -> None:
     """Raise ValueError where torchrun or srun started several processes that each chose the time in their folder."""
-    num = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    num = num_processes()
     given = [*hydra.overrides.task, *hydra.overrides.hydra]
     named = any(override.startswith(("run_dir=", "resume=", "hydra.run.dir=")) for override in given)
     if num > 1 and not named and hydra.launcher["_target_"].endswith(".BasicLauncher"):
@@ -37,13 +47,34 @@ def in_its_own_process(hydra: Any, settings: Mapping[str, Any], script: str) -> 
     if trainer.world_size == 1 or outside:
         return False
     quoted = str(run_dir).replace("'", r"\'")
-    process = subprocess.Popen([sys.executable, script, *hydra.overrides.task, f"run_dir='{quoted}'"])
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:  # the job has had the Ctrl-C too, and ends after its step
-            pass
-    if code:
+    options = [*hydra.overrides.task, *searchpath(hydra), f"run_dir='{quoted}'"]
+    if code := wait_for([sys.executable, script, *options]):
         sys.exit(code)
     return True
+
+
+def searchpath(hydra: Any) -> list[str]:
+    """The user's own config folders, as an override for a process that this one starts."""
+    added = [s for s in hydra.runtime.config_sources if s.provider not in ("hydra", "main", "schema")]
+    folders = ",".join(f"'{source.schema}://{source.path}'" for source in added)
+    return [f"hydra.searchpath=[{folders}]"] if added else []
+
+
+def wait_for(command: Sequence[str]) -> int:
+    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command."""
+    received: list[int] = []
+    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in FORWARDED}
+    try:
+        # In a group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
+        process = subprocess.Popen(command, process_group=0)
+        sent = 0
+        while process.poll() is None:
+            for signum in received[sent:]:
+                process.send_signal(signum)
+                sent += 1
+            time.sleep(0.05)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    code = process.returncode
+    return 128 - code if code < 0 else code or (128 + received[0] if received else 0)

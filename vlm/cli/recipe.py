@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,12 +26,11 @@ from rich.table import Table
 
 from vlm import build, run
 from vlm.artifact import write_json
-from vlm.callbacks.stop import SIGNALS
 from vlm.cli import plan
 from vlm.cli.entry import CONF, config_error
+from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
 from vlm.options import known
 
-FORWARDED = (*SIGNALS, signal.SIGHUP)
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
 BY_TYPE, TEXT = "val/accuracy/", "text/"
@@ -61,13 +57,18 @@ def run_stages(cfg: DictConfig) -> None:
                 stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
             plan.plan(stage.cfg)
         return
+    if (num := num_processes()) > 1:
+        raise ValueError(
+            f"a recipe starts its stages itself, but {num} processes were started with it; start one, or each stage by "
+            "its own command with recipe=null"
+        )
     with run.claim(root, resumed=False) or nullcontext():  # each stage has a directory of its own
         _begun(root, stages)
         for number, stage in enumerate(stages):
             if run.finished(stage.run_dir):
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
-                _run(stage.name, "train.py", [override("resume", str(stage.run_dir))])
+                _run(stage.name, "train.py", [override("resume", str(stage.run_dir)), *searchpath(HydraConfig.get())])
             else:
                 _run(stage.name, "train.py", _begin(stages, number))
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
@@ -149,9 +150,7 @@ def _given() -> dict[str, str]:
     """Each override that the user gave, with the key or group that it is of."""
     hydra = HydraConfig.get()
     task = {line: OverridesParser.create().parse_override(line).key_or_group for line in hydra.overrides.task}
-    added = [s for s in hydra.runtime.config_sources if s.provider not in ("hydra", "main", "schema")]
-    where = [f"{source.schema}://{source.path}" for source in added]
-    return task | ({override("hydra.searchpath", where): "hydra.searchpath"} if where else {})
+    return task | dict.fromkeys(searchpath(hydra), "hydra.searchpath")
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -220,26 +219,6 @@ def _run(what: str, program: str, options: Sequence[str]) -> None:
         ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
         print(f"Error: {what} {ended}; the same command goes on there", file=sys.stderr)
         sys.exit(code)
-
-
-def wait_for(command: Sequence[str]) -> int:
-    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command."""
-    received: list[int] = []
-    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in FORWARDED}
-    try:
-        # In a group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
-        process = subprocess.Popen(command, process_group=0)
-        sent = 0
-        while process.poll() is None:
-            for signum in received[sent:]:
-                process.send_signal(signum)
-                sent += 1
-            time.sleep(0.05)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    code = process.returncode
-    return 128 - code if code < 0 else code or (128 + received[0] if received else 0)
 
 
 def _figures(stage: Stage, cfg: DictConfig) -> dict[str, float] | None:

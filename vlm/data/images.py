@@ -54,7 +54,7 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Ima
     """The picture that a file of these bytes holds, as `load_image` gives it; errors call it `name`.
 
     A JPEG of twice `DRAFT_SIDE` or more on both sides is decoded at a half, a quarter or an eighth of its size, which
-    leaves out most of the work and nothing that an encoder would see.
+    leaves out most of the work, and nothing that an encoder sees that reads up to `DRAFT_SIDE` pixels a side.
 
     Raises `BadImage`, naming what is wrong and the remedy.
     """
