@@ -106,7 +106,7 @@ def pixels_of(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 def centred(pixels: Shaped[Tensor, "3 h w"], size: tuple[int, int]) -> Shaped[Tensor, "3 rows cols"]:
     """The picture in the middle of `size`: zeros around it where it is smaller, cut where it is larger."""
     rows, cols = size[0] - pixels.shape[1], size[1] - pixels.shape[2]
-    if rows == cols == 0:
-        return pixels
     top, left = int(rows / 2), int(cols / 2)  # towards zero, as LLaVA pads and CLIP crops
+    if max(rows, cols) <= 0:  # a view: `pad` would copy it
+        return pixels[:, -top : size[0] - top, -left : size[1] - left]
     return functional.pad(pixels, (left, cols - left, top, rows - top))
