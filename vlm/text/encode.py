@@ -21,7 +21,7 @@ from vlm.text.row import Encoded
 from vlm.text.spans import Span, answer_spans, answers_at, pieces_between
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, disarmer, private_tokenizer
-from vlm.text.turns import check_turns, texts_of
+from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,10 +186,10 @@ class TextEncoder:
         Strings come first: a template for strings would print a list's Python syntax without an error.
         """
         try:
-            return _as_string, self._end_of(_as_string)
+            return as_string, self._end_of(as_string)
         except ValueError as error:
             try:
-                return _as_list, self._end_of(_as_list)
+                return as_list, self._end_of(as_list)
             except ValueError:
                 raise error from None
 
@@ -270,8 +270,7 @@ class TextEncoder:
         length = None
         if self.too_long == "truncate_text" and len(answers) > self.max_length:
             length = kept_length(row, answers, self.max_length)
-        answers = answers[:length]
-        labels = row.labels[:length]
+        answers, labels = answers[:length], row.labels[:length]
         if self.train_on != "all":
             only = self.train_on == "last_assistant"
             first = max(answer for answer in answers if answer is not None) if only else 0
@@ -299,11 +298,3 @@ class TextEncoder:
             ids += separator + [self.pad_id] * num_visual
             visual += [False] * len(separator) + [True] * num_visual
         return ids, visual
-
-
-def _as_string(text: str) -> str:
-    return text
-
-
-def _as_list(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
