@@ -101,24 +101,24 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
 
 
 @cache
-def _resolved(root: Path) -> Path:
-    return root.resolve()
+def _resolved(root: Path) -> str:
+    return os.path.realpath(root)
 
 
 def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
     try:
         home = _resolved(root)
-        file = (home / path).resolve()
-        if not file.is_relative_to(home):
+        file = os.path.realpath(os.path.join(home, path))  # in half the time that pathlib takes
+        if not os.path.join(file, "").startswith(os.path.join(home, "")):
             raise BadImage(f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder")
-        status = file.stat()
+        status = os.stat(file)
         if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
             raise BadImage(f"image '{path}' under '{root}' is not a regular file; replace it with an image file")
         if status.st_size > max_bytes:
             raise BadImage(
                 f"image '{path}' has {status.st_size:,} bytes, more than the limit of {max_bytes:,}; make it smaller"
             )
-        with file.open("rb") as handle:
+        with open(file, "rb") as handle:
             return handle.read(status.st_size)  # told more, Python would make room for all of it
     except BadImage:
         raise
@@ -127,7 +127,7 @@ def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise BadImage(f"image '{path}' cannot be read ({reason}); replace the file") from error
-    except (ValueError, RuntimeError) as error:  # a null byte or half a surrogate pair in the name; a loop of symlinks
+    except ValueError as error:  # a null byte or half a surrogate pair in the name
         raise BadImage(f"image {str(path)!r} is not a usable path ({error}); rename the file") from error
 
 

@@ -66,7 +66,9 @@ class Transform:
         """The picture with both sides scaled to `size`, height and width in pixels."""
         if pixels.shape[1:] == size:
             return pixels
-        return functional.interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
+        # One picture's strides do not tell PyTorch that its channels lie last. Told, it is faster by a quarter.
+        image = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # 1 3 h w
+        return functional.interpolate(image, size, mode=self.interpolation, antialias=True)[0]
 
     def fitted(self, pixels: UInt8[Tensor, "3 h w"], size: tuple[int, int]) -> UInt8[Tensor, "3 rows cols"]:
         """The picture as large as fits into `size`, its proportions kept."""
@@ -76,7 +78,8 @@ class Transform:
 
     def normalised(self, pixels: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
         mean, std = self._moments
-        return pixels.contiguous().float().sub_(mean).div_(std)
+        # Into a tensor of its own, so that conversion, subtraction and the channels' move to the front are one pass.
+        return torch.sub(pixels, mean, out=torch.empty(pixels.shape)).div_(std)
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -92,7 +95,9 @@ class Transform:
         height, width = min(height, 16 * -(-width * rows // cols)), min(width, 16 * -(-height * cols // rows))
         pixels = centred(pixels, (height, width))
         size = (height * cols // width, cols) if height * cols > width * rows else (rows, width * rows // height)
-        return centred(self.resampled(pixels, size), self.size)
+        kept = [_kept(*sides) for sides in zip((height, width), size, self.size, strict=True)]
+        pixels = centred(pixels, (kept[0][0], kept[1][0]))
+        return centred(self.resampled(pixels, (kept[0][1], kept[1][1])), self.size)
 
 
 def pixels_of(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -100,10 +105,21 @@ def pixels_of(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.asarray(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
+def _kept(side: int, scaled: int, wanted: int) -> tuple[int, int]:
+    """How much of a side, and of its scaled length, gives the middle `wanted` pixels as the whole side would.
+
+    Both ends lose the same whole number of pixels before and after scaling; the filter reaches less than 3 pixels.
+    """
+    common = math.gcd(side, scaled)
+    margin = 3 * max(1, -(-scaled // side))
+    cut = max(0, ((scaled - wanted) // 2 - margin) // (scaled // common))
+    return side - 2 * cut * (side // common), scaled - 2 * cut * (scaled // common)
+
+
 def centred(pixels: Shaped[Tensor, "3 h w"], size: tuple[int, int]) -> Shaped[Tensor, "3 rows cols"]:
     """The picture in the middle of `size`: zeros around it where it is smaller, cut where it is larger."""
     rows, cols = size[0] - pixels.shape[1], size[1] - pixels.shape[2]
-    if rows == cols == 0:
-        return pixels
     top, left = int(rows / 2), int(cols / 2)  # towards zero, as LLaVA pads and CLIP crops
+    if max(rows, cols) <= 0:  # a view: `pad` would copy it
+        return pixels[:, -top : size[0] - top, -left : size[1] - left]
     return functional.pad(pixels, (left, cols - left, top, rows - top))

@@ -21,7 +21,7 @@ from vlm.text.row import Encoded
 from vlm.text.spans import Span, answer_spans, answers_at, pieces_between
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, disarmer, private_tokenizer
-from vlm.text.turns import check_turns, texts_of
+from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,10 +186,10 @@ class TextEncoder:
         Strings come first: a template for strings would print a list's Python syntax without an error.
         """
         try:
-            return _as_string, self._end_of(_as_string)
+            return as_string, self._end_of(as_string)
         except ValueError as error:
             try:
-                return _as_list, self._end_of(_as_list)
+                return as_list, self._end_of(as_list)
             except ValueError:
                 raise error from None
 
@@ -243,54 +243,58 @@ class TextEncoder:
         self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]
     ) -> tuple[Encoded, list[int | None]]:
         """The row, every token but an image's a label, and the answer that each of its places belongs to."""
-        cells: list[tuple[int, bool, int, int, int | None]] = []  # what the lists hold of one token
-        num_images = 0
-        for token, answer in zip(ids, answers, strict=True):
-            if token == self._image_id:
-                places = self._places(num_images, sizes)
+        row = Encoded([], [], [], [], text=text.replace(BREAK, ""))
+        owners: list[int | None] = []
+        num_images = start = 0
+        private = [at for at, token in enumerate(ids) if token in (self._image_id, self._break_id)]
+        for at in [*private, len(ids)]:  # by runs: token by token, the 576 of an image take longer than its text
+            plain = ids[start:at]
+            row.input_ids.extend(plain)
+            row.labels.extend(plain)
+            row.image_mask.extend([False] * len(plain))
+            owners += answers[start:at]
+            row.images_before.extend([num_images] * len(plain))
+            if at < len(ids) and ids[at] == self._image_id:
+                places, visual = self._places(num_images, sizes)
                 num_images += 1
-                visual = (self.pad_id, True, num_images, IGNORE, answer)
-                cells += [visual if at is None else (at, False, num_images, IGNORE, answer) for at in places]
-            elif token != self._break_id:
-                cells.append((token, False, num_images, token, answer))
-        columns: list[list[Any]] = [list(column) for column in zip(*cells, strict=True)] or [[], [], [], [], []]
-        ids, image_mask, images_before, labels, answers = columns
-        return Encoded(ids, image_mask, images_before, labels, text=text.replace(BREAK, "")), answers
+                row.input_ids.extend(places)
+                row.labels.extend([IGNORE] * len(places))
+                row.image_mask.extend(visual)
+                row.images_before.extend([num_images] * len(places))
+                owners += [answers[at]] * len(places)
+            start = at + 1
+        return row, owners
 
     def _supervise(self, sample_id: str, row: Encoded, answers: Sequence[int | None]) -> Encoded:
         """The row cut to its length where that is asked for, with the labels that `train_on` leaves."""
         length = None
         if self.too_long == "truncate_text" and len(answers) > self.max_length:
             length = kept_length(row, answers, self.max_length)
-        kept = [answer for answer in answers[:length] if answer is not None]
-        learnt: set[int | None] = {kept[-1]} if self.train_on == "last_assistant" else set(kept)
-        if self.train_on == "all":
-            learnt.add(None)
-        labels = [label if answer in learnt else IGNORE for label, answer in zip(row.labels, answers, strict=True)]
+        answers, labels = answers[:length], row.labels[:length]
+        if self.train_on != "all":
+            only = self.train_on == "last_assistant"
+            first = max(answer for answer in answers if answer is not None) if only else 0
+            learnt = [answer is not None and answer >= first for answer in answers]
+            labels = [label if counts else IGNORE for label, counts in zip(labels, learnt, strict=True)]
         row = Encoded(
             input_ids=row.input_ids[:length],
             image_mask=row.image_mask[:length],
             images_before=row.images_before[:length],
-            labels=labels[:length],
+            labels=labels,
             text=row.text,
-            num_cut=0 if length is None else len(answers) - length,
+            num_cut=len(row.labels) - len(labels),
         )
         check_length(sample_id, row, self.max_length)
         return row
 
-    def _places(self, image: int, sizes: Sequence[Size]) -> list[int | None]:
-        """What an image takes in a row: None for each visual token, and the separator's ids between rows of tiles."""
+    def _places(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
+        """The ids of what an image takes in a row, with the separator's between rows of tiles, and which are visual."""
         rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
-        places: list[int | None] = []
+        ids: list[int] = []
+        visual: list[bool] = []
         for number, num_tiles in enumerate(rows):
-            places += self._separator if number else []
-            places += [None] * (num_tiles * self.num_image_tokens)
-        return places
-
-
-def _as_string(text: str) -> str:
-    return text
-
-
-def _as_list(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+            separator = self._separator if number else []
+            num_visual = num_tiles * self.num_image_tokens
+            ids += separator + [self.pad_id] * num_visual
+            visual += [False] * len(separator) + [True] * num_visual
+        return ids, visual

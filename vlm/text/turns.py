@@ -49,3 +49,11 @@ def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> li
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def as_string(text: str) -> str:
+    return text
+
+
+def as_list(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
