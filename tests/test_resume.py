@@ -200,9 +200,31 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, told: Any) -> None:
 
 def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
     seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
-    with safe_open(whole / "best" / "artifact" / "weights.safetensors", framework="pt") as file:
-        assert int(file.metadata()["step"]) == min(seen, key=lambda step: seen[step])
+    assert best_of(whole) == min(seen, key=lambda step: seen[step])
     assert train(*OPTIONS, f"ckpt={whole / 'best'}", f"run_dir={tmp_path / 'next'}", "trainer.max_steps=1") == 0
+
+
+def best_of(run: Path) -> int:
+    with safe_open(run / "best" / "artifact" / "weights.safetensors", framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:
+    """With a moving average and the best by visual gain; from the second checkpoint, as the newest is lost."""
+    run, again = tmp_path / "whole", tmp_path / "again"
+    mixed = [f"data.sources.{name}.num_train=20" for name in ("captions", "questions")]
+    tokens = ["data.batching=tokens", "data.batch_tokens=700", "data.max_length=600", "data.num_val_samples=8"]
+    often = ["trainer.max_steps=6", "trainer.val_check_interval=2", "checkpoint.every_n_steps=2"]
+    best = ["stage.ema_decay=0.9", "checkpoint.best=val/visual_gain"]
+    assert train(*QUICK, "data=mixture", *mixed, *tokens, *often, *best, f"run_dir={run}") == 0
+    gains = {step: values["val/visual_gain"] for step, values in losses(run) if "val/visual_gain" in values}
+    assert best_of(run) == max(gains, key=lambda step: gains[step])
+    assert any("train/loss/questions" in values for _, values in losses(run))
+    shutil.copytree(run, again)
+    (again / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert train(f"resume={again}") == 0
+    assert_same(again, run)
+    assert best_of(again) == best_of(run)
 
 
 def test_random_numbers_go_on() -> None:

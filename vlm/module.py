@@ -56,6 +56,7 @@ class VLMModule(pl.LightningModule):
         self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
+        self.figures: dict[str, Any] = {}  # of the last step; Lightning's also hold what earlier ones had
         self.validated_step = -1  # the optimiser steps behind the validation figures
 
     def configure_model(self) -> None:
@@ -128,8 +129,9 @@ class VLMModule(pl.LightningModule):
             self._stop(f"the gradient norm is {norm.item()}")
         means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
-        self.log_dict({f"train/{name}": value for name, value in means.items()} | {"train/loss": loss})
-        self.log_dict({"train/tokens": tokens} | ({"train/grad_norm": norm} if gradients else {}))
+        self.figures = {f"train/{name}": value for name, value in means.items()}
+        self.figures |= {"train/loss": loss, "train/tokens": tokens} | ({"train/grad_norm": norm} if gradients else {})
+        self.log_dict(self.figures)
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:

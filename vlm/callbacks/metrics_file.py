@@ -19,14 +19,18 @@ class MetricsFile(pl.Callback):
         step = trainer.global_step
         if step > self._last and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._last = step
-            self._write(trainer, ("train/", "perf/"))
+            self._write(trainer, {*_beginning(trainer, "perf/"), *module.figures})
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.state.fn == "fit":
-            self._write(trainer, ("val/", "text/"))
+            self._write(trainer, _beginning(trainer, "val/", "text/"))
 
-    def _write(self, trainer: pl.Trainer, prefixes: tuple[str, ...]) -> None:
+    def _write(self, trainer: pl.Trainer, names: set[str]) -> None:
         if trainer.is_global_zero:
-            values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
+            values = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
             with open(Path(trainer.default_root_dir) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+
+
+def _beginning(trainer: pl.Trainer, *beginnings: str) -> set[str]:
+    return {name for name in trainer.callback_metrics if name.startswith(beginnings)}
