@@ -59,7 +59,7 @@ def test_the_tokens_before_the_patches_are_dropped_and_only_those(option: str) -
 
 def test_layers_are_chosen_and_joined(option: str) -> None:
     maps = option in ("convnext_b_224", "convnext_l_clip_320", "efficientnet_lite0", "timm")
-    chosen = [-1, -1] if maps else [-2, -1]  # stages of a ConvNet differ in their grids
+    chosen = [-1, -1] if maps else [-2, -1]  # a ConvNet's stages of different grids: test_encoders_timm.py
     joined = build(option, layer=chosen)
     single = [build(option, layer=layer) for layer in chosen]
     for encoder in single:

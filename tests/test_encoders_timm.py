@@ -46,13 +46,13 @@ def test_vit_registers_are_dropped() -> None:
 
 
 def test_convnet_map_is_flattened_row_by_row() -> None:
-    encoder = build("efficientnet_lite0")
+    encoder = build("efficientnet_lite0", layer=-1)
     encoder.model.forward_intermediates = lambda pixels, **_: [torch.arange(49.0).view(1, 1, 7, 7).expand(1, 320, 7, 7)]
     assert encoder(pixels_for(encoder, 1))[0, :, 0].tolist() == list(range(49))
 
 
 def test_convnet_features_are_the_last_stage() -> None:
-    encoder = build("efficientnet_lite0")
+    encoder = build("efficientnet_lite0", layer=-1)
     model, pixels = encoder.model, pixels_for(encoder)
     expected = model.blocks(model.bn1(model.conv_stem(pixels)))  # N Dv R S
     # The encoder runs channels last, which adds up in another order: equal to float32's precision at this scale.
@@ -70,9 +70,22 @@ def test_timm_layers_are_joined_in_the_order_given_and_later_ones_not_built() ->
     torch.testing.assert_close(encoder(pixels), torch.cat([second(pixels), first(pixels), second(pixels)], dim=-1))
 
 
-def test_convnet_stages_of_different_grids_do_not_join() -> None:
-    with pytest.raises(Exception, match=r"layer 4 with a 6×6 grid and layer 3 with a 12×12 grid"):
-        build("efficientnet_lite0", layer=[-1, -2])
+def test_a_finer_map_joins_the_coarser_one_cell_by_cell() -> None:
+    encoder, fine, coarse = (build("efficientnet_lite0", layer=layer) for layer in ([-1, -2], -2, -1))
+    for other in (fine, coarse):
+        other.model.load_state_dict(encoder.model.state_dict(), strict=False)
+    pixels = pixels_for(encoder)
+    features, cells = encoder(pixels), fine(pixels).unflatten(1, (12, 12))  # N 36 768, N 12 12 112
+    assert (encoder.grid, encoder.width, fine.grid, fine.width) == ((6, 6), 320 + 4 * 112, (12, 12), 112)
+    torch.testing.assert_close(features[..., :320], coarse(pixels))
+    ours = features[:, 2 * 6 + 3, 320:].view(2, 112, 4)  # row 2, column 3: a channel's four cells lie together
+    for number, (row, column) in enumerate([(4, 6), (4, 7), (5, 6), (5, 7)]):
+        torch.testing.assert_close(ours[:, :, number], cells[:, row, column])
+
+
+def test_maps_that_no_whole_number_of_cells_joins_are_refused() -> None:
+    with pytest.raises(Exception, match=r"joins a 7×7 grid with layer 3, whose 13×13 is no multiple; set .* 32, or"):
+        build("efficientnet_lite0", image_size=208)
 
 
 def test_batch_norm_stays_in_evaluation_mode() -> None:

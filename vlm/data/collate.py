@@ -62,8 +62,9 @@ def collate(
 
     samples = list(chain.from_iterable(row.samples for row in rows))
     pixels = list(chain.from_iterable(row.pixels for row in rows))
+    last = torch.stack([each.permute(1, 2, 0) for each in pixels]) if pixels else torch.zeros(0, *spec.image_size, 3)
     return Batch(
-        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, *spec.image_size),
+        pixels=last.permute(0, 3, 1, 2),  # as `Transform` leaves them: the channels last in memory
         input_ids=padded("input_ids", pad_id),
         attention_mask=padded("attention_mask").bool(),
         positions=padded("positions"),

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlm.encoders.layers import resolve_layers
@@ -31,7 +32,9 @@ class TimmEncoder(nn.Module):
 
         pixels ──► forward_intermediates ──► a map [N,C,R,S] per selected layer ──► joined, row by row ──► features
 
-    A hidden state is taken as the block leaves it, before the model's last norm.
+    A hidden state is taken as the block leaves it, before the model's last norm. The cells of a finer map that fall
+    into one of the coarsest go to its feature axis, as in YOLOv2's passthrough layer (arXiv 1612.08242): nothing of
+    them is lost and the image costs the LLM no more tokens.
 
     Args:
         name: timm's name of the model.
@@ -40,7 +43,7 @@ class TimmEncoder(nn.Module):
         package: a Python package that carries the weights; where it is installed, no network is needed.
         image_size: side in pixels; None is the model's own. Position embeddings are interpolated.
         layer: block (ViT) or feature stage (ConvNet) from 0, or from the end: -1 is the last. A list joins several on
-            the feature axis.
+            the feature axis, on the coarsest of their grids.
         mean, std, interpolation: None is what the model was trained with.
         resize: what becomes of a picture of another shape, as in Transform.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
@@ -132,6 +135,8 @@ class TimmEncoder(nn.Module):
         # Channels last: a ConvNet then runs about twice as fast on a CPU. The weights keep the layout that files have.
         pixels = pixels.to(next(self.model.parameters()).dtype, memory_format=torch.channels_last)  # N 3 H W
         maps = _read(self.model, self._layers, pixels)  # each N C R S
+        rows = self.grid[0]
+        maps = [F.pixel_unshuffle(each, each.shape[2] // rows) for each in maps]  # each N · R S, of the coarsest
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
 
 
@@ -146,13 +151,15 @@ def _measure(skeleton: nn.Module, layers: list[int], image_size: tuple[int, int]
     """Grid and width of the joined features, from the shapes that the model gives on the meta device."""
     maps = _read(skeleton, layers, torch.empty(1, 3, *image_size, device="meta"))
     grids = [(rows, cols) for _, _, rows, cols in (tuple(each.shape) for each in maps)]
-    for layer, grid in zip(layers, grids, strict=True):
-        if grid != grids[0]:
+    coarse = min(grids)
+    factors = [rows // coarse[0] for rows, _ in grids]
+    for layer, grid, factor in zip(layers, grids, factors, strict=True):
+        if grid != (factor * coarse[0], factor * coarse[1]):
             raise ValueError(
-                f"encoder.layer joins layer {layers[0]} with a {grids[0][0]}×{grids[0][1]} grid and layer {layer} with "
-                f"a {grid[0]}×{grid[1]} grid; choose layers of one grid"
+                f"encoder.layer joins a {coarse[0]}×{coarse[1]} grid with layer {layer}, whose {grid[0]}×{grid[1]} is "
+                "no multiple; set encoder.image_size to a multiple of 32, or choose layers of one grid"
             )
-    return grids[0], sum(each.shape[1] for each in maps)
+    return coarse, sum(each.shape[1] * factor**2 for each, factor in zip(maps, factors, strict=True))
 
 
 def _check_patches(skeleton: nn.Module, image_size: tuple[int, int]) -> None:

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -77,15 +76,10 @@ class Transform:
         return self.resampled(pixels, (min(math.ceil(height * scale), size[0]), min(math.ceil(width * scale), size[1])))
 
     def normalised(self, pixels: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
-        mean, std = self._moments
-        # Into a tensor of its own, so that conversion, subtraction and the channels' move to the front are one pass.
-        return torch.sub(pixels, mean, out=torch.empty(pixels.shape)).div_(std)
-
-    @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of pixels in [0, 255]."""
-        mean, std = (255 * torch.tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return mean, std
+        """The channels lie last in memory, as Pillow gives them: whole lines are computed on, and none is moved."""
+        lines = pixels.permute(1, 2, 0).flatten(1).float()  # h w·3
+        mean, std = (255 * torch.tensor(value).repeat(pixels.shape[2]) for value in (self.mean, self.std))  # w·3
+        return lines.sub_(mean).div_(std).unflatten(1, (-1, 3)).permute(2, 0, 1)
 
     def _filled(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 rows cols"]:
         """The middle of the picture, scaled to fill `size`."""
