@@ -152,7 +152,11 @@ def test_what_would_change_the_run_is_refused_by_name(whole: Path, told: Any) ->
     assert train(f"resume={whole}", "connector=linear", "debug=overfit") == 2
     assert "resume= cannot change debug=fast to overfit" in told()
     assert train(f"resume={whole}", "connector=linear") == 2
-    assert "connector._target_ is vlm.connectors.mlp.MLP and would be vlm.connectors.linear.Linear" in told()
+    line = told()
+    assert "connector._target_ is vlm.connectors.mlp.MLP and would be vlm.connectors.linear.Linear" in line
+    assert "connector.lr" not in line  # advice that no run keeps
+    assert train(f"resume={whole}", "connector.lr=1e-3", "resume.allow=[connector]") == 2
+    assert "connector.lr only advises a run that begins; give stage.lr.connector= instead" in told()
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 

@@ -49,12 +49,14 @@ def _overridden(
     choices, after = dict(choices), OmegaConf.create(before)
     for override in OverridesParser.create().parse_overrides(hydra.overrides.task):
         key = override.key_or_group
+        if key == "connector.lr":
+            raise ValueError("connector.lr only advises a run that begins; give stage.lr.connector= instead")
         if key not in choices:
             OmegaConf.update(after, key, _plain(OmegaConf.select(cfg, key)), merge=False)
         elif (option := hydra.runtime.choices[key]) != choices[key]:
             if key not in build.GROUPS:
                 raise ValueError(f"resume= cannot change {key}={choices[key]} to {option}; leave it out")
-            after[key], choices[key] = _plain(cfg[key]), option
+            after[key], choices[key] = build.plain(cfg)[key], option
     after["resume"] = _plain(cfg.resume)
     changed: Any = OmegaConf.to_container(after)
     return changed, choices
