@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -357,3 +358,30 @@ def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
     settings = {"trainer": {"_target_": "lightning.pytorch.Trainer", "accelerator": "gpu", "precision": "32-true"}}
     with pytest.raises(ValueError, match=r"No supported gpu backend found! Choose trainer=cpu or auto"):
         build.build_trainer({**settings, "callbacks": {}, "logger": {}}, Path("unused"), [])
+
+
+FREED = """
+import numpy as np
+from vlm.cli.entry import keep_memory
+
+def megabytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+{first}
+before = megabytes()
+blocks = [np.ones(2**20) for _ in range(20)]  # 8 MB each
+held = megabytes() - before
+del blocks
+print(held, megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
+    script = FREED.format(first="keep_memory()" if kept else "")
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    held, left = map(float, ended.stdout.split())
+    assert held > 150
+    assert (left > 0.9 * held) == kept

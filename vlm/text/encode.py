@@ -274,8 +274,8 @@ class TextEncoder:
         if self.train_on != "all":
             only = self.train_on == "last_assistant"
             first = max(answer for answer in answers if answer is not None) if only else 0
-            learnt = [answer is not None and answer >= first for answer in answers]
-            labels = [label if counts else IGNORE for label, counts in zip(labels, learnt, strict=True)]
+            owned = zip(labels, answers, strict=True)
+            labels = [IGNORE if answer is None or answer < first else label for label, answer in owned]
         row = Encoded(
             input_ids=row.input_ids[:length],
             image_mask=row.image_mask[:length],
