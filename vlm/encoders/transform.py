@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -78,8 +79,13 @@ class Transform:
     def normalised(self, pixels: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
         """The channels lie last in memory, as Pillow gives them: whole lines are computed on, and none is moved."""
         lines = pixels.permute(1, 2, 0).flatten(1).float()  # h w·3
-        mean, std = (255 * torch.tensor(value).repeat(pixels.shape[2]) for value in (self.mean, self.std))  # w·3
+        mean, std = (value.repeat(pixels.shape[2]) for value in self._moments)  # w·3
         return lines.sub_(mean).div_(std).unflatten(1, (-1, 3)).permute(2, 0, 1)
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels in [0, 255]."""
+        return 255 * torch.tensor(self.mean), 255 * torch.tensor(self.std)
 
     def _filled(self, pixels: UInt8[Tensor, "3 h w"]) -> UInt8[Tensor, "3 rows cols"]:
         """The middle of the picture, scaled to fill `size`."""
