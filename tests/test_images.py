@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import zlib
+from collections.abc import Callable
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from vlm.data.images import decode_image, load_image, pad_to_square
+from vlm.data.images import ArrayImage, decode_image, load_image, pad_to_square
 from vlm.encoders.transform import Transform
 from vlm.schema import BadSample
 
@@ -318,6 +321,79 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same() -> None:
         difference = (see(seen) - see(image)).abs()
         assert difference.mean() < 1 / 255, size
         assert difference.max() < 24 / 255, size
+
+
+def as_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"restart_marker_rows": 1}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_a_jpeg_read_by_torchvision_is_the_same_picture(options: dict[str, int]) -> None:
+    file = BytesIO()
+    photograph((123, 77))[0].save(file, "JPEG", quality=80, **options)
+    image = decode_image(file.getvalue(), name="a")
+    assert isinstance(image, ArrayImage)
+    np.testing.assert_array_equal(np.asarray(image), as_pillow(file.getvalue()))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_jpegs_are_left_to_pillow(mode: str) -> None:
+    file = BytesIO()
+    photograph((123, 77))[0].convert(mode).save(file, "JPEG")
+    image = decode_image(file.getvalue(), name="a")
+    assert not isinstance(image, ArrayImage)
+    np.testing.assert_array_equal(np.asarray(image), as_pillow(file.getvalue()))
+
+
+def test_a_damaged_jpeg_is_what_pillow_makes_of_it() -> None:
+    sound = photograph((48, 32))[1]
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        data = bytearray(sound[: rng.integers(1, len(sound))] if rng.random() < 0.2 else sound)
+        data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            expected = as_pillow(bytes(data))
+        except Exception:  # Pillow's readers raise whatever a broken file made them trip over
+            expected = None
+        try:
+            image = decode_image(bytes(data), name="a")
+        except BadSample:
+            assert expected is None
+            outcomes.add("refused")
+        else:
+            np.testing.assert_array_equal(np.asarray(image), expected)
+            outcomes.add(type(image))
+    assert outcomes >= {"refused", ArrayImage}
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "resize": lambda image: image.resize((20, 30)),
+    "crop": lambda image: image.crop((3, 4, 30, 40)),
+    "transpose": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "convert": lambda image: image.convert("L"),
+    "copy": lambda image: image.copy(),
+    "deepcopy": deepcopy,
+    "pickle": lambda image: pickle.loads(pickle.dumps(image)),
+    "pad": pad_to_square,
+    "draw": lambda image: (ImageDraw.Draw(image).line((0, 0, 50, 50), fill=RED), image)[1],
+    "paste": lambda image: (image.paste(GREEN, (5, 5, 9, 9)), image)[1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_picture_in_an_array_is_pillows_own_in_all_else(change: str) -> None:
+    data = photograph((96, 80))[1]
+    image = decode_image(data, name="a")
+    before = np.asarray(image)
+    expected = Image.open(BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(CHANGES[change](image)), np.asarray(CHANGES[change](expected)))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))  # drawn on, where it was
+    np.testing.assert_array_equal(before, as_pillow(data))  # and what was read before stays
 
 
 def test_pad_to_square() -> None:
