@@ -251,6 +251,12 @@ def test_replay_comes_into_training_alone() -> None:
     ]
 
 
+def test_replay_leaves_the_account_of_what_was_left_out_as_it_was() -> None:
+    inner = mixture(weights={"a": 1, "b": 1}, num_samples=20)
+    inner.left_out = {"symbols of a": 3}
+    assert with_replay(inner, share=0.2, annotations=None).left_out == {"symbols of a": 3}
+
+
 def test_replay_beside_a_mixture_keeps_the_names_of_its_sources() -> None:
     """Also where a filter makes the epochs of the mixture unlike in length."""
     inner = mixture(weights={"a": 1, "b": 1}, num_samples=20)

@@ -29,4 +29,6 @@ def with_replay(source: Source, *, share: float, annotations: str | None) -> Mix
     size = len(source) if order is None else len(order(0, seed=0))
     parts: dict[str, Any] = {"data": lambda split: source, "replay": lambda split: texts}
     weights = {"data": 1 - share, "replay": share}
-    return Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - share)))
+    mixed = Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - share)))
+    mixed.left_out = getattr(source, "left_out", {})  # in the words of the validation split
+    return mixed
