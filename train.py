@@ -94,7 +94,7 @@ def train(cfg: Any) -> None:
         return
     by_type = {type(callback): callback for callback in trainer.callbacks}
     received = by_type[StopOnSignal].received if StopOnSignal in by_type else None
-    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name in ("train/loss",)}
+    metrics = {name: float(v) for name, v in module.figures.items() if name == "train/loss"}
     records: list[dict[str, Any]] = []
     if received is None:
         if module.validated_step != trainer.global_step:

@@ -110,6 +110,21 @@ def test_terminated_and_resumed(whole: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_killed_after_the_last_step(whole: Path, tmp_path: Path) -> None:
+    """While it validated or answered: the figures are those of a run that came to its end."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    assert train(f"resume={run}") == 0
+    assert_same(run, whole)
+
+    def figures(run: Path) -> dict[str, float]:
+        metrics = json.loads((run / "metrics.json").read_text())
+        return {name: value for name, value in metrics.items() if not name.startswith(("perf/", "time/"))}
+
+    assert figures(run) == figures(whole)
+    assert "train/loss" in figures(run)
+
+
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

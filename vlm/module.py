@@ -189,7 +189,8 @@ class VLMModule(pl.LightningModule):
         self._seen[condition, name] = self._seen.get((condition, name), 0) + pair
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen tensors out: they are the base models'."""
+        """Leave the frozen tensors out: they are the base models'. The last step's figures go with it."""
+        checkpoint["figures"] = {name: float(value) for name, value in self.figures.items()}
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
 
@@ -198,6 +199,7 @@ class VLMModule(pl.LightningModule):
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if odd := sorted(trainable ^ set(checkpoint["state_dict"])):
             raise ValueError(f"the checkpoint does not fit this run: {len(odd)} tensors differ, first {odd[0]!r}")
+        self.figures = checkpoint.get("figures", {})  # which one of an earlier version has not
 
     def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
         """The sum of each over all ranks."""
