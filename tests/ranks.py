@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests.parts import IMAGE, make_batch, make_module, make_trainer, pictures, tiny_encoder, tiny_llm, tiny_model
 from tests.test_cli import QUICK, train
+from vlm.build import build_ema
 from vlm.callbacks.save import Save
 from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention
 from vlm.models.composed import Composed
@@ -114,6 +115,7 @@ def fit(
     *,
     num_ranks: int = 1,
     accumulate: int = 1,
+    ema_decay: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Four steps of eight rows, over so many ranks and batches; then a validation of the same rows."""
@@ -132,7 +134,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         max_steps=len(STEPS),
         gradient_clip_val=0.5,
-        callbacks=[steps],
+        callbacks=[steps, *build_ema({"ema_decay": ema_decay})],
         use_distributed_sampler=False,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))
@@ -169,6 +171,7 @@ def main(folder: Path) -> None:
             results[name, make.__name__] = fit(folder, make, strategy(), num_ranks=2)
         results[name, "losses"] = fit(folder, tokens, strategy(), num_ranks=2, objective=TwoLosses())
         results[name, "stopped"] = stopped(folder / f"stopped_{name}", strategy())
+    results["ddp", "average"] = fit(folder, tokens, "ddp", num_ranks=2, ema_decay=0.9)
     results["fsdp", "accumulated"] = fit(folder, tokens, FullyShard(), num_ranks=2, accumulate=2)
     for name in ("ddp", "fsdp"):
         assert (

@@ -92,6 +92,13 @@ def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: s
     assert all(rank[strategy, case]["answers"].tolist() == one[case]["answers"].tolist() for rank in two[1])
 
 
+def test_two_ranks_keep_the_average_of_one(two: Any, one: dict[str, Any], tmp_path: Path) -> None:
+    alone = ranks.fit(tmp_path, ranks.tokens, ema_decay=0.9)
+    assert_same(two[1][0]["ddp", "average"], alone)
+    moved = [(alone["tensors"][name] - tensor).abs().max() for name, tensor in one["tokens"]["tensors"].items()]
+    assert max(moved) > 10 * TENSORS["atol"], "an average is not what it is of"
+
+
 def test_two_ranks_that_accumulate_are_one(two: Any, one: dict[str, Any]) -> None:
     assert_same(two[1][0]["fsdp", "accumulated"], one["tokens"])
 
