@@ -53,7 +53,7 @@ TRAINED = {
     "full": CONNECTOR | BLOCKS | STEM | LLM,
 }
 GROUPS = {  # peak learning rate and weight decay
-    "align": {"connector/decay": (6e-3, 0.0), "connector/no_decay": (6e-3, 0.0)},
+    "align": {"connector/decay": (3e-3, 0.0), "connector/no_decay": (3e-3, 0.0)},
     "instruct": {"connector/decay": (2e-4, 0.0), "connector/no_decay": (2e-4, 0.0), "llm/decay": (2e-4, 0.0)},
     "vision_tune": {
         "encoder/block_0/decay": (0.8e-5, 0.05),
@@ -70,7 +70,7 @@ GROUPS = {  # peak learning rate and weight decay
     },
 }
 TABLE = {  # state and learning rate of encoder, connector, LLM
-    "align": [("frozen", "-"), ("full", "0.006"), ("frozen", "-")],
+    "align": [("frozen", "-"), ("full", "0.003"), ("frozen", "-")],
     "instruct": [("frozen", "-"), ("full", "0.0002"), ("lora", "0.0002")],
     "vision_tune": [("last 2", "1e-05, × 0.8 a block"), ("full", "0.0001"), ("frozen", "-")],
     "full": [("full", "2e-06"), ("full", "2e-05"), ("full", "2e-05")],

@@ -19,7 +19,7 @@ from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, sta
 
 MAX_TEXT = 512  # positions of BERT
 LOOK_STD = 0.3  # of the logits of cross-attention at the start, about BERT's: sharper random looks learn slower
-LOOK_LOCAL = 0.75  # of a query's own patch, over a key of its length: about 3/4 of its weight is then there
+LOOK_LOCAL = 2.5  # of a query's own patch, over a key of its length: most of its weight is then there
 NORM_EPS = 1e-12  # BERT's
 FEATURE_NORM_EPS = 1e-6  # of the last norm of BLIP-2's encoders
 
@@ -29,14 +29,14 @@ class QFormer(nn.Module):
 
         queries [K,W] ──► norm ──► block ──► … ──► block ──► project ──► visual
                                      ▲
-        features ──► feature_norm ──► + position
+        features ──► feature_norm
 
         block: states = norm(states + attention(states)); queries = norm(queries + cross(queries, features)), where it
                has one; states = norm(states + feed(states)), with one feed for the queries and another for the text
 
     The text path, of BLIP-2's first stage, is built with `text`: `hidden_states` then takes pictures, texts or both.
     The last matrix wants a far higher learning rate than the transformer before it, as conf/connector/qformer.yaml has:
-    what the LLM can read changes only as fast as that matrix does, and the transformer breaks at its rate.
+    what the LLM can read changes only as fast as that matrix does, and what twelve layers tell changes far too fast.
 
     With `norm` and `position` off it is Transformers' Blip2QFormerModel and the projection after it.
 
@@ -49,7 +49,8 @@ class QFormer(nn.Module):
         depth, width, num_heads: of the transformer; the feed-forward layers are four times as wide.
         cross_attention_every: every how many blocks, from the first, the queries attend to the features.
         norm: layer norm on the features first: BLIP-2's own, as our encoders leave out their last.
-        position: add a learned vector per patch to the features: a ConvNet's do not tell where they are.
+        position: add a learned vector per patch to the features where attention looks for them, not to what it takes
+            from there, as DETR does (arXiv 2005.12872): a ConvNet's features do not tell where they are.
         text: build the text path.
         init: start from random weights, a BERT (arXiv 1810.04805; no cross-attention in it) or a BLIP-2.
         init_from: local folder of that checkpoint, in Transformers' names (safetensors).
@@ -142,8 +143,6 @@ class QFormer(nn.Module):
         start, num_queries = [], 0
         if features is not None:
             features = self.feature_norm(features.to(self.queries.dtype))  # N P Dv
-            if self.position is not None:
-                features = features + self.position  # N P Dv
             start.append(self.queries.expand(len(features), -1, -1))  # N K W
             num_queries = self.num_tokens
         if ids is not None:
@@ -151,9 +150,9 @@ class QFormer(nn.Module):
         states = self.norm(torch.cat(start, dim=1))  # N S W
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                states = checkpoint(block, states, num_queries, features, mask, use_reentrant=False)  # N S W
+                states = checkpoint(block, states, num_queries, features, self.position, mask, use_reentrant=False)  # N S W
             else:
-                states = block(states, num_queries, features, mask)  # N S W
+                states = block(states, num_queries, features, self.position, mask)  # N S W
         return states
 
     def _embed(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t w"]:
@@ -216,13 +215,20 @@ class _Block(nn.Module):
         self.query_feed = _FeedForward(width)
         self.text_feed = _FeedForward(width) if text else None
 
-    def forward(self, states: Tensor, num_queries: int, features: Tensor | None, mask: Tensor | None) -> Tensor:
-        states = self.attention(states, states, mask)  # N S W
+    def forward(
+        self,
+        states: Tensor,
+        num_queries: int,
+        features: Tensor | None,
+        position: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        states = self.attention(states, states, mask=mask)  # N S W
         queries, text = states[:, :num_queries], states[:, num_queries:]  # N K W, N T W
         ends = []
         if queries.shape[1]:
             if self.cross is not None:
-                queries = self.cross(queries, features)  # N K W
+                queries = self.cross(queries, features, position)  # N K W
             ends.append(self.query_feed(queries))  # N K W
         if text.shape[1]:
             assert self.text_feed is not None
@@ -240,10 +246,13 @@ class _Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self, states: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, source: Tensor, position: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        found = source if position is None else source + position
         query, key, value = (
             each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # N heads · W/heads
-            for each in (self.query(states), self.key(source), self.value(source))
+            for each in (self.query(states), self.key(found), self.value(source))
         )
         mask = None if mask is None else mask[:, None]  # N 1 S S
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # N heads S W/heads

@@ -18,13 +18,15 @@ from vlm.connectors.mlp import match_scale
 
 SHARPNESS = 1.5  # of the attention at the start: most of a query's weight is then on its patch, and some elsewhere
 QUERY_NOISE = 0.3  # sets apart the queries of one patch
+BRANCH = 0.1  # scale of what is added to the first look
+QUERY_SCALE = 0.2  # beside what they bring in: what is the same for all pictures hides what sets them apart
 
 
 class PerceiverResampler(nn.Module):
     """features [N,P,Dv] -> latents [N,K,W], normed: a fixed number of vectors however many patches there are.
 
-        queries ──► latents ◄── attention to (features + position, latents) ◄─┐
-                       └──────► + feed-forward ──────────────────────────────►┘ `depth` times, then a norm
+        queries ──► latents ◄── attention to (features, latents) ◄─┐
+                       └──────► + feed-forward ───────────────────►┘ `depth` times, then a norm
 
     Without `position` and at the encoder's width it is Idefics' resampler, drawn to larger weights.
 
@@ -40,8 +42,9 @@ class PerceiverResampler(nn.Module):
         ff_mult: hidden width of the feed-forward over `width`.
         width: of the latents; None is the encoder's. Another one puts a matrix before the blocks.
         qk_norm: layer norm on each head's queries and keys.
-        position: add a learned vector to each patch, after a norm without parameters (a ConvNet's features say little
-            of where they are, and attention nothing), and start each query at a patch.
+        position: add a learned vector to each patch where attention looks for it, not to what it takes from there, as
+            DETR does (arXiv 2005.12872): a ConvNet's features say little of where they are, and attention nothing.
+            Features get a norm without parameters first, and each query starts at a patch.
     """
 
     def __init__(
@@ -76,10 +79,10 @@ class PerceiverResampler(nn.Module):
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k w"]:
         features = self.widen(features.to(self.queries.dtype))  # N P W
         if self.position is not None:
-            features = F.layer_norm(features, (self.width,)) + self.position  # N P W
+            features = F.layer_norm(features, (self.width,))  # N P W
         latents = self.queries.expand(len(features), -1, -1)  # N K W
         for block in self.blocks:
-            latents = block(features, latents)  # N K W
+            latents = block(features, latents, self.position)  # N K W
         return self.norm(latents)  # N K W
 
 
@@ -108,11 +111,17 @@ class ResamplerBlock(nn.Module):
             match_scale([layer], 1.0)
         nn.init.normal_(self.ff_out.weight, std=math.sqrt(2 / self.ff_out.in_features))  # E[relu(z)²] = ½
 
-    def forward(self, features: Float[Tensor, "n p w"], latents: Float[Tensor, "n k w"]) -> Float[Tensor, "n k w"]:
+    def forward(
+        self,
+        features: Float[Tensor, "n p w"],
+        latents: Float[Tensor, "n k w"],
+        position: Float[Tensor, "p w"] | None = None,
+    ) -> Float[Tensor, "n k w"]:
         normed = self.latents_norm(latents)  # N K W
         seen = torch.cat([self.features_norm(features), normed], dim=1)  # N P+K W
+        found = seen if position is None else torch.cat([self.features_norm(features + position), normed], dim=1)
         q = self.q_norm(self._heads(self.q(normed)))  # N H K C
-        k = self.k_norm(self._heads(self.k(seen)))  # N H P+K C
+        k = self.k_norm(self._heads(self.k(found)))  # N H P+K C
         mixed = F.scaled_dot_product_attention(q, k, self._heads(self.v(seen)))  # N H K C
         latents = latents + self.out(mixed.transpose(1, 2).flatten(2))  # N K W
         return latents + self.ff_out(F.relu(self.ff_in(self.ff_norm(latents))))  # N K W
@@ -123,15 +132,18 @@ class ResamplerBlock(nn.Module):
 
 @torch.no_grad()
 def _start_local(queries: nn.Parameter, position: nn.Parameter, blocks: list[ResamplerBlock]) -> None:
-    """Let each query start by looking at a patch of its own, evenly spread: drawn at random, all see the average.
+    """Let each query start as what it sees at a patch of its own, evenly spread: drawn at random, all see the average.
 
     A query is its patch's position and the query matrix is the key matrix, so that the two meet; the channels of both
-    are rolled by one, or a query would meet itself, which is also a key.
+    are rolled by one, or a query would meet itself, which is also a key. What follows the first look adds little yet.
     """
     patches = torch.linspace(0, len(position) - 1, len(queries), device=position.device).round().long()
-    queries.mul_(QUERY_NOISE).add_(position[patches].roll(1, dims=1))
+    queries.mul_(QUERY_NOISE).add_(position[patches].roll(1, dims=1)).mul_(QUERY_SCALE)
     for block in blocks:
         block.q.weight.copy_(block.k.weight.roll(1, dims=1) * SHARPNESS)
+        block.ff_out.weight.mul_(BRANCH)
+        if block is not blocks[0]:
+            block.out.weight.mul_(BRANCH)
 
 
 class Resampler(nn.Module):
