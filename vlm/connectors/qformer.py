@@ -149,10 +149,11 @@ class QFormer(nn.Module):
             start.append(self._embed(ids))  # N T W
         states = self.norm(torch.cat(start, dim=1))  # N S W
         for block in self.blocks:
+            given = (states, num_queries, features, self.position, mask)
             if self.gradient_checkpointing and self.training:
-                states = checkpoint(block, states, num_queries, features, self.position, mask, use_reentrant=False)  # N S W
+                states = checkpoint(block, *given, use_reentrant=False)  # N S W
             else:
-                states = block(states, num_queries, features, self.position, mask)  # N S W
+                states = block(*given)  # N S W
         return states
 
     def _embed(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n t w"]:
