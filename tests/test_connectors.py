@@ -89,7 +89,7 @@ def test_visual_tokens_start_with_the_picture_in_them(option: str) -> None:
     connector = build(option, vision_width=320, llm_width=256, grid=(6, 6))
     visual = connector(features_like_a_convnets(8, 36, 320))
     share = (visual - visual.mean(0)).square().mean() / visual.square().mean()
-    assert share > 0.6
+    assert share > 0.5
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -94,10 +94,10 @@ def test_names_and_count_of_the_parameters() -> None:
     tensors = ["attention_gate", "ff_gate", *(f"{name}.weight" for name in matrices)]
     tensors += [f"{norm}.{kind}" for norm in ("attention_norm", "ff_norm") for kind in ("weight", "bias")]
     names = {name for name, _ in connector.named_parameters() if not name.startswith("resampler.")}
-    assert names == {f"blocks.{index}.{tensor}" for index in (0, 1) for tensor in tensors}
+    assert names == {"places"} | {f"blocks.{index}.{tensor}" for index in (0, 1) for tensor in tensors}
     resampler = sum(p.numel() for p in Resampler(**FACTS, **SIZES).parameters())
     block = 4 * 32 * 2 * 8 + 2 * 2 * 32 * 32 + 4 * 32 + 2 * 32
-    assert sum(p.numel() for p in connector.parameters()) == resampler + 2 * block
+    assert sum(p.numel() for p in connector.parameters()) == resampler + SIZES["num_queries"] * 32 + 2 * block
 
 
 def test_the_shipped_option_fits_the_tiny_llm() -> None:

@@ -26,6 +26,7 @@ VIEW = "_view_of_images"  # attribute of a layer's input
 # Adam moves a number by about the learning rate a step, whatever the gradient. At a rate that suits the matrices a gate
 # would stay near zero for thousands of steps, and what it holds back would hardly count; so gates move faster.
 GATE_SPEED = 30.0
+PLACES = 0.5  # of the visual tokens' scale: what tells one from another, as the LLM's attention takes them for a set
 SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
 
 
@@ -39,10 +40,10 @@ class CrossAttention(nn.Module):
     A forward pre-hook runs the block before every n-th layer, from the first: the LLM's own modules and names stay as
     they are, and the blocks belong to this module. Their gates start at zero, where the LLM answers as if bare. A token
     sees the last image before it. One with no image before it sees none: only the feed-forward half of a block acts on
-    it. Outside `looking_at` the LLM is bare.
+    it. Outside `looking_at` the LLM is bare. A learned vector marks each visual token, whose place no order tells here.
 
-    Parameters: the resampler's, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the feed-forward half, 4·D
-    for their norms and 2·D for their gates.
+    Parameters: the resampler's, K·D for the places, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the
+    feed-forward half, 4·D for their norms and 2·D for their gates.
 
     Args:
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
@@ -83,6 +84,7 @@ class CrossAttention(nn.Module):
             head_width=head_width,
             ff_mult=ff_mult,
         )
+        self.places = nn.Parameter(PLACES * output_rms * torch.randn(num_queries, llm_width))
         self.num_tokens = num_queries
         self.every, self.all_previous_images = every, all_previous_images
         self.blocks = nn.ModuleList()  # as many as `attach` finds places for
@@ -97,7 +99,7 @@ class CrossAttention(nn.Module):
         self._view: View | None = None
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
-        return self.resampler(features)  # N K D
+        return self.resampler(features) + self.places  # N K D
 
     def attach(self, layers: Sequence[nn.Module]) -> None:
         """Make the blocks and hook them before every n-th of the LLM's layers."""

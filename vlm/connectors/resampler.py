@@ -101,14 +101,8 @@ class ResamplerBlock(nn.Module):
         self.ff_norm = nn.LayerNorm(width)
         self.ff_in = nn.Linear(width, ff_mult * width, bias=False)
         self.ff_out = nn.Linear(ff_mult * width, width, bias=False)
-        for layer in (
-            self.q,
-            self.k,
-            self.v,
-            self.out,
-            self.ff_in,
-        ):  # PyTorch's own draw is √3 too small for the pictures to show
-            match_scale([layer], 1.0)
+        for layer in (self.q, self.k, self.v, self.out, self.ff_in):
+            match_scale([layer], 1.0)  # PyTorch's own draw is √3 too small for the pictures to show
         nn.init.normal_(self.ff_out.weight, std=math.sqrt(2 / self.ff_out.in_features))  # E[relu(z)²] = ½
 
     def forward(
