@@ -44,6 +44,7 @@ SPARED: dict[str, set[str]] = {
     | regnet("before", 3)
     | regnet("after", 3),
     "cross_attention": {
+        "places",
         *(f"resampler.{name}" for name in resampler(2)),
         *(f"blocks.{block}.{name}" for block in (0, 1) for name in GATED),
     },
