@@ -102,21 +102,23 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: 
             "trainer=ddp"
         )
     batches = trainer.get("accumulate_grad_batches", 1)
-    if _is_deepspeed(strategy) and batches != 1:
+    if target.endswith(".DeepSpeedStrategy") and batches != 1:
         raise ValueError(
             f"trainer.accumulate_grad_batches={batches}, but DeepSpeed would give every batch the same weight however "
             "many tokens it has; set it to 1 with a larger data.batch_size, or choose trainer=fsdp"
         )
 
 
+def keeps_checkpoints(trainer: Mapping[str, Any]) -> bool:
+    """Whether a run with this strategy can be resumed; DeepSpeed's checkpoints are folders of its own."""
+    strategy = trainer.get("strategy")
+    return not (isinstance(strategy, Mapping) and str(strategy["_target_"]).endswith(".DeepSpeedStrategy"))
+
+
 def check_resumes(trainer: Mapping[str, Any]) -> None:
     """Raise ValueError for a strategy with which a run keeps no checkpoints."""
-    if _is_deepspeed(trainer.get("strategy")):
+    if not keeps_checkpoints(trainer):
         raise ValueError(
             "with DeepSpeed a run saves its artefact but no checkpoint to resume from; start a new run with ckpt=, or "
             "choose trainer=fsdp from the start"
         )
-
-
-def _is_deepspeed(strategy: Any) -> bool:
-    return isinstance(strategy, Mapping) and str(strategy["_target_"]).endswith(".DeepSpeedStrategy")

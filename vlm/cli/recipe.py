@@ -30,10 +30,12 @@ from vlm.cli import plan
 from vlm.cli.entry import CONF, config_error
 from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
 from vlm.options import known
+from vlm.sharding import keeps_checkpoints
 
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
 BY_TYPE, TEXT = "val/accuracy/", "text/"
+GO_ON = "the same command goes on there"
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def run_stages(cfg: DictConfig) -> None:
             if run.finished(stage.run_dir):
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
-                _run(stage.name, "train.py", [override("resume", str(stage.run_dir)), *searchpath(HydraConfig.get())])
+                options = [override("resume", str(stage.run_dir)), *searchpath(HydraConfig.get())]
+                _run(stage.name, "train.py", options, remedy=_remedy(stage))
             else:
-                _run(stage.name, "train.py", _begin(stages, number))
+                _run(stage.name, "train.py", _begin(stages, number), remedy=_remedy(stage))
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
         _report(root, stages, cfg)
@@ -211,13 +214,20 @@ def _quoted(word: str) -> str:
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
-def _run(what: str, program: str, options: Sequence[str]) -> None:
+def _remedy(stage: Stage) -> str:
+    """What to do where a stage has ended too soon."""
+    if keeps_checkpoints(build.plain(stage.cfg)["trainer"]):
+        return GO_ON
+    return f"DeepSpeed keeps no checkpoint to go on from; delete {stage.run_dir} and give the same command again"
+
+
+def _run(what: str, program: str, options: Sequence[str], *, remedy: str = GO_ON) -> None:
     """Start a program of the project and wait for its end; exit with its code if that is not 0."""
     _tell(what, program, options)
     code = wait_for([sys.executable, str(Path(CONF).parent / program), *options])
     if code:
         ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
-        print(f"Error: {what} {ended}; the same command goes on there", file=sys.stderr)
+        print(f"Error: {what} {ended}; {remedy}", file=sys.stderr)
         sys.exit(code)
 
 
