@@ -7,7 +7,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
@@ -19,15 +19,11 @@ else
     set -- "$@" "run_dir=$RUN" "trainer.num_nodes=$SLURM_NNODES" "trainer.devices=$SLURM_NTASKS_PER_NODE"
 fi
 
-srun python train.py "$@" &
-job=$!
-trap 'kill -TERM "$job"' USR1 TERM # srun hands it to all ranks, and each ends after the step in progress
-wait "$job"
+trap : TERM # which SLURM sends to every rank too: each ends after the step in progress
+srun python train.py "$@"
 code=$?
-while kill -0 "$job" 2>/dev/null; do # a signal ends the first wait
-    wait "$job"
-    code=$?
-done
 
-[ "$code" -eq 143 ] && scontrol requeue "$SLURM_JOB_ID" # 128 + SIGTERM: saved, and not done
+if [ "$code" -eq 143 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" # 128 + SIGTERM: saved, and not done; a job that was cancelled is COMPLETING
+fi
 exit "$code"

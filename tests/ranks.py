@@ -36,6 +36,7 @@ STEPS = ([*PICTURED, *MIXED], [*PICTURED, *TEXT], [*TEXT, *MIXED], [*TEXT, *TEXT
 RUN = [*QUICK, "data.num_val_samples=8", "data.batch_size=2", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 RUN += ["stage=instruct", "stage.lora.dropout=0.0", "stage.encoder={last_n:1}", "stage.lr.encoder=1e-3"]
 RUN += ["checkpoint.every_n_steps=2", "trainer.precision=32-true"]
+DROPOUT = "stage.lora.dropout=0.5"
 
 
 def part_of(rows: list[Any], start: int, stop: int, num_tokens: int) -> Batch:
@@ -173,17 +174,16 @@ def main(folder: Path) -> None:
         results[name, "stopped"] = stopped(folder / f"stopped_{name}", strategy())
     results["ddp", "average"] = fit(folder, tokens, "ddp", num_ranks=2, ema_decay=0.9)
     results["fsdp", "accumulated"] = fit(folder, tokens, FullyShard(), num_ranks=2, accumulate=2)
-    for name in ("ddp", "fsdp"):
-        assert (
-            train(*RUN, f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=2", f"run_dir={folder / name}")
-            == 0
-        )
-    resumed = folder / "resumed"
-    if rank == 0:
-        shutil.copytree(folder / "fsdp", resumed)
-        (resumed / "checkpoints" / "last.ckpt").write_bytes(b"")  # so that it goes on at step 2
-    torch.distributed.barrier()
-    assert train(f"resume={resumed}") == 0
+    cpus = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    for name, options in (("ddp", ["trainer=ddp"]), ("fsdp", ["trainer=fsdp"]), ("dropout", ["trainer=ddp", DROPOUT])):
+        assert train(*RUN, *options, *cpus, f"run_dir={folder / name}") == 0
+    for name in ("fsdp", "dropout"):
+        resumed = folder / f"{name} resumed"
+        if rank == 0:
+            shutil.copytree(folder / name, resumed)
+            (resumed / "checkpoints" / "last.ckpt").write_bytes(b"")  # so that it goes on at step 2
+        torch.distributed.barrier()
+        assert train(f"resume={resumed}") == 0
     torch.save(results, folder / f"rank_{rank}.pt")
 
 

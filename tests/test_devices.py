@@ -145,10 +145,12 @@ def test_a_run_is_the_same_on_two_ranks(two: Any, alone: Path, strategy: str) ->
     assert read(run / "samples.jsonl") == read(alone / "samples.jsonl")
 
 
-def test_a_sliced_run_goes_on_bit_for_bit(two: Any) -> None:
+@pytest.mark.parametrize("run", ["fsdp", "dropout"])
+def test_a_run_of_two_ranks_goes_on_bit_for_bit(two: Any, run: str) -> None:
+    """One that is sliced, and one in which each rank draws the dropout of a LoRA."""
     folder, _ = two
-    assert figures(folder / "resumed") == figures(folder / "fsdp")
-    tensors = [load_file(folder / name / "artifact" / "weights.safetensors") for name in ("resumed", "fsdp")]
+    assert figures(folder / f"{run} resumed") == figures(folder / run)
+    tensors = [load_file(folder / name / "artifact" / "weights.safetensors") for name in (f"{run} resumed", run)]
     torch.testing.assert_close(*tensors, rtol=0, atol=0)
 
 
@@ -254,14 +256,18 @@ def test_what_deepspeed_and_slices_cannot_do() -> None:
 
 
 def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:
-    """The script with stand-ins: a signal before the end, a second start, a third that ends."""
+    """The script with stand-ins: a signal before the end, a second start, one that the user cancels, one that ends.
+
+    SLURM tells the steps and the script; an `srun` that is told itself kills its tasks.
+    """
     for name, lines in {
         "srun": 'exec "$@"',
         "scontrol": 'echo "scontrol $*" >> log',
+        "squeue": "if [ -e cancelled ]; then echo COMPLETING; else echo RUNNING; fi",
         "python": """
             echo "$*" >> log; mkdir -p run; touch run/config.yaml
             [ -e over ] && exit 0
-            trap 'exit 143' TERM; kill -USR1 "$PPID"; while :; do sleep 0.1; done""",
+            kill -TERM "$PPID"; exit 143""",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
@@ -269,13 +275,15 @@ def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:
     env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "docs" / "slurm.sh"), "trainer=fsdp"]
     codes = [subprocess.run(command, cwd=tmp_path, env=env, timeout=60).returncode for _ in range(2)]
-    (tmp_path / "over").touch()
-    codes.append(subprocess.run(command, cwd=tmp_path, env=env, timeout=60).returncode)
-    assert codes == [143, 143, 0]
+    for name in ("cancelled", "over"):
+        (tmp_path / name).touch()
+        codes.append(subprocess.run(command, cwd=tmp_path, env=env, timeout=60).returncode)
+    assert codes == [143, 143, 143, 0]
     assert (tmp_path / "log").read_text().splitlines() == [
         "train.py trainer=fsdp run_dir=run trainer.num_nodes=2 trainer.devices=4",
         "scontrol requeue 7",
         "train.py resume=run",
         "scontrol requeue 7",
+        "train.py resume=run",
         "train.py resume=run",
     ]

@@ -53,6 +53,8 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(config_error(error))
     except RuntimeError as error:
+        if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
+            fail(f"SLURM did not take the jobs: {sentence(error)}; see hydra.launcher.* (conf/hydra/launcher)")
         if "Unknown plugin class" not in str(error):
             raise
         fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
@@ -69,6 +71,8 @@ def resuming(arguments: list[str]) -> list[str]:
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
     if not folders or folders[-1] == "null":
         return kept
+    if Path(folders[-1]).is_file():
+        fail(f"resume={folders[-1]} is a file; give the run directory that it lies in")
     file = Path(folders[-1], "config.yaml")
     stored: Any = OmegaConf.load(file) if file.is_file() else {}
     choices = stored.get("choices", {})
@@ -98,6 +102,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|timm|transformers|peft|huggingface_hub)\b")
 
 
