@@ -53,7 +53,7 @@ def train(cfg: Any) -> None:
     run.CONSOLE.quiet = not first
     _lock = run.claim(run_dir, resumed=resumed)  # until this function ends
     checkpoint = newest_checkpoint(run_dir) if resumed else None
-    run.name_logger(settings["logger"])
+    run.name_logger(settings["logger"], step=checkpoint[1] if checkpoint else 0)
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)

@@ -158,7 +158,7 @@ def changed(manifest: dict[str, Any], keys: str, value: Any) -> dict[str, Any]:
     *path, last = keys.split(".")
     for key in path:
         inner = inner[key]
-    assert inner[last] != value
+    assert inner.get(last) != value
     inner[last] = value
     return other
 
@@ -182,6 +182,8 @@ def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
         ("bases.encoder.pretrained", "b/vit", "bases.encoder.pretrained = a/vit, here it is b/vit"),
         ("bases.encoder.config.name", "resnet", "bases.encoder.config.name = vit, here it is resnet"),
         ("bases.encoder.config.model_args.act", "relu", "bases.encoder.config.model_args.act = gelu, here it is relu"),
+        ("bases.encoder.config.model_args.eps", 1e-3,
+         "bases.encoder.config.model_args.eps = None, here it is 0.001"),
         ("bases.llm.config.hidden_size", 64, "bases.llm.config.hidden_size = 32, here it is 64"),
         ("parts.connector._target_", "vlm.connectors.linear.Linear",
          "parts.connector._target_ = vlm.connectors.mlp.MLP, here it is vlm.connectors.linear.Linear"),
@@ -238,6 +240,37 @@ def test_a_folder_is_where_weights_lie_and_a_hub_id_what_they_are(
     assert manifest["bases"]["llm"]["pretrained"] == str(tmp_path / "llama")
     artifact.load(tmp_path / "run", model=model, manifest=manifest)
     assert torch.equal(outputs(model), after)
+
+
+def test_encoders_side_by_side_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "vit").mkdir()
+    model = tiny_model()
+    manifest = manifest_of(model)
+    both = artifact.identity(model.encoder, {"pretrained": [str(tmp_path / "vit"), "a/vit"]})
+    manifest["bases"]["encoder"] = both
+    set_trainable(model, STATES, {})
+    write(tmp_path / "run", model, manifest, inherited=[])
+    elsewhere = {**both, "pretrained": ["b/vit", "a/vit"]}
+    moved = {**manifest, "bases": {**manifest["bases"], "encoder": elsewhere}}
+    artifact.load(tmp_path / "run", model=model, manifest=moved)
+    other = {**moved, "bases": {**moved["bases"], "encoder": {**elsewhere, "fingerprint": "0"}}}
+    with pytest.raises(ValueError, match=r"bases\.encoder\.fingerprint = .*, here it is 0"):
+        artifact.load(tmp_path / "run", model=model, manifest=other)
+
+
+def test_weights_that_a_disk_has_changed_are_refused(tmp_path: Path) -> None:
+    """Length and header are right, a few values are not; all may read the file."""
+    align(tmp_path)
+    file = tmp_path / "artifact" / "weights.safetensors"
+    assert file.stat().st_mode == (tmp_path / "artifact" / "manifest.json").stat().st_mode
+    content = bytearray(file.read_bytes())
+    content[-100:-90] = bytes(10)
+    file.write_bytes(content)
+    model = tiny_model(seed=9)
+    before = outputs(model)
+    with pytest.raises(ValueError, match=r"is damaged: its weights' checksum is [0-9a-f]{8}, not [0-9a-f]{8}; take"):
+        artifact.load(tmp_path, model=model, manifest=manifest_of(model))
+    assert torch.equal(outputs(model), before)
 
 
 def test_an_option_that_is_left_out_has_its_default(tmp_path: Path) -> None:

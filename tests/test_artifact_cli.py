@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
@@ -91,7 +92,9 @@ def test_a_next_stage_starts_from_a_merged_run(
     assert "is a merged run, which has ended; start a next stage from it with ckpt=" in told()
 
 
-def test_what_cannot_be_merged(instructed: Path, merged: Path, tmp_path: Path, told: Any) -> None:
+def test_what_cannot_be_merged(
+    instructed: Path, merged: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call("merge", merged, tmp_path / "out") == 2
     assert "has trained nothing in its llm, so there is nothing to merge" in told()
     assert call("merge", instructed, merged) == 2
@@ -103,7 +106,15 @@ def test_what_cannot_be_merged(instructed: Path, merged: Path, tmp_path: Path, t
     (rounded / "artifact" / "manifest.json").write_text(json.dumps({**manifest, "quantization": "nf4"}))
     assert call("merge", rounded, tmp_path / "out") == 2
     assert "was trained beside weights in nf4, into which nothing can be merged" in told()
-    assert not (tmp_path / "out").exists()
+
+    def full(self: Any, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    assert call("merge", instructed, tmp_path / "out") == 2
+    assert f"could not write {tmp_path / 'out' / 'llm'}: I/O error: No space left on device" in told()
+    assert list(tmp_path.iterdir()) == [rounded]
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,10 @@ from torch.utils.data import get_worker_info
 
 from tests.parts import make_module, make_trainer
 from tests.test_cli import QUICK, read, told, train
-from tests.test_module import HALVES, WHOLE, loader
+from tests.test_module import WHOLE, loader
 from vlm import artifact, run
 from vlm.callbacks.rates import ConfiguredRates
 from vlm.callbacks.save import Save, newest_checkpoint
-from vlm.callbacks.stop import StopOnTime
 from vlm.cli.entry import sentence
 from vlm.data.rows import Rows
 
@@ -235,46 +234,6 @@ def test_an_error_in_a_data_worker_is_the_same_sentence() -> None:
         wrapped.reraise()
     assert sentence(caught.value) == "sample 'a' is bad: repair it"
     assert sentence(ValueError("a\nb")) == "a\nb"
-
-
-def test_time_is_up_after_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs out with the third of the accumulated batches; the fourth ends the step."""
-    batches: list[int] = []
-
-    class Count(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            batches.append(batch_idx)
-
-    with pytest.raises(ValueError, match=r"trainer\.max_time='1h' is no time; write it as 00:04:30:00"):
-        StopOnTime(max_time="1h")
-    timer = StopOnTime(max_time="00:00:01:00")
-    monkeypatch.setattr(timer, "time_elapsed", lambda *_: 30.0 * len(batches) - 20)
-    save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100)
-    options: dict[str, Any] = {"max_time": "00:00:01:00", "accumulate_grad_batches": 2, "max_steps": 9}
-    trainer = make_trainer(tmp_path, callbacks=[Count(), timer, save], **options)
-    trainer.fit(make_module(), loader([*HALVES] * 9))
-    assert batches == [0, 1, 2, 3]
-    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 2)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
-    assert "StopOnTime" not in state, "a run that goes on has its time again"
-
-
-def test_saving_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, steps = 0.0, []
-    monkeypatch.setattr("vlm.callbacks.save.time.monotonic", lambda: now)
-
-    class Clock(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-            nonlocal now
-            if (tmp_path / "checkpoints" / "last.ckpt").exists():
-                steps.append(newest_checkpoint(tmp_path)[1])  # type: ignore[index]
-            now += 25
-
-    save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100, every_n_minutes=1.0)
-    make_trainer(tmp_path, max_steps=7, callbacks=[Clock(), save]).fit(make_module(), loader([WHOLE] * 7))
-    assert steps == [3, 3, 3, 6], "75 s, then 150 s, seen before steps 4 to 7"
-    with pytest.raises(ValueError, match=r"checkpoint\.every_n_minutes=0.0; set it above 0, or null"):
-        Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_minutes=0.0)
 
 
 def test_a_longer_schedule_begins_at_once(tmp_path: Path) -> None:

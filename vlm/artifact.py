@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,8 +100,10 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     content = {**manifest, "format_version": FORMAT_VERSION, "step": step, "tensors": list(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), aside(weights), metadata={"format": "pt", "step": str(step)})
+        facts = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
+        save_file(dict(tensors), aside(weights), metadata=facts)
         aside(described).write_text(_json(content), encoding="utf-8")
+        shutil.copymode(aside(described), aside(weights))  # which safetensors lets nobody else read
         put(weights)
         put(described)
     except (OSError, SafetensorError) as error:
@@ -109,15 +113,29 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
         raise SaveError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
 
 
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A CRC-32 of all values, in the order of the names."""
+    crc = 0
+    for name in sorted(tensors):
+        values = tensors[name].contiguous().reshape(-1).view(torch.uint8).clone()  # NumPy would hold FSDP's storage
+        crc = zlib.crc32(cast(Any, values.numpy()), crc)
+    return f"{crc:08x}"
+
+
 def aside(file: Path) -> Path:
     """Where a file is written before it takes its place."""
     return file.with_name(file.name + ".tmp")
 
 
-def put(file: Path) -> None:
-    """Let what was written aside take its place once the disk has it; some tell only then that they are full."""
-    with open(aside(file), "rb") as written:
+def flush(file: Path) -> None:
+    """Wait until the disk has a file; some tell only then that they are full."""
+    with open(file, "rb") as written:
         os.fsync(written.fileno())
+
+
+def put(file: Path) -> None:
+    """Let what was written aside take its place once the disk has it."""
+    flush(aside(file))
     os.replace(aside(file), file)
 
 
@@ -203,8 +221,12 @@ def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> d
         if stored != set(theirs["tensors"]) or not stored <= set(parameters):
             odd = sorted(stored ^ set(theirs["tensors"])) or sorted(stored - set(parameters))
             raise ValueError(f"ckpt={run} does not fit this model: {len(odd)} tensors differ, first {odd[0]!r}")
-        for name in sorted(stored):
-            tensor, target = file.get_tensor(name), parameters[name]
+        tensors = {name: file.get_tensor(name) for name in sorted(stored)}
+        said, found = (file.metadata() or {}).get("checksum"), checksum(tensors)
+        if said not in (None, found):
+            raise ValueError(f"ckpt={run} is damaged: its weights' checksum is {found}, not {said}; take another ckpt=")
+        for name, tensor in tensors.items():
+            target = parameters[name]
             if tensor.shape != target.shape:
                 raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
             # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
@@ -229,15 +251,20 @@ def _comparable(manifest: Mapping[str, Any], usual: Mapping[str, Any]) -> list[d
 
 
 def _compare(field: str, theirs: Any, ours: Any, run: str | Path) -> None:
-    """Raise on the first difference of two nested fields; what only one of them names is not known of the other."""
+    """Raise on the first difference of two nested fields; what only one of them names is not known of the other.
+
+    The arguments of a timm model are the user's own, and so known in full.
+    """
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in theirs:
-            if key in ours:
-                _compare(f"{field}.{key}", theirs[key], ours[key], run)
+        for key in {**theirs, **ours}:
+            if (key in theirs and key in ours) or field.endswith(".model_args"):
+                _compare(f"{field}.{key}", theirs.get(key), ours.get(key), run)
     elif theirs != ours and not (field.endswith(".pretrained") and (_is_folder(theirs) or _is_folder(ours))):
         raise ValueError(f"ckpt={run} was trained with {field} = {theirs}, here it is {ours}; use the same parts")
 
 
 def _is_folder(pretrained: Any) -> bool:
     """Whether it says where weights lie, not what they are; the facts and the fingerprint tell that."""
+    if isinstance(pretrained, list):  # of encoders side by side
+        return any(map(_is_folder, pretrained))
     return isinstance(pretrained, str) and Path(pretrained).is_absolute()

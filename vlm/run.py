@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vlm.artifact import write_json
+from vlm.artifact import aside, put, write_json
 from vlm.optim import PARTS
 
 CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
@@ -67,10 +67,15 @@ def first_rank() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
-def name_logger(logger: dict[str, Any]) -> None:
-    """Choose the id under which a service knows the run; config.yaml keeps it, for a run that goes on."""
+def name_logger(logger: dict[str, Any], *, step: int) -> None:
+    """Choose the id under which a service knows the run; config.yaml keeps it, for a run that goes on from `step`.
+
+    A table begins anew there, in a folder of its own: Lightning's would take the place of the one before.
+    """
     if "id" in logger and logger["id"] is None:
         logger["id"] = secrets.token_hex(4)
+    if step and str(logger.get("_target_")).endswith(".CSVLogger"):
+        logger["version"] = f"from_step_{step}"
 
 
 def forget_after(run_dir: Path, *, step: int) -> None:
@@ -78,9 +83,8 @@ def forget_after(run_dir: Path, *, step: int) -> None:
     file = run_dir / "metrics.jsonl"
     if file.exists():
         kept = [line for line in file.read_text().splitlines(keepends=True) if _step(line) <= step]
-        aside = file.with_name(file.name + ".tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, file)
+        aside(file).write_text("".join(kept))
+        put(file)
 
 
 def _step(line: str) -> float:

@@ -6,23 +6,36 @@ import os
 import random
 import shutil
 import time
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from vlm import artifact
 from vlm.callbacks.ema import averaged
+from vlm.callbacks.stop import between_steps
 from vlm.module import Ended
+from vlm.run import CONSOLE
 from vlm.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
 SLICED = (FullyShard, DeepSpeedStrategy)
 BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
+
+
+class StraightToDisk(TorchCheckpointIO):
+    """Writes a checkpoint to its path; Lightning's own makes it in memory, and then once more in $TMPDIR."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 class Save(pl.Callback):
@@ -59,6 +72,7 @@ class Save(pl.Callback):
         self.best, self._best_value = best, float("-inf")
         self._saved, self._time = 0, time.monotonic()
         self._rng: list[dict[str, Any]] = []  # of each rank, to take up again
+        self._rng_of_ranks: list[dict[str, Any]] = []  # at the save in progress
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self._rng:  # setting up a fit draws numbers too, so this is the first moment that is not too early
@@ -67,9 +81,9 @@ class Save(pl.Callback):
             self._rng = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not between_steps(trainer):
             return
-        every = trainer.val_check_batch
+        every = trainer.val_check_batch if trainer.enable_validation else None
         validates = every is not None and (trainer.fit_loop.total_batch_idx + 1) % every == 0
         if self._due(trainer) and (trainer.should_stop or not validates):
             self._save(trainer, module)
@@ -86,7 +100,7 @@ class Save(pl.Callback):
                 shutil.copyfile(self.run_dir / config.name, artifact.aside(config))
                 artifact.put(config)
             self._save_artifact(trainer, module, best)
-        if trainer.global_step > self._saved and self._due(trainer):
+        if trainer.global_step > self._saved and between_steps(trainer) and self._due(trainer):
             self._save(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -135,20 +149,22 @@ class Save(pl.Callback):
         self._save_artifact(trainer, module, self.run_dir)
         if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose checkpoints are folders of its own
             return
-        self._rng_of_ranks: list[dict[str, Any]] = [{}] * trainer.world_size
+        self._rng_of_ranks = [{}] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(self._rng_of_ranks, rng_state())
         else:
             self._rng_of_ranks = [rng_state()]
         file = self.run_dir / "checkpoints" / LAST
         file.parent.mkdir(exist_ok=True)
+        trainer.strategy.checkpoint_io = StraightToDisk()
         try:
             trainer.save_checkpoint(artifact.aside(file))
             if trainer.is_global_zero:
+                artifact.flush(artifact.aside(file))  # before an older one is given up for it
                 for number in range(self.keep_last - 1, 0, -1):
                     if (newer := _numbered(file, number - 1)).exists():
                         os.replace(newer, _numbered(file, number))
-                artifact.put(file)
+                os.replace(artifact.aside(file), file)
         except (OSError, RuntimeError) as error:
             artifact.aside(file).unlink(missing_ok=True)
             raise artifact.SaveError(
@@ -187,18 +203,31 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that can be read, and its step; None where a run has saved none yet.
+    """The newest checkpoint that is whole, and its step; None where a run has saved none yet.
 
-    Raises ValueError where there are some and none can be read.
+    Those that are not whole make way for it: they are renamed, or the next save would give it up for them. Raises
+    ValueError where there are some and none is whole.
     """
     file = run_dir / "checkpoints" / LAST
     found = sorted(file.parent.glob("last*.ckpt"), key=lambda path: (len(path.name), path.name))
+    damaged = []
     for path in found:
         try:
-            step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+            if part := zipfile.ZipFile(path).testzip():  # reads all of it, which torch.load takes as it is
+                raise OSError(f"wrong checksum of {part}")
+            step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
         except Exception as error:  # a file cut off anywhere makes the reader trip over anything
-            print(f"{path} cannot be read ({' '.join(str(error).split())[:80]}); trying the checkpoint before it")
+            damaged.append((path, " ".join(str(error).split())[:80]))
             continue
+        for broken, reason in damaged:
+            aside = broken.with_name(f"damaged-{broken.name}")
+            CONSOLE.print(
+                f"{broken} cannot be read ({reason}); it is {aside.name} now, and the run goes on from step {step}",
+                soft_wrap=True,
+                markup=False,
+            )
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.replace(broken, aside)
         return path, step
     if found:
         raise ValueError(

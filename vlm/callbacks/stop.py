@@ -10,35 +10,54 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # from the keyboard; from a scheduler that wants the machine back
+# From the keyboard; from a scheduler that wants the machine back; from SLURM where --signal=USR1@… asks for it.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def between_steps(trainer: Any) -> bool:
+    """Whether no gradients of accumulated batches wait for more."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 class StopOnSignal(pl.Callback):
     """Turns the first signal into a stop request, a second Ctrl-C ends at once.
 
-    `received` is the first, on whichever rank it came, or None.
+    No validation follows it, also where one was due: who sends it may not wait. `received` is the first signal, on
+    whichever rank it came, or None.
     """
 
     received: signal.Signals | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, module: pl.LightningModule) -> None:
         def ask(signum: int, frame: Any) -> None:
             signal.signal(signum, self._before[signum])
             self.received = signal.Signals(signum)
             again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
             print(f"\nStopping after this step{again}.", flush=True)
 
-        # In the place of Lightning's own handler of SIGTERM, which raises in the middle of whatever is under way.
+        # In the place of Lightning's own handlers: that of SIGTERM raises in the middle of whatever is under way, and
+        # that of SIGUSR1 under SLURM saves there.
         self._before: dict[int, Any] = {signum: signal.signal(signum, ask) for signum in SIGNALS}
+        connector = trainer._signal_connector
+        if connector.received_sigterm:  # just before; Lightning would raise after the first batch
+            self.received, connector.received_sigterm = signal.SIGTERM, False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        self._look(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._look(trainer)
+
+    def _look(self, trainer: Any) -> None:
+        if not between_steps(trainer):
             return  # a step that has begun is done first
         if trainer.world_size > 1:  # ranks stop after the same step or wait for each other for ever
             ours = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(ours, reduce_op="max"))
             self.received = signal.Signals(number) if number else None
-        trainer.should_stop = trainer.should_stop or self.received is not None
+        if self.received is not None:
+            trainer.should_stop, trainer.limit_val_batches = True, 0
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for signum, before in self._before.items():
@@ -61,7 +80,7 @@ class StopOnTime(Timer):
             ) from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if between_steps(trainer):
             super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def state_dict(self) -> dict[str, Any]:

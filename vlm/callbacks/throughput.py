@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from vlm.callbacks.stop import between_steps
 from vlm.schema import Batch
 
 
@@ -54,7 +55,7 @@ class Throughput(pl.Callback):
             self._tokens + tokens,
             self._samples + samples,
         )
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if between_steps(trainer):
             self._steps += 1
             if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 seconds, num_tokens, num_samples = self._window

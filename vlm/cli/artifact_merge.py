@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vlm import artifact, build, run
@@ -49,7 +50,10 @@ def merge(ckpt: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "flo
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         folder = Path(work) / "done"
-        model.llm.model.save_pretrained(folder / "llm")
+        try:
+            model.llm.model.save_pretrained(folder / "llm")
+        except SafetensorError as error:  # a full disk
+            raise ValueError(f"could not write {out / 'llm'}: {error}; nothing is left of it") from error
         model.llm.tokenizer.save_pretrained(folder / "llm")
         artifact.save(
             folder / "artifact",

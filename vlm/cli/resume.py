@@ -27,6 +27,8 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
     before, choices = build.read_config(run_dir)
     if (run_dir / "llm").is_dir():
         raise ValueError(f"{run_dir} is a merged run, which has ended; start a next stage from it with ckpt={run_dir}")
+    if before["trainer"].get("overfit_batches"):
+        raise ValueError("resume= cannot go on with a run that repeats a few batches (debug=overfit); start it again")
     after, choices = _overridden(before, choices, cfg)
     old, new = dict(_leaves(before)), dict(_leaves(after))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _within(key, FREE)]

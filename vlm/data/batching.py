@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from vlm.schema import Source
@@ -53,6 +54,11 @@ class Batches(Sampler[Rows]):
         self.batch_size, self.batch_tokens, self.row_tokens = batch_size, batch_tokens, row_tokens
         self.rank, self.num_ranks = rank, num_ranks
         self.start = start or {"epoch": 0, "index": 0, "waiting": [], "number": 0, "batches": 0}
+        if (before := self.start.get("num_samples", len(source))) != len(source):
+            raise ValueError(
+                f"the training data has {len(source)} samples, and had {before} when this run was saved; put them "
+                "back, or start a new run with ckpt="
+            )
 
     def __iter__(self) -> Iterator[Rows]:
         return itertools.islice(self._batches(), self.rank, None, self.num_ranks)
@@ -62,7 +68,7 @@ class Batches(Sampler[Rows]):
         batches = num_batches * self.num_ranks
         while len(self._windows) > 1 and self._windows[1]["number"] <= batches:  # loaders read windows ahead
             self._windows.pop(0)
-        return {**self._windows[0], "batches": batches}
+        return {**self._windows[0], "batches": batches, "num_samples": len(self.source)}
 
     def _batches(self) -> Iterator[Rows]:
         epoch, index, number, waiting = (self.start[key] for key in ("epoch", "index", "number", "waiting"))
@@ -73,12 +79,13 @@ class Batches(Sampler[Rows]):
                 order = self._order(epoch)
             self._windows.append({"epoch": epoch, "index": index, "waiting": waiting, "number": number})
             rng = random.Random(f"{self.seed} {epoch} {index}")
-            batches, waiting = self._window(order[index : index + WINDOW], waiting, rng, epoch * len(self.source))
+            indices = [int(i) for i in order[index : index + WINDOW]]
+            batches, waiting = self._window(indices, waiting, rng, epoch * len(self.source))
             yield from batches[skip:]
             number, skip = number + len(batches), max(0, skip - len(batches))
             epoch, index = (epoch, index + WINDOW) if index + WINDOW < len(order) else (epoch + 1, 0)
 
-    def _order(self, epoch: int) -> Sequence[int]:
+    def _order(self, epoch: int) -> Sequence[int] | np.ndarray:
         if hasattr(self.source, "order"):
             return self.source.order(epoch, seed=self.seed)
         order = list(range(len(self.source)))
@@ -91,9 +98,9 @@ class Batches(Sampler[Rows]):
         `first` is what the epoch calls sample 0.
         """
         if self.batching == "samples" and self.row_tokens is None:
-            rows = [[first + int(index)] for index in indices]
+            rows = [[first + index] for index in indices]
         else:
-            lengths = [(first + int(index), self.length(int(index))) for index in indices]
+            lengths = [(first + index, self.length(index)) for index in indices]
             packed = [[pair] for pair in lengths] if self.row_tokens is None else pack(lengths, self.row_tokens)
             rows = [[index for index, _ in row] for row in packed]
             rng.shuffle(rows)

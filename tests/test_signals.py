@@ -1,0 +1,111 @@
+"""A signal ends a run after the step in progress, saved, and without a validation that nobody may wait for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.parts import make_module, make_trainer
+from tests.test_module import HALVES, WHOLE, loader
+from vlm.callbacks.save import Save, newest_checkpoint
+from vlm.callbacks.stop import StopOnSignal, StopOnTime
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+class Signalled(pl.Callback):
+    """Sends the process a signal at the first `moment`, and keeps what was done."""
+
+    def __init__(self, moment: Callable[[str, int], bool], signum: int) -> None:
+        self.moment, self.signum = moment, signum
+        self.done: list[str] = []
+
+    def _now(self, name: str, trainer: Any) -> None:
+        if self.moment(name, trainer.global_step) and "signal" not in self.done:
+            self.done.append("signal")
+            os.kill(os.getpid(), self.signum)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self._now("start", trainer)
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self._now("batch", trainer)
+        self.done.append("batch")
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self._now("validation", trainer)
+        self.done.append("validation")
+
+
+def fit(
+    folder: Path, moment: Callable[[str, int], bool], signum: int, **options: Any
+) -> tuple[list[str], pl.Trainer, StopOnSignal]:
+    folder.mkdir(exist_ok=True)
+    watch, stop = Signalled(moment, signum), StopOnSignal()
+    save = Save(run_dir=folder, manifest={}, inherited=[], every_n_steps=100)
+    usual = {"max_steps": 9, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    trainer = make_trainer(folder, callbacks=[watch, stop, save], **{**usual, **options})
+    batches = [*HALVES] * 9 if "accumulate_grad_batches" in options else [WHOLE] * 9
+    trainer.fit(make_module(), loader(batches), loader([WHOLE]))
+    return watch.done, trainer, stop
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_no_validation_follows_a_signal(tmp_path: Path, signum: int) -> None:
+    """In the step before one that is due."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    done, trainer, stop = fit(tmp_path, lambda what, step: (what, step) == ("batch", 3), signum)
+    assert done == ["batch", "batch", "validation", "batch", "signal", "batch"]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 4)
+    assert (trainer.global_step, stop.received) == (4, signum)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_during_a_validation_waits_for_its_end_alone(tmp_path: Path) -> None:
+    done, _, _ = fit(tmp_path, lambda what, step: (what, step) == ("validation", 2), signal.SIGTERM)
+    assert done == ["batch", "batch", "signal", "validation"]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 2)
+
+
+def test_a_step_of_several_batches_is_ended(tmp_path: Path) -> None:
+    """Also where a validation comes in the middle of it."""
+    odd = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    done, _, _ = fit(tmp_path, lambda what, step: what == "validation", signal.SIGTERM, **odd)
+    assert done == ["batch", "batch", "batch", "signal", "validation", "batch"]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 2)
+
+
+def test_a_signal_just_before_the_first_step(tmp_path: Path) -> None:
+    """When Lightning listens already and we do not yet."""
+    done, _, stop = fit(tmp_path, lambda what, step: what == "start", signal.SIGTERM)
+    assert (done, stop.received) == (["signal", "batch"], signal.SIGTERM)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 1)
+
+
+def test_time_is_up_after_a_whole_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs out with the third of the accumulated batches; the fourth ends the step."""
+    batches: list[int] = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            batches.append(batch_idx)
+
+    with pytest.raises(ValueError, match=r"trainer\.max_time='1h' is no time; write it as 00:04:30:00"):
+        StopOnTime(max_time="1h")
+    timer = StopOnTime(max_time="00:00:01:00")
+    monkeypatch.setattr(timer, "time_elapsed", lambda *_: 30.0 * len(batches) - 20)
+    save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100)
+    options: dict[str, Any] = {"max_time": "00:00:01:00", "accumulate_grad_batches": 2, "max_steps": 9}
+    trainer = make_trainer(tmp_path, callbacks=[Count(), timer, save], **options)
+    trainer.fit(make_module(), loader([*HALVES] * 9))
+    assert batches == [0, 1, 2, 3]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 2)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert "StopOnTime" not in state, "a run that goes on has its time again"
