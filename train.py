@@ -118,6 +118,8 @@ def train(cfg: Any) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
             logger.finalize("success")
+            if finish := getattr(logger.experiment, "finish", None):  # W&B's: or a sweep's next job would log into it
+                finish()
     if received is not None and trainer.is_global_zero:
         sys.exit(128 + received)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -301,6 +302,20 @@ def test_a_bad_sample_is_named_and_the_run_goes_on(captions: list[str], tmp_path
     assert files(run) - FILES == {"bad_samples.jsonl", "csv/metrics.csv", "csv/hparams.yaml"}
 
 
+def test_a_bad_held_out_sample_is_not_asked_about(captions: list[str], tmp_path: Path) -> None:
+    """Not at the end of a run, and not by an evaluation."""
+    run, lines = tmp_path / "run", (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[10:]))
+    (tmp_path / "val.jsonl").write_text("".join(lines[:4]))
+    four = ["data.num_val_samples=4", "answers.num_samples=4", "data.max_bad_share=0.3"]
+    assert train(*captions, *four, f"run_dir={run}") == 0
+    (line,) = read(run / "bad_samples.jsonl")
+    assert (line["split"], line["index"]) == ("val", 3)
+    assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=4", "batch_size=2", "max_new_tokens=2") == 0
+    for file in (run / "samples.jsonl", run / "eval" / "samples.jsonl"):
+        assert [record["reference"] for record in read(file)] == [f"colour number {index}" for index in range(3)]
+
+
 def test_a_bad_sample_stops_the_run_that_wants_it(captions: list[str], tmp_path: Path, told) -> None:
     assert train(*captions, f"run_dir={tmp_path / 'run'}", "data.on_bad_sample=raise") == 2
     line = told()
@@ -319,6 +334,13 @@ def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
     for run in runs:
         assert files(run) >= FILES | {"csv/metrics.csv"}
         assert str(run) in (run / "config.yaml").read_text()
+
+
+def test_each_job_of_a_sweep_has_its_own_run_of_wandb(tmp_path: Path) -> None:
+    assert train("-m", "seed=0,1", *QUICK, "logger=wandb", "logger.offline=true", f"hydra.sweep.dir={tmp_path}") == 0
+    ids = [str(OmegaConf.load(file).logger.id) for file in sorted(tmp_path.glob("*/config.yaml"))]
+    assert len(set(ids)) == 2
+    assert sorted(file.name for file in tmp_path.glob("**/*.wandb")) == sorted(f"run-{id_}.wandb" for id_ in ids)
 
 
 def test_an_interrupt_ends_with_the_artefact(tmp_path: Path) -> None:

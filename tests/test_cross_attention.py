@@ -77,7 +77,9 @@ def test_closed_gates_give_the_bare_llm_bit_for_bit(family: str) -> None:
     assert torch.equal(bare(model, batch), before)
     assert list(model.llm.state_dict()) == names
     opened = vision(llm=tiny_llm(family, **LLMS[family]), gate=0.5)
-    assert (opened(batch) - before).abs().amax(1).min() > 1e-2, "open gates change every row"
+    moved = (opened(batch) - before).abs().amax(1)
+    assert (moved > 1e-2).tolist() == [True, True, False, False, True], "open gates change every row with an image"
+    assert torch.equal(opened(batch)[2:4], before[2:4])
     assert torch.equal(bare(opened, batch), before), "outside the context the LLM is bare"
 
 
@@ -189,9 +191,8 @@ def test_a_batch_without_images_gives_zero_gradients() -> None:
     batch = rows(ROWS[1], ROWS[1])
     got = gradients(model, batch)
     assert got.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    ours = {name for name, tensor in got.items() if name.startswith("connector.") and tensor.any()}
-    feed_forward = {f"{index}.{name}" for index in range(3) for name, _ in model.connector.blocks[0].named_parameters()}
-    assert ours == {f"connector.blocks.{name}" for name in feed_forward if ".ff_" in name}
+    assert not any(tensor.any() for name, tensor in got.items() if name.startswith("connector."))
+    assert all(tensor.any() for name, tensor in got.items() if name.startswith("llm.model.layers"))
 
 
 def test_a_wrong_number_of_images_names_both() -> None:
@@ -372,7 +373,10 @@ def test_beams_of_a_batch_are_those_of_its_rows_alone() -> None:
 
 
 def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
-    """Their RMS norms and SwiGLU give place to ours; attention, mask, gates and sums are theirs."""
+    """Their RMS norms and SwiGLU give place to ours; attention, mask, gates and sums are theirs.
+
+    What sees no image passes their feed-forward half all the same, and ours not.
+    """
     config = IdeficsConfig(
         hidden_size=32,
         num_attention_heads=4,
@@ -409,7 +413,10 @@ def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
         image_attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None],
         cross_attention_gate=visible.any(2).float(),
     )
-    torch.testing.assert_close(ours(hidden, *ours.project(visual), visible), expected, rtol=0, atol=1e-5)
+    found, sighted = ours(hidden, *ours.project(visual), visible), visible.any(2)
+    assert 2 <= sighted.sum() < 9
+    torch.testing.assert_close(found[sighted], expected[sighted], rtol=0, atol=1e-5)
+    assert torch.equal(found[~sighted], hidden[~sighted])
 
 
 class FeedForward(nn.Module):

@@ -114,14 +114,14 @@ def test_images_before_counts_the_images_that_have_started() -> None:
 
 def test_a_batch_without_images() -> None:
     data = module()
-    batch = data.prompts([0, 3])
+    (batch,) = data.prompts([0, 3], 4)
     assert batch.pixels.shape == (0, 3, 4, 4)
     assert batch.num_images.tolist() == [0, 0]
 
 
 def test_prompts_end_before_the_answer_and_hold_no_label() -> None:
     data = module()
-    batch = data.prompts([2, 7])  # two images and one
+    (batch,) = data.prompts([2, 7], 4)  # two images and one
     assert (batch.labels == IGNORE).all()
     lengths = batch.attention_mask.sum(1).tolist()
     assert lengths[0] - lengths[1] == K

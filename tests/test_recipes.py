@@ -271,6 +271,16 @@ def test_a_command_tells_its_end() -> None:
     assert recipe.wait_for(["sh", "-c", "kill -KILL $$"]) == 128 + signal.SIGKILL
 
 
+@pytest.mark.parametrize(("before", "code"), [(signal.SIG_DFL, 128 + signal.SIGHUP), (signal.SIG_IGN, 0)])
+def test_nohup_is_for_the_command_too(before: Any, code: int) -> None:
+    """A terminal that is closed tells this process and no other."""
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        assert recipe.wait_for(["sh", "-c", "kill -HUP $PPID; sleep 1"]) == code
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
 STAGES = "[{stage:align},{stage:instruct,%s}]"
 
 

@@ -28,7 +28,7 @@ def check_ranks(hydra: Any) -> None:
     """Raise ValueError where torchrun or srun started several processes that each chose the time in their folder."""
     num = num_processes()
     given = [*hydra.overrides.task, *hydra.overrides.hydra]
-    named = any(override.startswith(("run_dir=", "resume=", "hydra.run.dir=")) for override in given)
+    named = any(override.startswith(("run_dir=", "hydra.run.dir=")) for override in given)
     if num > 1 and not named and hydra.launcher["_target_"].endswith(".BasicLauncher"):
         raise ValueError(f"{num} processes were started and need one run directory between them; set run_dir=<folder>")
 
@@ -61,9 +61,13 @@ def searchpath(hydra: Any) -> list[str]:
 
 
 def wait_for(command: Sequence[str]) -> int:
-    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command."""
+    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command.
+
+    Those that this process ignores, as nohup has it ignore SIGHUP, the command ignores too.
+    """
     received: list[int] = []
-    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in FORWARDED}
+    heard = [signum for signum in FORWARDED if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, lambda signum, _: received.append(signum)) for signum in heard}
     try:
         # In a group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
         process = subprocess.Popen(command, process_group=0)

@@ -39,8 +39,9 @@ class CrossAttention(nn.Module):
 
     A forward pre-hook runs the block before every n-th layer, from the first: the LLM's own modules and names stay as
     they are, and the blocks belong to this module. Their gates start at zero, where the LLM answers as if bare. A token
-    sees the last image before it. One with no image before it sees none: only the feed-forward half of a block acts on
-    it. Outside `looking_at` the LLM is bare. A learned vector marks each visual token, whose place no order tells here.
+    sees the last image before it. One with no image before it passes the blocks as it came, as in Llama 3.2, so that
+    the LLM answers text alone as if bare. Outside `looking_at` it is bare. A learned vector marks each visual token,
+    whose place no order tells here.
 
     Parameters: the resampler's, K·D for the places, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the
     feed-forward half, 4·D for their norms and 2·D for their gates.
@@ -247,12 +248,12 @@ class GatedBlock(nn.Module):
     ) -> Float[Tensor, "b l d"]:
         sighted = visible.any(2, keepdim=True)  # B L 1
         queries = self._heads(self.q(self.attention_norm(hidden)))  # B H L W
-        # The blind attend to anything, to have a finite gradient, and then forget it.
+        # The blind attend to anything, to have a finite gradient, and then forget it; what they add is 0.
         mask = (visible | ~sighted)[:, None]  # B 1 L S
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
         attended = attended.transpose(1, 2).flatten(2) * sighted  # B L H·W
         hidden = hidden + (GATE_SPEED * self.attention_gate).tanh() * self.out(attended)  # B L D
-        inner = F.relu(self.ff_in(self.ff_norm(hidden))).square()  # B L ff_mult·D
+        inner = F.relu(self.ff_in(self.ff_norm(hidden))).square() * sighted  # B L ff_mult·D
         return hidden + (GATE_SPEED * self.ff_gate).tanh() * self.ff_out(inner)  # B L D
 
     def _heads(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t w"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,14 +173,19 @@ class VLMDataModule(pl.LightningDataModule):
         wanted = num if limit is None else min(limit, num)
         return [i * num // wanted for i in range(wanted)]
 
-    def prompts(self, indices: Sequence[int]) -> Batch:
-        """Held-out samples up to their last answer, left-padded to generate from."""
+    def prompts(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        """Held-out samples up to their last answer, left-padded to generate from; bad ones are left out."""
         rows = []
         for index in indices:
-            sample = self.splits["val"][index]
-            encoded = self.text.encode_prompt(sample.id, sample.messages, len(sample.images), sample.sizes)
-            rows.append(make_row(sample, encoded, self.spec))
-        return collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
+            try:
+                sample = self.splits["val"][index]
+                encoded = self.text.encode_prompt(sample.id, sample.messages, len(sample.images), sample.sizes)
+                rows.append(make_row(sample, encoded, self.spec))
+            except BadSample as error:
+                self._rows["val"].quarantine(index, error)
+            if rows and (len(rows) == batch_size or index == indices[-1]):
+                yield collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
+                rows = []
 
     def _rank(self) -> tuple[int, int]:
         """Which of how many ranks this process is."""

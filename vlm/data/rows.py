@@ -72,13 +72,14 @@ class Rows(Dataset[Row]):
             encoded = self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
             row = make_row(sample, encoded, self.spec)
         except BadSample as error:
-            self._quarantine(index, error)
+            self.quarantine(index, error)
             return None
         if encoded.num_cut:
             self.states[index] = STATES.index("truncated")
         return row
 
-    def _quarantine(self, index: int, error: BadSample) -> None:
+    def quarantine(self, index: int, error: BadSample) -> None:
+        """Name and count a bad sample, unless that is done."""
         if self.states[index]:
             return
         self.states[index] = STATES.index(error.kind)

@@ -23,10 +23,10 @@ def answer(
     device: torch.device,
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
-    """One record a sample: id, type, prompt, prediction, reference, correct."""
+    """One record a sample that can be read: id, type, prompt, prediction, reference, correct."""
     records = []
-    for start in range(0, len(indices), batch_size):
-        batch = data.prompts(indices[start : start + batch_size]).to(device)
+    for prompts in data.prompts(indices, batch_size):
+        batch = prompts.to(device)
         ids = model.generate(batch, stop_ids=data.text.stop_ids, max_new_tokens=max_new_tokens)
         predictions = data.text.tokenizer.batch_decode(ids, skip_special_tokens=True)
         for sample, prediction in zip(batch.samples, predictions, strict=True):
