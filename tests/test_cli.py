@@ -334,6 +334,14 @@ def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
     for run in runs:
         assert files(run) >= FILES | {"csv/metrics.csv"}
         assert str(run) in (run / "config.yaml").read_text()
+    assert evaluate(f"ckpt={runs[1]}", "trainer=cpu", "num_samples=2", "batch_size=2", "max_new_tokens=2") == 0
+    assert (runs[1] / "eval" / "results.json").exists()
+
+
+def test_a_sweep_with_too_long_a_name_is_one_sentence(tmp_path: Path, told: Any) -> None:
+    long = [f"+data.{'x' * 30}{number}={'y' * 30}" for number in range(5)]
+    assert train("-m", "connector=linear,mlp", *QUICK, *long, f"hydra.sweep.dir={tmp_path}") == 2
+    assert "too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'" in told()
 
 
 def test_each_job_of_a_sweep_has_its_own_run_of_wandb(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def hydra():
 
 
 def settings(*overrides: str) -> dict:
-    """The composed config of `overrides` as train.py sees it."""
-    return build.plain(compose("train", [*TINY, *overrides]))
+    """The composed config of `overrides` as train.py sees it, of a recipe what its stages share."""
+    return build.plain(compose("train", [*TINY, "recipe=null", *overrides]))
 
 
 def needs(group: str, option: str) -> list[str]:
@@ -150,6 +150,15 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("connector.depth=two", ["connector.depth='two'", "int"]),
         ("preflight.show=x", ["preflight.show='x' is not a whole number"]),
         ("answers.num_samples=true", ["answers.num_samples=True is not a whole number"]),
+        (
+            "stage.llm={last_n:two}",
+            ["stage.llm={'last_n': 'two'} is not a state of the llm; choose frozen, "],
+        ),
+        ("stage.connector=lora", ["stage.connector='lora' is not a state of the connector; choose frozen or full"]),
+        ("stage.connector=frozen", ["the stage trains nothing: every part is frozen"]),
+        ("trainer.precision=bf16-true", ["trainer.precision=bf16-true is not known; choose one of auto, 32-true"]),
+        ("+trainer.max_epochs=1", ["trainer.max_epochs counts passes over data", "set trainer.max_steps"]),
+        ("trainer.max_steps=-1", ["trainer.max_steps=-1 is no length", "set it to 1 or more"]),
         ("connector._target_=os.system", ["connector._target_=os.system is not allowed", "vlm."]),
         ("connector._target_=vlm.connectors.none.X", ["connector._target_=vlm.connectors.none.X cannot be imported"]),
         ("stage.objective._target_=subprocess.run", ["stage.objective._target_=subprocess.run is not allowed"]),

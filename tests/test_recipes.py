@@ -119,9 +119,9 @@ def test_a_finished_recipe_runs_nothing_again(cooked, commands, capfd: pytest.Ca
 
 def test_a_recipe_with_other_options_is_refused(cooked, told) -> None:
     _, arguments = cooked
-    changed = [line for line in arguments if line != "preflight.samples=2"]
+    changed = [line for line in arguments if line not in ("encoder.image_size=32", "preflight.samples=2")]
     assert train(*changed, "seed=1", "data.num_questions=2") == 2
-    difference = "with preflight.samples=2 and without seed=1 data.num_questions=2"
+    difference = "with encoder.image_size=32 and without seed=1 data.num_questions=2"
     assert told().endswith(f"was begun {difference}; give that command again to go on, or another run_dir")
 
 
@@ -175,7 +175,9 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
 
     seen = commands(lambda command: in_process(command))
     assert train(*arguments) == 0
-    assert seen == [["train.py", f"resume={root / '2-instruct'}"]]
+    ((program, resumed, *free),) = seen
+    assert (program, resumed) == ("train.py", f"resume={root / '2-instruct'}")
+    assert set(free) == {line for line in arguments if line.startswith(("answers", "preflight", "trainer.log"))}
     steps = [line["step"] for line in read(log) if "train/loss" in line]
     assert steps == list(range(1, 13))
     stages = json.loads((root / "recipe.json").read_text())["stages"]
@@ -237,7 +239,7 @@ def test_a_recipe_is_for_one_process(commands, told, tmp_path: Path, monkeypatch
     assert (seen, list((tmp_path / "root").iterdir())) == ([], [])
 
 
-def test_own_config_folders_go_with_a_stage_that_goes_on(commands, told, tmp_path: Path) -> None:
+def test_what_may_change_and_own_config_folders_go_with_a_stage_that_goes_on(commands, told, tmp_path: Path) -> None:
     folder = tmp_path / "conf" / "connector"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("_target_: vlm.connectors.linear.Linear\n")
@@ -253,9 +255,27 @@ def test_own_config_folders_go_with_a_stage_that_goes_on(commands, told, tmp_pat
     arguments = [*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}", "connector=mine", own]
     assert train(*arguments) == 7
     commands(lambda command: seen.append(command) or 7)
-    assert train(*arguments) == 7
+    changed = ["logger=csv", "callbacks.forgetting.max=2"]
+    assert train(*arguments, *changed) == 7
     assert f"hydra.searchpath=['file://{tmp_path / 'conf'}']" in seen[0]
-    assert seen[1][2:] == [f"resume={stage}", f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
+    assert seen[1][2:] == [f"resume={stage}", *changed, f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
+
+
+def test_the_command_line_is_stronger_than_what_all_stages_are_measured_with(commands, tmp_path: Path) -> None:
+    seen = commands(lambda command: 0 if command[1].endswith("train.py") else 7)
+    mine = ["data.annotations=mine.json", "data.images=mine", f"run_dir={tmp_path / 'root'}"]
+    assert train("experiment=llava15_7b", *mine) == 7
+    assert set(mine[:2]) <= set(seen[0])
+    assert seen[1][0] == "eval.py"
+    assert not [option for option in seen[1] if option.startswith("data.")]
+
+
+def test_a_recipe_and_a_run_with_its_settings_have_directories_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    """And an option of the stage that makes an adapter may be given to all of them."""
+    monkeypatch.chdir(tmp_path)
+    assert train(*SHIPPED, "recipe=null", "stage.lora.r=4") == 0
+    (run_dir,) = (path.parent for path in Path("runs").rglob("metrics.json"))
+    assert run_dir.parts[:2] == ("runs", "align")
 
 
 def test_a_stage_that_cannot_be_resumed_has_another_remedy(commands, told, tmp_path: Path) -> None:
@@ -295,6 +315,9 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
         (["recipe={stages:[{stage:align}],eval:yes}"], ["recipe.eval=yes is no set of options of eval.py"]),
         ([f"recipe={{stages:{STAGES % 'trainer.max_stepz:3'}}}"], ["stage 2-instruct of", "did you mean max_steps?"]),
         ([f"recipe={{stages:{STAGES % 'data.max_length:x'}}}"], ["stage 2-instruct of", "data.max_length='x'"]),
+        ([f"recipe={{stages:{STAGES % 'stage.llm:loar'}}}"], ["stage 2-instruct of", "stage.llm='loar' is not"]),
+        (["recipe={stages:[{stage:align}],eval:{data.tusk:x}}"], ["stage 1-align of", "did you mean task?"]),
+        (["recipe={stages:[{stage:align}],eval:{num_sample:2}}"], ["stage 1-align of", "did you mean num_samples?"]),
         ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt is not for a stage to set"]),
         (["recipe={stages:[{stage:alignn}]}"], ["stage 1-alignn of", "did you mean align?"]),
         (["recipe={stages:[{stage:align}]}", "stage=instruct"], ["runs the stages align; leave out stage="]),

@@ -269,6 +269,7 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
 
 def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
     seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
+    seen[8] = json.loads((whole / "metrics.json").read_text())["val/loss"]
     assert best_of(whole) == min(seen, key=lambda step: seen[step])
     assert train(*OPTIONS, f"ckpt={whole / 'best'}", f"run_dir={tmp_path / 'next'}", "trainer.max_steps=1") == 0
 
@@ -276,6 +277,14 @@ def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Pat
 def best_of(run: Path) -> int:
     with safe_open(run / "best" / "artifact" / "weights.safetensors", framework="pt") as file:
         return int(file.metadata()["step"])
+
+
+def test_the_last_validation_may_be_the_best(tmp_path: Path) -> None:
+    """Where none comes before the end."""
+    run = tmp_path / "run"
+    none = ["trainer.max_steps=3", "trainer.val_check_interval=100", "checkpoint.best=val/loss"]
+    assert train(*QUICK, *none, f"run_dir={run}") == 0
+    assert best_of(run) == 3
 
 
 def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:

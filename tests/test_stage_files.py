@@ -18,7 +18,7 @@ from vlm.cli.entry import CONF
 from vlm.module import VLMModule
 from vlm.options import parameters
 
-STAGES = sorted(path.stem for path in (Path(CONF) / "stage").glob("*.yaml"))
+STAGES = sorted(path.stem for path in (Path(CONF) / "stage").glob("[!_]*.yaml"))
 MATRICES = [f"self_attn.{matrix}_proj" for matrix in "qkvo"] + [
     f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
 ]

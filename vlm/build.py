@@ -21,7 +21,7 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.module import VLMModule
-from vlm.optim import PARTS, check_rates, set_trainable
+from vlm.optim import PARTS, check_rates, check_states, check_steps, set_trainable
 from vlm.options import bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
@@ -39,6 +39,7 @@ SECTIONS = {
     "resume": {"run", "allow"},
     "stage": STAGE_KEYS,  # and the arguments of VLMModule
 }
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
 VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan", "recipe")
@@ -88,6 +89,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
     build_ema(cfg["stage"])
+    check_states(cfg["stage"])
     check_rates(cfg["stage"], lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
     bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
     for section in ("preflight", "answers"):
@@ -121,6 +123,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     bind("stage.objective", cfg["stage"]["objective"])
     quantization, ema_decay = cfg["llm"].get("quantization", "none"), cfg["stage"].get("ema_decay")
     check_strategy(cfg["trainer"], quantization=quantization, ema_decay=ema_decay)
+    check_steps(cfg["trainer"])
     trainer = {**cfg["trainer"], "precision": precision(cfg)}
     if isinstance(trainer.get("strategy"), dict):
         bind("trainer.strategy", trainer.pop("strategy"))
@@ -289,6 +292,8 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
 
 
 def precision(cfg: Mapping[str, Any]) -> str:
-    """The precision to compute in; `auto` asks the machine."""
-    asked = cfg["trainer"]["precision"]
-    return native_precision(cfg["trainer"]["accelerator"]) if asked == "auto" else str(asked)
+    """The precision to compute in; `auto` asks the machine. What trains is kept in float32 with each of them."""
+    asked = str(cfg["trainer"]["precision"])
+    if asked not in PRECISIONS:
+        raise ValueError(f"trainer.precision={asked} is not known; choose one of {', '.join(PRECISIONS)}")
+    return native_precision(cfg["trainer"]["accelerator"]) if asked == "auto" else asked

@@ -11,9 +11,33 @@ import torch
 from torch import nn
 
 PARTS = ("encoder", "connector", "llm")
-STATES = "frozen, full, lora or last_n: N"
+STATES = {
+    "encoder": "frozen, full or {last_n: N}",
+    "connector": "frozen or full",
+    "llm": "frozen, full, lora or {last_n: N}",
+}
 Schedule = Literal["cosine", "linear", "constant"]
 Rate = float | dict[str, float] | None  # of a part; or of some of its modules by name, and of the `rest`; None: no rate
+
+
+def check_states(states: Mapping[str, Any]) -> None:
+    """Raise ValueError for a part's state that there is not, or where nothing trains."""
+    for part in PARTS:
+        state = states[part]
+        last_n = state.get("last_n") if isinstance(state, Mapping) and set(state) == {"last_n"} else None
+        blocks = part != "connector" and isinstance(last_n, int) and not isinstance(last_n, bool)
+        if state not in ("frozen", "full") and not (state == "lora" and part == "llm") and not blocks:
+            raise ValueError(f"stage.{part}={state!r} is not a state of the {part}; choose {STATES[part]}")
+    if all(states[part] == "frozen" for part in PARTS):
+        raise ValueError("the stage trains nothing: every part is frozen; set for example stage.connector=full")
+
+
+def check_steps(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError where nothing says how many steps the warm-up and the schedule are shares of."""
+    if trainer.get("max_epochs") is not None:
+        raise ValueError("trainer.max_epochs counts passes over data, which has no end here; set trainer.max_steps")
+    if isinstance(steps := trainer.get("max_steps"), int) and steps < 1:
+        raise ValueError(f"trainer.max_steps={steps} is no length that the schedule is a share of; set it to 1 or more")
 
 
 def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, Rate], layer_decay: float | None) -> None:
@@ -37,28 +61,26 @@ def set_trainable(model: nn.Module, states: Mapping[str, str | Mapping[str, int]
     """Freeze every parameter, then free those that the stage names for each part.
 
     `frozen` and `full` speak for themselves; `lora` adds an adapter to the LLM, unless it has one from an earlier
-    stage, and frees that alone; `{last_n: N}` frees the last N blocks of the encoder or layers of the LLM.
+    stage, and frees that alone; `{last_n: N}` frees the last N blocks of the encoder or layers of the LLM. Raises
+    ValueError for another state, or more blocks than there are.
     """
+    check_states(states)
     model.requires_grad_(False)
     for part in PARTS:
         state, module = states[part], getattr(model, part)
         if state == "full":
             module.requires_grad_(True)
-        elif state == "lora" and hasattr(module, "add_lora"):
+        elif state == "lora":
             if not lora_names(module):
                 module.add_lora(**lora)
             for name in lora_names(module):
                 module.get_parameter(name).requires_grad_(True)
-        elif isinstance(state, Mapping) and set(state) == {"last_n"} and part != "connector":
+        elif isinstance(state, Mapping):
             blocks = list(module.blocks() if hasattr(module, "blocks") else module.layers())
             if not 1 <= state["last_n"] <= len(blocks):
                 raise ValueError(f"stage.{part}.last_n={state['last_n']} but the {part} has {len(blocks)} blocks")
             for block in blocks[-state["last_n"] :]:
                 block.requires_grad_(True)
-        elif state != "frozen":
-            raise ValueError(f"stage.{part}={state!r} is not a state of the {part}; choose {STATES}")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("the stage trains nothing: every part is frozen; set for example stage.connector=full")
     for parameter in model.parameters():
         if parameter.requires_grad:  # a step of AdamW is lost in bfloat16's 8 bits: what is trained is float32
             parameter.data = parameter.data.float()

@@ -89,8 +89,6 @@ class Save(pl.Callback):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
-        if trainer.state.fn != "fit":
-            return
         if self.best is not None and (value := self._figure(trainer)) > self._best_value:
             self._best_value = value  # before the checkpoint, which remembers it
             best = self.run_dir / "best"
@@ -100,6 +98,8 @@ class Save(pl.Callback):
                 shutil.copyfile(self.run_dir / config.name, artifact.aside(config))
                 artifact.put(config)
             self._save_artifact(trainer, module, best)
+        if trainer.state.fn != "fit":  # the last validation of a run follows it
+            return
         if trainer.global_step > self._saved and between_steps(trainer) and self._due(trainer):
             self._save(trainer, module)
 

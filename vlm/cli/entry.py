@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
     sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
     if config_name == "eval":  # it changes the data of the run, which has keys of its own
         sys.argv = [re.sub(r"^data\.", "++data.", argument) for argument in sys.argv]
-    sys.argv = resuming(sys.argv)
+    sys.argv = resuming(list(map(quoted, sys.argv)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException
@@ -52,12 +53,22 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(tell)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(config_error(error))
+    except OSError as error:  # of a folder that Hydra makes
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        fail("so many options make too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'")
     except RuntimeError as error:
         if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
             fail(f"SLURM did not take the jobs: {sentence(error)}; see hydra.launcher.* (conf/hydra/launcher)")
         if "Unknown plugin class" not in str(error):
             raise
         fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
+
+
+def quoted(argument: str) -> str:
+    """`ckpt=` for Hydra, which would stumble over a folder whose name has a sweep's seed=0,encoder=tiny."""
+    key, _, path = argument.partition("=")
+    return f'ckpt="{path}"' if key == "ckpt" and "=" in path and path[0] not in "'\"" else argument
 
 
 def resuming(arguments: list[str]) -> list[str]:

@@ -23,8 +23,6 @@ from vlm.llms.gguf import package_folder
 
 GB = 10**9
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type
-# Lightning casts the whole model to the type of a "true" precision; else it leaves what `build` and `optim` have made.
-CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 # Bytes a weight that bitsandbytes quantises. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
 # these one of 32 bits for every 256 (double quantisation, arXiv 2305.14314).
 QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
@@ -63,7 +61,7 @@ def build_meta(settings: Mapping[str, Any]) -> Any:
         if lora:
             model.llm.add_lora(**lora)
         build.build_module(settings, model)
-    return model.to(dtype=CASTS.get(build.precision(settings)))
+    return model
 
 
 def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], str]:

@@ -29,6 +29,7 @@ from vlm.artifact import write_json
 from vlm.cli import plan
 from vlm.cli.entry import CONF, config_error
 from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
+from vlm.cli.resume import FREE, within
 from vlm.options import known
 from vlm.sharding import keeps_checkpoints
 
@@ -70,7 +71,7 @@ def run_stages(cfg: DictConfig) -> None:
             if run.finished(stage.run_dir):
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
-                options = [override("resume", str(stage.run_dir)), *searchpath(HydraConfig.get())]
+                options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options, remedy=_remedy(stage))
             else:
                 _run(stage.name, "train.py", _begin(stages, number), remedy=_remedy(stage))
@@ -104,7 +105,8 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
                 raise ValueError(f"{barred[0]} is not for a stage to set; give it on the command line")
             composed = compose("train", [*options, override("run_dir", str(root / name))])
             if not plan.wanted(cfg):  # which needs no data
-                build.check(build.plain(composed))
+                build.check(settings := build.plain(composed))
+                _check_evaluation(settings, _asked(cfg))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"stage {name} of the recipe: {config_error(error)}") from error
         except ValueError as error:
@@ -113,12 +115,19 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
     return stages
 
 
+def _check_evaluation(settings: dict[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise ValueError where eval.py would not take what it is to be asked."""
+    options = [override(f"++{key}" if key.startswith("data.") else key, value) for key, value in asked.items()]
+    data = OmegaConf.merge(settings["data"], compose("eval", options).data)
+    build.check({**settings, "data": OmegaConf.to_container(data)})
+
+
 def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
     """The stages as the experiment has them. Raises ValueError where it has none."""
     recipe: Any = OmegaConf.to_container(cfg.recipe) if OmegaConf.is_config(cfg.recipe) else cfg.recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe={recipe} has no stages; write recipe.stages=[{{stage: align}}, {{stage: instruct}}]")
-    known("recipe", recipe, {"stages", "eval"})
+    known("recipe", recipe, {"stages", "eval", "run_dir"})
     stages = recipe.get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and "stage" in s for s in stages):
         raise ValueError(f"recipe.stages={stages} is no list of stages; write [{{stage: align}}, {{stage: instruct}}]")
@@ -172,13 +181,19 @@ def _evaluation(stage: Stage, cfg: DictConfig) -> list[str]:
     """The options of eval.py that measure a stage, on one device, with what all stages are measured with."""
     answers = {key: stage.cfg.answers[key] for key in ("num_samples", "batch_size", "max_new_tokens")}
     machine = {f"trainer.{key}": stage.cfg.trainer[key] for key in ("accelerator", "precision")}
-    asked: Any = OmegaConf.to_container(cfg.recipe.eval)
-    options = {"ckpt": str(stage.run_dir), **answers, **machine, "trainer.devices": 1, **asked}
+    options = {"ckpt": str(stage.run_dir), **answers, **machine, "trainer.devices": 1, **_asked(cfg)}
     return [override(key, value) for key, value in options.items()]
 
 
+def _asked(cfg: DictConfig) -> dict[str, Any]:
+    """What the recipe measures all stages with, but for what the command line says of the runs themselves."""
+    asked: Any = OmegaConf.to_container(cfg.recipe.get("eval") or OmegaConf.create())
+    given = set(_given().values())
+    return {key: value for key, value in asked.items() if key not in given}
+
+
 def _begun(root: Path, stages: Sequence[Stage]) -> None:
-    """Remember what a recipe is begun with. Raises ValueError where it was begun with other options."""
+    """Remember what a recipe is begun with. Raises ValueError where that was something that may not change."""
     now = {stage.name: stage.options for stage in stages}
     file = root / "options.json"
     if file.exists():
@@ -191,7 +206,8 @@ def _compare(before: Mapping[str, list[str]], now: Mapping[str, list[str]], root
     """Raise ValueError naming the options that only one of the two has."""
 
     def only(these: Mapping[str, list[str]], those: Mapping[str, list[str]]) -> str:
-        return " ".join(dict.fromkeys(o for name in these for o in these[name] if o not in those.get(name, [])))
+        own = (o for name in these for o in these[name] if o not in those.get(name, []) and not _may_change(o))
+        return " ".join(dict.fromkeys(own))
 
     differs = {"with": only(before, now), "without": only(now, before)}
     if any(differs.values()):
@@ -199,6 +215,11 @@ def _compare(before: Mapping[str, list[str]], now: Mapping[str, list[str]], root
         raise ValueError(
             f"the recipe in run_dir={root} was begun {found}; give that command again to go on, or another run_dir"
         )
+
+
+def _may_change(option: str) -> bool:
+    """Whether a stage that goes on may be asked otherwise."""
+    return within(option.partition("=")[0].lstrip("+~"), (*FREE, "hydra.searchpath"))
 
 
 def _tell(what: str, program: str, options: Sequence[str]) -> None:
@@ -251,7 +272,7 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
         for stage in stages
     ]
     experiment = HydraConfig.get().runtime.choices["experiment"]
-    asked = OmegaConf.to_container(cfg.recipe.eval) if evaluated else None
+    asked = _asked(cfg) if evaluated else None
     write_json(root / "recipe.json", {"experiment": experiment, "eval": asked, "stages": rows})
     table = Table(title="After each stage")
     table.add_column("metric")
@@ -260,7 +281,7 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
     kinds = (TEXT,) if evaluated else (TEXT, BY_TYPE)
     _section(table, "on its own data", [row["metrics"] for row in rows], kinds)
     if evaluated:
-        same = ", ".join(f"{key}={value}" for key, value in cfg.recipe.eval.items())
+        same = ", ".join(f"{key}={value}" for key, value in _asked(cfg).items())
         _section(table, f"on {same}", [row["eval"] for row in rows], (BY_TYPE,))
     run.CONSOLE.print(table)
     run.CONSOLE.print(f"Recipe: {root / 'recipe.json'}", markup=False, soft_wrap=True)

@@ -31,8 +31,8 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
         raise ValueError("resume= cannot go on with a run that repeats a few batches (debug=overfit); start it again")
     after, choices = _overridden(before, choices, cfg)
     old, new = dict(_leaves(before)), dict(_leaves(after))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _within(key, FREE)]
-    if refused := [key for key in changed if not _within(key, cfg.resume.allow)]:
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not within(key, FREE)]
+    if refused := [key for key in changed if not within(key, cfg.resume.allow)]:
         values = ", ".join(f"{key} is {old.get(key)} and would be {new.get(key)}" for key in refused)
         raise ValueError(
             f"resume= goes on with a run as it was configured, but {values}; leave that out, allow it with "
@@ -77,5 +77,6 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _within(key: str, beginnings: Any) -> bool:
+def within(key: str, beginnings: Any) -> bool:
+    """Whether a key is one of some, or below it."""
     return any(key == beginning or key.startswith(f"{beginning}.") for beginning in beginnings)
