@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from tests.test_cli import QUICK, ROOT, TINY, evaluate, read, told, train
 from tests.test_faults import another_process
 from vlm import run
+from vlm.callbacks.stop import StopOnTime
 from vlm.cli import recipe
 
 __all__ = ["told"]  # a fixture
@@ -259,6 +260,20 @@ def test_what_may_change_and_own_config_folders_go_with_a_stage_that_goes_on(com
     assert train(*arguments, *changed) == 7
     assert f"hydra.searchpath=['file://{tmp_path / 'conf'}']" in seen[0]
     assert seen[1][2:] == [f"resume={stage}", *changed, f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
+
+
+def test_a_stage_whose_time_is_up_goes_on(tmp_path: Path, commands, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not handed on half trained; every call has the time again, which is that of a step."""
+    monkeypatch.setattr(StopOnTime, "on_fit_start", lambda *_: None)
+    seen = commands(in_process)
+    arguments = [*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}", "trainer.max_steps=3"]
+    arguments += ["trainer.max_time=00:00:00:00", *QUICK[-2:]]
+    assert train(*arguments) == 2
+    assert told() == "Error: the time of 1-align is up (trainer.max_time); the same command goes on there"
+    assert run.finished(tmp_path / "root" / "1-align")
+    for code in (2, 0):
+        assert train(*arguments) == code
+    assert [command[1].partition("=")[0] for command in seen] == ["stage", "resume", "resume"]
 
 
 def test_the_command_line_is_stronger_than_what_all_stages_are_measured_with(commands, tmp_path: Path) -> None:

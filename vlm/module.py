@@ -203,7 +203,8 @@ class VLMModule(pl.LightningModule):
 
     def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
         """The sum of each over all ranks."""
-        ours = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(self.device) for value in values])
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not know
+        ours = torch.stack([torch.as_tensor(value, dtype=exact).to(self.device) for value in values])
         return self.trainer.strategy.reduce(ours, reduce_op="sum").tolist()
 
     def _stop(self, what: str) -> None:

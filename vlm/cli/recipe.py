@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,10 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from vlm import build, run
-from vlm.artifact import write_json
+from vlm.artifact import read_manifest, write_json
 from vlm.cli import plan
-from vlm.cli.entry import CONF, config_error
+from vlm.cli.entry import CONF, config_error, fail
 from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
+from vlm.cli.overrides import for_shell, override
 from vlm.cli.resume import FREE, within
 from vlm.options import known
 from vlm.sharding import keeps_checkpoints
@@ -68,13 +68,15 @@ def run_stages(cfg: DictConfig) -> None:
     with run.claim(root, resumed=False) or nullcontext():  # each stage has a directory of its own
         _begun(root, stages)
         for number, stage in enumerate(stages):
-            if run.finished(stage.run_dir):
+            if run.finished(stage.run_dir) and not _time_was_up(stage):
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options, remedy=_remedy(stage))
             else:
                 _run(stage.name, "train.py", _begin(stages, number), remedy=_remedy(stage))
+            if _time_was_up(stage):
+                fail(f"the time of {stage.name} is up (trainer.max_time); {_remedy(stage)}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
         _report(root, stages, cfg)
@@ -134,28 +136,6 @@ def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
     if not isinstance(recipe.get("eval") or {}, dict):
         raise ValueError(f"recipe.eval={recipe['eval']} is no set of options of eval.py; write {{data.task: instruct}}")
     return stages
-
-
-def override(key: str, value: Any) -> str:
-    """`key=value` as Hydra reads it back."""
-    return f"{key}={_written(value)}"
-
-
-def _written(value: Any) -> str:
-    """A value in Hydra's grammar; a text is quoted where it would be taken for something else."""
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_written(each)}' for key, each in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    text = str(value)
-    try:
-        same = OverridesParser.create().parse_override(f"x={text}").value() == value
-    except HydraException:
-        same = False
-    escaped = text.replace("'", r"\'")
-    return text if same else f"'{escaped}'"
 
 
 def _given() -> dict[str, str]:
@@ -226,13 +206,15 @@ def _tell(what: str, program: str, options: Sequence[str]) -> None:
     """Print a command so that it can be copied."""
     file = Path(CONF).parent / program
     shown = file.name if file.parent == Path.cwd() else str(file)
-    line = f"\n{what}: python {' '.join(map(_quoted, [shown, *options]))}"
+    line = f"\n{what}: python {' '.join(map(for_shell, [shown, *options]))}"
     run.CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _quoted(word: str) -> str:
-    """A word for the shell, which stays readable where Hydra's quotes are in it."""
-    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+def _time_was_up(stage: Stage) -> bool:
+    """Whether a stage has all its figures, but before its last step."""
+    asked = stage.cfg.trainer
+    stopped = asked.max_time is not None and run.finished(stage.run_dir)
+    return stopped and read_manifest(stage.run_dir)["step"] < asked.max_steps
 
 
 def _remedy(stage: Stage) -> str:
