@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tests.parts import make_module, make_trainer
 from tests.test_faults import EVERY
 from tests.test_module import HALVES, WHOLE, loader
+from vlm import artifact
 from vlm.callbacks.save import Save, newest_checkpoint, rng_state, set_rng_state
 
 
@@ -62,6 +64,28 @@ def test_steps_are_saved_where_no_validation_comes(tmp_path: Path) -> None:
     )
     trainer.fit(make_module(), loader([WHOLE] * 4), loader([WHOLE]))
     assert (tmp_path / "checkpoints" / "last-1.ckpt").exists()
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_the_disks_word(tmp_path: Path) -> None:
+    """Not that of PyTorch's writer, which has lost its place then."""
+
+    def fit(folder: Path) -> None:
+        save = Save(run_dir=folder, manifest={}, inherited=[])
+        make_trainer(folder, callbacks=[save]).fit(make_module(), loader([WHOLE]))
+
+    fit(tmp_path / "whole")
+    weights, checkpoint = (
+        tmp_path / "whole" / name for name in ("artifact/weights.safetensors", "checkpoints/last.ckpt")
+    )
+    largest = (weights.stat().st_size + checkpoint.stat().st_size) // 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        with pytest.raises(artifact.SaveError, match=r"last\.ckpt at step 1: .*File too large; the artefact is saved"):
+            fit(tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "cut" / "checkpoints").iterdir()) == []
 
 
 def test_a_checkpoint_goes_to_its_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

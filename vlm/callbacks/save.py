@@ -168,7 +168,7 @@ class Save(pl.Callback):
         except (OSError, RuntimeError) as error:
             artifact.aside(file).unlink(missing_ok=True)
             raise artifact.SaveError(
-                f"could not write {file} at step {trainer.global_step}: {error}; the artefact is saved"
+                f"could not write {file} at step {trainer.global_step}: {_of_disk(error)}; the artefact is saved"
             ) from error
         self._time = time.monotonic()
 
@@ -178,6 +178,12 @@ class Save(pl.Callback):
             tensors = gather(module.model, names)  # with all ranks
         if trainer.is_global_zero:
             artifact.save(folder / "artifact", tensors=tensors, manifest=self.manifest, step=trainer.global_step)
+
+
+def _of_disk(error: BaseException) -> BaseException:
+    """What the disk said; PyTorch's writer trips over it and says where it stood itself."""
+    said = error.__context__
+    return error if isinstance(error, OSError) or said is None else _of_disk(said)
 
 
 def rng_state() -> dict[str, Any]:
