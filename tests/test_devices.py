@@ -226,6 +226,13 @@ def test_two_losses_are_the_sum_of_their_means(one: dict[str, Any]) -> None:
     assert first["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_a_machine_without_slurm_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    launcher = ["hydra/launcher=submitit_slurm", f"hydra.sweep.dir={tmp_path}"]
+    assert train("-m", *QUICK, *launcher, "seed=0,1") == 2
+    assert told().startswith('Error: SLURM did not take the jobs: Could not detect "srun"')
+
+
 def test_every_rank_validates_as_often() -> None:
     for num, size, num_ranks in ((8, 4, 2), (9, 4, 2), (7, 3, 3), (128, 8, 8), (4, 8, 2)):
         parts = [list(EvenBatches(range(num), batch_size=size, rank=r, num_ranks=num_ranks)) for r in range(num_ranks)]
