@@ -336,6 +336,8 @@ def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
         assert str(run) in (run / "config.yaml").read_text()
     assert evaluate(f"ckpt={runs[1]}", "trainer=cpu", "num_samples=2", "batch_size=2", "max_new_tokens=2") == 0
     assert (runs[1] / "eval" / "results.json").exists()
+    assert train(*QUICK, f"ckpt={runs[1]}", f"run_dir={tmp_path / 'lr=1e-3,b=2'}") == 0
+    assert files(tmp_path / "lr=1e-3,b=2") >= FILES
 
 
 def test_a_sweep_with_too_long_a_name_is_one_sentence(tmp_path: Path, told: Any) -> None:

@@ -66,9 +66,9 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
 
 
 def quoted(argument: str) -> str:
-    """`ckpt=` for Hydra, which would stumble over a folder whose name has a sweep's seed=0,encoder=tiny."""
+    """A folder for Hydra, which would stumble over a name that has a sweep's seed=0,encoder=tiny."""
     key, _, path = argument.partition("=")
-    return f'ckpt="{path}"' if key == "ckpt" and "=" in path and path[0] not in "'\"" else argument
+    return f'{key}="{path}"' if key in ("ckpt", "run_dir") and "=" in path and path[0] not in "'\"" else argument
 
 
 def resuming(arguments: list[str]) -> list[str]:
