@@ -1,4 +1,4 @@
-"""The layout of DESIGN section 2: who may import whom, and how large a file may grow."""
+"""The layout of DESIGN section 2: who may import whom."""
 
 from __future__ import annotations
 
@@ -95,7 +95,5 @@ def test_every_folder_is_a_package() -> None:
     assert {path.parent for path in FILES} == {path.parent for path in FILES if path.name == "__init__.py"}
 
 
-def test_no_utils_and_no_long_file() -> None:
+def test_no_utils() -> None:
     assert [name for name, path in zip(NAMES, FILES, strict=True) if path.stem in ("utils", "helpers", "misc")] == []
-    lengths = {name: len(path.read_text().splitlines()) for name, path in zip(NAMES, FILES, strict=True)}
-    assert {name: length for name, length in lengths.items() if length > 300} == {}
