@@ -1,0 +1,37 @@
+"""Values from data as an error quotes them: on one line, printable, and no longer than a reader takes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+LONGEST = 80  # characters of a value that are shown
+NUM_NAMED = 5  # items of a list of names that are shown
+
+
+def quoted(value: Any, *, longest: int = LONGEST) -> str:
+    """The value as Python writes it. Of a long text the beginning, with its length; of a large list or object, its size.
+
+    >>> quoted("data:image/png;base64," + "A" * 8000)
+    "'data:image/png;base64,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA…' (8,022 characters)"
+    """
+    if isinstance(value, str | bytes):
+        if len(value) <= longest:
+            return repr(value)
+        unit = "characters" if isinstance(value, str) else "bytes"
+        shown = repr(value[:longest])
+        return f"{shown[:-1]}…{shown[-1]} ({len(value):,} {unit})"
+    if isinstance(value, dict):
+        return f"an object of {named(value)}" if value else "an empty object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value):,}" if value else "an empty list"
+    return repr(value)[:longest]
+
+
+def named(names: Iterable[Any], *, at_most: int = NUM_NAMED) -> str:
+    """The first names of many, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(quoted(str(name), longest=LONGEST // 2) for name in islice(names, at_most))
+    more = len(names) - at_most
+    return f"{shown} and {more:,} more" if more > 0 else shown or "nothing"
