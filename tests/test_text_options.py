@@ -57,6 +57,35 @@ def test_the_same_token_ends_an_answer_whatever_is_trained(merging, template):
     assert learnt[0] == learnt[1]
 
 
+@pytest.mark.parametrize(
+    ("train_on", "shown"),
+    [
+        ("assistant", "<bos><image×3>What?\na star<eos>Where?\n⟦left<eos>⟧"),
+        ("last_assistant", "<bos><image×3>What?\na star<eos>Where?\n⟦left<eos>⟧"),
+        ("all", "⟦<bos>⟧<image×3>⟦What?\n⟧a star<eos>⟦Where?\nleft<eos>⟧"),
+    ],
+)
+def test_an_answer_that_is_not_to_be_learned(bytes_only, train_on, shown):
+    subject = encoder(bytes_only, "plain", train_on=train_on)
+    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
+    assert subject.display(subject.encode("a/1", messages, 1)) == shown
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
+def test_a_conversation_with_no_answer_to_learn_is_a_bad_sample(bytes_only, train_on):
+    subject = encoder(bytes_only, "plain", train_on=train_on)
+    kept = [TWO_TURNS[0], *({**turn, "supervised": False} for turn in TWO_TURNS[1:])]
+    with pytest.raises(BadSample, match=r"^sample 'a/1' has no supervised token: its assistant messages are not to be"):
+        subject.encode("a/1", kept, 1)
+
+
+def test_a_cut_that_leaves_no_answer_to_learn_is_a_bad_sample(bytes_only):
+    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
+    subject = encoder(bytes_only, "plain", max_length=20, too_long="truncate_text")
+    with pytest.raises(BadSample, match=r"no supervised token in its first 17 of 29 tokens; raise data\.max_length$"):
+        subject.encode("a/1", messages, 1)
+
+
 def test_a_row_separator_is_never_supervised(bytes_only):
     subject = encoder(bytes_only, "plain", train_on="all", tile_rows=lambda size: [2, 1], row_separator="|")
     row = subject.encode("a/1", TWO_TURNS[:2], 1, [(8, 8)])

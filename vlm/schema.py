@@ -31,10 +31,14 @@ class Content(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn, in the chat form that Transformers' templates take."""
+    """One turn, in the chat form that Transformers' templates take.
+
+    An assistant's turn whose `supervised` is False is read and never learned.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: list[Content]
+    supervised: NotRequired[bool]  # True where it is absent
 
 
 @dataclass(frozen=True)

@@ -99,19 +99,19 @@ class TextEncoder:
         check_turns(sample_id, messages, last="assistant")
         roles, texts = self._turns(sample_id, messages, num_images)
         answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
-        learnt = answers[-1:] if self.train_on == "last_assistant" else answers
-        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learnt):
-            raise BadSample(
-                f"sample '{sample_id}' has no supervised token: its assistant messages are empty; remove it",
-                "empty_text",
-            )
+        supervised = [message.get("supervised", True) for message in messages if message["role"] == "assistant"]
+        first = len(answers) - 1 if self.train_on == "last_assistant" else 0
+        learned = list(compress(answers[first:], supervised[first:]))
+        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learned):
+            why = "its assistant messages are empty" if learned else "its assistant messages are not to be learned"
+            raise BadSample(f"sample '{sample_id}' has no supervised token: {why}; remove it", "empty_text")
         try:
             text = self._render(roles, texts, self._form)
             tokens = self._private.encode(text, add_special_tokens=False)
             places = answers_at(text, tokens.ids, tokens.offsets, self._spans(roles, texts, text, self._form))
         except ValueError as error:
             raise ValueError(f"sample '{sample_id}': {error}") from error
-        return self._supervise(sample_id, *self._row(text, tokens.ids, places, sizes))
+        return self._supervise(sample_id, *self._row(text, tokens.ids, places, sizes), supervised)
 
     def encode_prompt(
         self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
@@ -265,17 +265,21 @@ class TextEncoder:
             start = at + 1
         return row, owners
 
-    def _supervise(self, sample_id: str, row: Encoded, answers: Sequence[int | None]) -> Encoded:
-        """The row cut to its length where that is asked for, with the labels that `train_on` leaves."""
+    def _supervise(
+        self, sample_id: str, row: Encoded, answers: Sequence[int | None], supervised: Sequence[bool]
+    ) -> Encoded:
+        """The row cut to its length where that is asked for, with the labels of the answers that are `supervised`.
+
+        Where `train_on` is `all`, those of the text between the answers too.
+        """
         length = None
         if self.too_long == "truncate_text" and len(answers) > self.max_length:
             length = kept_length(row, answers, self.max_length)
-        answers, labels = answers[:length], row.labels[:length]
-        if self.train_on != "all":
-            only = self.train_on == "last_assistant"
-            first = max(answer for answer in answers if answer is not None) if only else 0
-            owned = zip(labels, answers, strict=True)
-            labels = [IGNORE if answer is None or answer < first else label for label, answer in owned]
+        answers = answers[:length]
+        last = max((answer for answer in answers if answer is not None), default=0)
+        first, outside = last if self.train_on == "last_assistant" else 0, self.train_on == "all"
+        kept = [outside if answer is None else answer >= first and supervised[answer] for answer in answers]
+        labels = [label if is_kept else IGNORE for label, is_kept in zip(row.labels, kept, strict=False)]
         row = Encoded(
             input_ids=row.input_ids[:length],
             image_mask=row.image_mask[:length],
@@ -285,6 +289,12 @@ class TextEncoder:
             num_cut=len(row.labels) - len(labels),
         )
         check_length(sample_id, row, self.max_length)
+        if all(label == IGNORE for label in labels):  # only answers that are not to be learned are left of it
+            raise BadSample(
+                f"sample '{sample_id}' has no supervised token in its first {len(labels)} of "
+                f"{len(labels) + row.num_cut} tokens; raise data.max_length",
+                "too_long",
+            )
         return row
 
     def _places(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
