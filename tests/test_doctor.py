@@ -221,7 +221,7 @@ def test_tokens_are_those_of_the_llm(planted: Path, doctor: Callable[..., int], 
         (["doctor.filter_kinds=[duplicates]"], "there is no option doctor.filter_kinds=duplicates; did you mean dupl"),
         (["doctor.score=true"], "doctor.score=true asks a trained model; set ckpt=<run dir>"),
         (["doctor.against={root}/benchmark/none"], "holds 0 image files; set it to a folder of a benchmark's images"),
-        (["doctor.num_low_scores=many"], "doctor.num_low_scores='many' is a str, but it takes int"),
+        (["doctor.num_low_scores=many"], "doctor.num_low_scores='many' must be a whole number from 0"),
         (
             ["llm.weights=pretrained", "llm.pretrained={root}/images"],
             "no tokenizer for the llm: looked for the folder or",

@@ -138,7 +138,7 @@ def test_the_shipped_mixture_shows_captions_and_questions() -> None:
             "+data.sources.captions.languages=en",
             "data.sources.captions.languages; did you mean language? choose one of",
         ),
-        ("data.sources.captions.num_train=x", "data.sources.captions.num_train='x' is a str"),
+        ("data.sources.captions.num_train=x", "data.sources.captions.num_train='x' must be a whole number from 1"),
         ("data.sources.captions._target_=os.system", "data.sources.captions._target_=os.system is not allowed"),
         ("+data.sources.more={}", "data.sources.more._target_=None is not allowed"),
         ("+data.weight={}", "data.weight; did you mean weights?"),

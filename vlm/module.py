@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.looking import CONDITIONS, with_images
 from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
+from vlm.ranges import Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput
 from vlm.sharding import FullyShard
 
@@ -41,12 +42,12 @@ class VLMModule(pl.LightningModule):
         model: Any,
         objective: Any,
         lr: dict[str, Rate],
-        layer_decay: float | None = None,
-        weight_decay: float = 0.0,
+        layer_decay: RatioAboveZero | None = None,
+        weight_decay: Annotated[float, Range(0, 100)] = 0.0,
         schedule: Schedule = "cosine",
-        warmup_share: float = 0.03,
-        lr_floor: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_share: RatioBelowOne = 0.03,
+        lr_floor: Ratio = 0.05,
+        betas: tuple[RatioBelowOne, RatioBelowOne] = (0.9, 0.999),
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vlm.ranges import LearningRate
+
 PARTS = ("encoder", "connector", "llm")
 STATES = {
     "encoder": "frozen, full or {last_n: N}",
@@ -17,7 +19,8 @@ STATES = {
     "llm": "frozen, full, lora or {last_n: N}",
 }
 Schedule = Literal["cosine", "linear", "constant"]
-Rate = float | dict[str, float] | None  # of a part; or of some of its modules by name, and of the `rest`; None: no rate
+# Of a part; or of some of its modules by name, and of the `rest`; None: no rate.
+Rate = LearningRate | dict[str, LearningRate] | None
 
 
 def check_states(states: Mapping[str, Any]) -> None:
@@ -33,11 +36,9 @@ def check_states(states: Mapping[str, Any]) -> None:
 
 
 def check_steps(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError where nothing says how many steps the warm-up and the schedule are shares of."""
+    """Raise ValueError where the length is not given in steps, of which warm-up and schedule are shares."""
     if trainer.get("max_epochs") is not None:
         raise ValueError("trainer.max_epochs counts passes over data, which has no end here; set trainer.max_steps")
-    if isinstance(steps := trainer.get("max_steps"), int) and steps < 1:
-        raise ValueError(f"trainer.max_steps={steps} is no length that the schedule is a share of; set it to 1 or more")
 
 
 def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, Rate], layer_decay: float | None) -> None:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
+
+from vlm.ranges import LIBRARIES
 
 ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
 PASSED_ON = {  # where what a constructor does not know ends up
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }
-TYPES = BeartypeConf(is_pep484_tower=True)  # a whole number is also a float
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    Path: "a path",
+    Any: "finite",
+    type(None): "null",
+}
 
 
 def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
@@ -81,24 +93,125 @@ def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
 
 
 def typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
-    """Raise on a value that the constructor's annotation does not allow; hints that cannot be read are not checked."""
+    """Raise ValueError on a value that the constructor's annotation does not allow, naming the key and what is."""
     target = constructor.__init__ if inspect.isclass(constructor) else constructor
     try:
-        hints = get_type_hints(target)
-    except (NameError, TypeError):  # names imported for type checkers only
-        return
-    for key, value in arguments.items():
-        if key not in hints or key == "objective":
-            continue
-        # beartype looks at one entry of a dictionary, so each is given alone; YAML knows no tuples.
-        values = [{k: v} for k, v in value.items()] if isinstance(value, dict) and value else [value]
-        if isinstance(value, list) and not is_bearable(value, hints[key], conf=TYPES):
-            values = [tuple(value)]
-        try:
-            fits = all(is_bearable(each, hints[key], conf=TYPES) for each in values)
-            fits &= not (isinstance(value, bool) and hints[key] in (int, float, int | None, float | None))
-        except BeartypeException:
-            continue
-        if not fits:
-            wanted = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            raise ValueError(f"{name}.{key}={value!r} is a {type(value).__name__}, but it takes {wanted}")
+        hints = get_type_hints(target, include_extras=True)
+    except (NameError, TypeError):  # of a library, with names that only type checkers import
+        hints = {}
+    whose = f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', '')}"
+    fit(name, arguments, {**hints, **LIBRARIES.get(whose, {})})
+
+
+def fit(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raise ValueError on a value that its hint does not allow; what has no hint must be finite all the same."""
+    for key, value in values.items():
+        full_key = f"{name}.{key}" if name else str(key)
+        if (refused := _refused(full_key, value, hints.get(key, Any))) is not None:
+            raise ValueError(refused)
+
+
+def _refused(key: str, value: Any, hint: Any) -> str | None:
+    """One sentence on the first thing in a value that a hint does not allow; None where there is none."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        told = _refused(key, value, inner[0])
+        if told is None and all(value in allowed for allowed in inner[1:]):
+            return None
+        return told if told is not None and not told.startswith(f"{key}=") else _sentence(key, value, hint)
+    if origin in (Union, UnionType):
+        refusals = [_refused(key, value, each) for each in inner]
+        if None in refusals:
+            return None
+        deeper = [sentence for sentence in refusals if sentence and not sentence.startswith(f"{key}=")]
+        return deeper[0] if deeper else _sentence(key, value, hint)
+    if origin in (list, tuple, Sequence, dict, Mapping):
+        return _refused_inside(key, value, hint)
+    if origin is Literal:
+        fits = any(type(value) is type(choice) and value == choice for choice in inner)
+    elif hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and _finite(value)
+    elif hint is Any:
+        fits = _finite(value)
+    else:
+        fits = _bearable(value, hint) and _finite(value)
+    return None if fits else _sentence(key, value, hint)
+
+
+def _refused_inside(key: str, value: Any, hint: Any) -> str | None:
+    """As `_refused`, of a list's or a mapping's hint: the entry that does not fit is named."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return _sentence(key, value, hint)
+        for name, entry in value.items():
+            if _refused(key, name, inner[0]) is not None:
+                full_key = f"{key}.{name}"
+                return (
+                    unknown_key(full_key, get_args(inner[0]))
+                    if get_origin(inner[0]) is Literal
+                    else _sentence(f"the name in {key}", name, inner[0])
+                )
+            if told := _refused(f"{key}.{name}", entry, inner[1]):
+                return told
+        return None
+    fixed = origin is tuple and Ellipsis not in inner
+    if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
+        return _sentence(key, value, hint)
+    for index, entry in enumerate(value):
+        if told := _refused(f"{key}[{index}]", entry, inner[index] if fixed else inner[0]):
+            return told
+    return None
+
+
+def _bearable(value: Any, hint: Any) -> bool:
+    try:
+        return is_bearable(value, hint)
+    except BeartypeException:  # a hint that cannot be checked
+        return True
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number in a value is finite."""
+    if isinstance(value, Mapping | list | tuple):
+        return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _sentence(key: str, value: Any, hint: Any) -> str:
+    return f"{key}={shown(value)} must be {described(hint)}"
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value as one would write it on the command line; the middle of a long one is left out."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 4 :]} ({len(text):,} characters)"
+
+
+def described(hint: Any) -> str:
+    """What a hint allows, in words that follow "must be"."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        kind, comma, entries = described(inner[0]).partition(", each")
+        return " ".join([kind, *map(str, inner[1:])]) + comma + entries
+    if origin in (Union, UnionType):
+        within = {int: float in inner, str: Path in inner, type(None): True}  # said by the other, or last
+        kinds = [each for each in inner if not within.get(_base(each), False)]
+        words = list(dict.fromkeys(map(described, kinds))) + ["null"] * (type(None) in inner)
+        return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if origin is Literal:
+        choices = [shown(choice) if not isinstance(choice, str) else choice for choice in inner]
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if origin in (list, Sequence):
+        return f"a list, each entry {described(inner[0])}"
+    if origin is tuple:
+        return f"a list of {len(inner)}, each entry {described(inner[0])}"
+    if origin in (dict, Mapping):
+        return f"a mapping, each value {described(inner[1])}"
+    return WORDS.get(hint) or str(getattr(hint, "__name__", hint)).replace("typing.", "")
+
+
+def _base(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint

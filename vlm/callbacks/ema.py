@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from vlm.ranges import Decay
+
 
 class EMA(pl.Callback):
     """After optimiser step t: average ← d·average + (1 - d)·weights, with d = min(ema_decay, (1 + t) / (10 + t)).
@@ -22,7 +24,7 @@ class EMA(pl.Callback):
     It stands before Save in the list of callbacks, so that a step is in the average before it is saved.
     """
 
-    def __init__(self, *, ema_decay: float) -> None:
+    def __init__(self, *, ema_decay: Decay) -> None:
         if not 0 < ema_decay < 1:
             raise ValueError(
                 f"stage.ema_decay={ema_decay} is no share of an average to keep; set it between 0 and 1, such as 0.999"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import lightning.pytorch as pl
 
 from vlm.evaluation.texts import text_batches, text_loss
 from vlm.module import Ended
+from vlm.ranges import Range
 
 
 class Forgotten(Ended):
@@ -26,7 +27,7 @@ class Forgetting(pl.Callback):
         max: the forgetting above which the run stops, with its artefact saved; None stops none.
     """
 
-    def __init__(self, *, max: float | None = None) -> None:
+    def __init__(self, *, max: Annotated[float, Range(0, 1_000)] | None = None) -> None:
         self.max = max
         self._base: float | None = None
 

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +22,7 @@ from vlm import artifact
 from vlm.callbacks.ema import averaged
 from vlm.callbacks.stop import between_steps
 from vlm.module import Ended
+from vlm.ranges import Range, Steps
 from vlm.run import CONSOLE
 from vlm.sharding import FullyShard, gather
 
@@ -56,9 +57,9 @@ class Save(pl.Callback):
         run_dir: Path,
         manifest: Mapping[str, Any],
         inherited: list[str],
-        every_n_steps: int = 100,
-        every_n_minutes: float | None = None,
-        keep_last: int = 2,
+        every_n_steps: Steps = 100,
+        every_n_minutes: Annotated[float, Range(above=0, most=10**6)] | None = None,
+        keep_last: Annotated[int, Range(1, 1_000)] = 2,
         best: Literal["val/loss", "val/visual_gain"] | None = None,
     ) -> None:
         if every_n_steps < 1 or keep_last < 1:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from vlm.cli.entry import start
+from vlm.ranges import Name, Range
 
 
 @dataclass(frozen=True)
 class Options:
     """The section `doctor` of conf/doctor.yaml, where each is explained."""
 
-    out: str
-    against: str | None
+    out: Name
+    against: Name | None
     languages: bool
     score: bool
-    num_low_scores: int
+    num_low_scores: Annotated[int, Range(0, 10**6)]
     filter_kinds: list[str]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlm.connectors.mlp import MLP
+from vlm.ranges import Depth, Grid, Width
 
 
 class AveragePool(MLP):
@@ -32,9 +33,9 @@ class AveragePool(MLP):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        output_grid: Sequence[int] | None = None,
-        depth: int = 2,
-        hidden_width: int | None = None,
+        output_grid: Grid | None = None,
+        depth: Depth = 2,
+        hidden_width: Width | None = None,
         activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.connectors.mlp import MLP
+from vlm.ranges import Depth, Width
 
 BRANCH = 0.1  # scale of what a block adds to its shortcut at the start
 
@@ -54,10 +55,10 @@ class CAbstractor(nn.Module):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        num_queries: int | None = None,
-        hidden_width: int = 1024,
-        depth: int = 3,
-        mlp_depth: int = 2,
+        num_queries: Width | None = None,
+        hidden_width: Width = 1024,
+        depth: Depth = 3,
+        mlp_depth: Depth = 2,
         norm: bool = True,
         position: bool = True,
     ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.module_tracker import ModuleTracker
 
 from vlm.connectors.resampler import Resampler
+from vlm.ranges import Depth, Heads, Range, Width
 from vlm.schema import Batch
 
 VIEW = "_view_of_images"  # attribute of a layer's input
@@ -63,13 +64,13 @@ class CrossAttention(nn.Module):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        every: int = 2,
+        every: Depth = 2,
         all_previous_images: bool = False,
-        num_queries: int = 64,
-        depth: int = 2,
-        num_heads: int = 8,
-        head_width: int = 64,
-        ff_mult: int = 4,
+        num_queries: Width = 64,
+        depth: Depth = 2,
+        num_heads: Heads = 8,
+        head_width: Width = 64,
+        ff_mult: Annotated[int, Range(1, 64)] = 4,
     ) -> None:
         super().__init__()
         if every < 1:

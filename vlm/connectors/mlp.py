@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.ranges import Depth, Width
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
@@ -45,8 +47,8 @@ class MLP(nn.Module):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        depth: int = 2,
-        hidden_width: int | None = None,
+        depth: Depth = 2,
+        hidden_width: Width | None = None,
         activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,

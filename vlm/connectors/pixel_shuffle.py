@@ -6,12 +6,13 @@ squares.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from vlm.connectors.mlp import MLP
+from vlm.ranges import Depth, Range, Width
 
 
 class PixelShuffle(MLP):
@@ -34,9 +35,9 @@ class PixelShuffle(MLP):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        factor: int = 2,
-        depth: int = 2,
-        hidden_width: int | None = None,
+        factor: Annotated[int, Range(1, 64)] = 2,
+        depth: Depth = 2,
+        hidden_width: Width | None = None,
         activation: Literal["gelu", "relu", "silu"] = "gelu",
         norm: bool = True,
         position: bool = True,

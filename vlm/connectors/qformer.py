@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, start_from_blip2
+from vlm.ranges import Depth, Heads, Name, Width
 
 MAX_TEXT = 512  # positions of BERT
 LOOK_STD = 0.3  # of the logits of cross-attention at the start, about BERT's: sharper random looks learn slower
@@ -67,16 +68,16 @@ class QFormer(nn.Module):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        num_queries: int = 32,
-        depth: int = 12,
-        width: int = 768,
-        num_heads: int = 12,
-        cross_attention_every: int = 2,
+        num_queries: Width = 32,
+        depth: Depth = 12,
+        width: Width = 768,
+        num_heads: Heads = 12,
+        cross_attention_every: Depth = 2,
         norm: bool = True,
         position: bool = True,
         text: bool = False,
         init: Literal["random", "bert", "blip2"] = "random",
-        init_from: str | None = None,
+        init_from: Name | None = None,
         init_projection: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:

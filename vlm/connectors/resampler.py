@@ -7,7 +7,7 @@ D LLM width.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.connectors.mlp import match_scale
+from vlm.ranges import Depth, Heads, Range, Width
 
 SHARPNESS = 1.5  # of the attention at the start: most of a query's weight is then on its patch, and some elsewhere
 QUERY_NOISE = 0.3  # sets apart the queries of one patch
@@ -158,12 +159,12 @@ class Resampler(nn.Module):
         llm_width: int,
         grid: tuple[int, int],
         output_rms: float,
-        num_queries: int = 64,
-        depth: int = 2,
-        num_heads: int = 8,
-        head_width: int = 64,
-        ff_mult: int = 4,
-        width: int | None = None,
+        num_queries: Width = 64,
+        depth: Depth = 2,
+        num_heads: Heads = 8,
+        head_width: Width = 64,
+        ff_mult: Annotated[int, Range(1, 64)] = 4,
+        width: Width | None = None,
         qk_norm: bool = False,
         position: bool = True,
     ) -> None:

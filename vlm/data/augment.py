@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageEnhance
 
+from vlm.ranges import RatioAboveZero, RatioBelowOne
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -22,8 +24,8 @@ class Augment:
     Raises ValueError for a share outside (0, 1] or a change outside [0, 1).
     """
 
-    crop: float = 0.8
-    colour: float = 0.1
+    crop: RatioAboveZero = 0.8
+    colour: RatioBelowOne = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:

@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,7 @@ from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
+from vlm.ranges import BatchSize, Name, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 
@@ -56,24 +57,24 @@ class VLMDataModule(pl.LightningDataModule):
         self,
         *,
         source: Callable[..., Source],
-        batch_size: int = 8,
+        batch_size: BatchSize = 8,
         batching: Literal["samples", "tokens"] = "samples",
-        batch_tokens: int = 8192,
+        batch_tokens: Tokens = 8192,
         packing: bool = False,
         augment: dict[str, float] | None = None,
-        num_workers: int = 0,
-        max_length: int = 512,
+        num_workers: Workers = 0,
+        max_length: Tokens = 512,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
         too_long: Literal["drop", "truncate_text"] = "drop",
-        num_val_samples: int | None = 128,
+        num_val_samples: Samples | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
-        max_bad_share: float = 0.01,
-        seed: int = 0,
+        max_bad_share: Ratio = 0.01,
+        seed: Seed = 0,
         bad_samples_file: Path | None = None,
-        filter: str | None = None,
-        text_replay: float = 0.0,
-        replay_annotations: str | None = None,
+        filter: Name | None = None,
+        text_replay: Annotated[float, Range(0, 0.9)] = 0.0,
+        replay_annotations: Name | None = None,
     ) -> None:
         super().__init__()
         self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, ImageProcessingMixin, Pretrained
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import look_up
+from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Range, Std
 
 
 class HFEncoder(nn.Module):
@@ -43,15 +44,15 @@ class HFEncoder(nn.Module):
     def __init__(
         self,
         *,
-        pretrained: str,
+        pretrained: Name,
         config: dict[str, Any] | None = None,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
-        layer: int | list[int] = -2,
-        image_size: int | None = None,
-        drop_tokens: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        interpolation: str | None = "bicubic",
+        layer: Layers = -2,
+        image_size: ImageSize | None = None,
+        drop_tokens: Annotated[int, Range(0, 1_000)] | None = None,
+        mean: Mean | None = None,
+        std: Std | None = None,
+        interpolation: Interpolation | None = "bicubic",
         resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
     ) -> None:

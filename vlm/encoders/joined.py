@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm.encoders.timm import TimmEncoder
+from vlm.ranges import ImageSize, Layers, Name
 
 
 class JoinedEncoder(nn.Module):
@@ -37,11 +38,11 @@ class JoinedEncoder(nn.Module):
     def __init__(
         self,
         *,
-        name: list[str],
-        pretrained: list[str | None],
+        name: list[Name],
+        pretrained: list[Name | None],
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
-        image_size: int | None = None,
-        layer: int | list[int] = -2,
+        image_size: ImageSize | None = None,
+        layer: Layers = -2,
         resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
         model_args: list[dict[str, Any]],

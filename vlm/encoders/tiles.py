@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.encoders.transform import Transform, centred, pixels_of
+from vlm.ranges import Grid
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Tiles:
         row_separator: a line break in the text after the thumbnail and after each row of tiles but the last.
     """
 
-    grids: Sequence[Sequence[int]] = ()
+    grids: Sequence[Grid] = ()
     row_separator: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ Axes: N images, P patches per image, Dv encoder width; R rows and S columns of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
@@ -25,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import look_up
+from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Std
 
 
 class TimmEncoder(nn.Module):
@@ -53,15 +53,15 @@ class TimmEncoder(nn.Module):
     def __init__(
         self,
         *,
-        name: str,
+        name: Name,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
-        pretrained: str | None = None,
-        package: str | None = None,
-        image_size: int | None = None,
-        layer: int | list[int] = -1,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        interpolation: str | None = None,
+        pretrained: Name | None = None,
+        package: Name | None = None,
+        image_size: ImageSize | None = None,
+        layer: Layers = -1,
+        mean: Mean | None = None,
+        std: Std | None = None,
+        interpolation: Interpolation | None = None,
         resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
         model_args: dict[str, Any] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.loading import load, make
 from vlm.llms.quantization import Quantization, check_quantization
+from vlm.ranges import Length, Name, Range, RatioBelowOne
 
 
 class LanguageModel(nn.Module, ABC):
@@ -46,13 +47,13 @@ class LanguageModel(nn.Module, ABC):
     def __init__(
         self,
         *,
-        pretrained: str | None,
+        pretrained: Name | None,
         config: dict[str, Any] | None,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
-        package: str | None = None,
+        package: Name | None = None,
         chat_template: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        attention: str = "sdpa",
+        attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
         quantization: Quantization = "none",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -132,10 +133,10 @@ class LanguageModel(nn.Module, ABC):
     def add_lora(
         self,
         *,
-        r: int = 16,
-        alpha: int = 32,
-        dropout: float = 0.05,
-        target_modules: str | list[str] = "all-linear",
+        r: Annotated[int, Range(1, 65_536)] = 16,
+        alpha: Annotated[int, Range(1, 65_536)] = 32,
+        dropout: RatioBelowOne = 0.05,
+        target_modules: Name | Annotated[list[Name], Length(1)] = "all-linear",
         use_dora: bool = False,
     ) -> None:
         """Put a low-rank adapter (LoRA, arXiv 2106.09685) beside the named linear layers, in place.

@@ -12,6 +12,7 @@ from vlm.data.annotations import Records, Row, existing_file, existing_folder, r
 from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image
 from vlm.data.split import check_split, image_key, in_split
+from vlm.ranges import RatioBelowOne
 from vlm.schema import BadKind, BadSample, Sample, Split
 
 
@@ -98,7 +99,7 @@ class Captions(CaptionedImages):
         annotations: str | Path,
         images: str | Path,
         val_annotations: str | Path | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: RatioBelowOne = 0.05,
         prompt: str = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

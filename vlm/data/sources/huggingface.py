@@ -12,6 +12,7 @@ from vlm.data.annotations import existing_folder
 from vlm.data.conversations import Malformed, caption_messages, conversation, turns_record
 from vlm.data.images import MAX_BYTES, BadImage, decode_image, load_image
 from vlm.data.split import check_split, digest, held_out
+from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
 
@@ -30,16 +31,16 @@ class HuggingFace:
         self,
         *,
         split: Split,
-        path: str | Path | None = None,
-        name: str | None = None,
-        config: str | None = None,
-        train_split: str = "train",
-        val_split: str | None = None,
-        val_fraction: float = 0.05,
-        image_column: str = "image",
-        text_column: str = "text",
-        messages_column: str | None = None,
-        group_column: str | None = None,
+        path: Name | Path | None = None,
+        name: Name | None = None,
+        config: Name | None = None,
+        train_split: Name = "train",
+        val_split: Name | None = None,
+        val_fraction: RatioBelowOne = 0.05,
+        image_column: Name = "image",
+        text_column: Name = "text",
+        messages_column: Name | None = None,
+        group_column: Name | None = None,
         prompt: str = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlm.data.annotations import existing_folder
 from vlm.data.sources.captions import Caption, CaptionedImages, caption_of
 from vlm.data.split import check_split
+from vlm.ranges import RatioBelowOne
 from vlm.schema import Split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -31,7 +32,7 @@ class ImageFolder(CaptionedImages):
         split: Split,
         root: str | Path,
         val_root: str | Path | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: RatioBelowOne = 0.05,
         prompt: str = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

@@ -14,6 +14,7 @@ from vlm.data.conversations import Malformed, conversation, image_paths
 from vlm.data.images import load_image
 from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
+from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
 
@@ -34,7 +35,7 @@ class Instruct:
         annotations: str | Path,
         images: str | Path | None,
         val_annotations: str | Path | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: RatioBelowOne = 0.05,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
         self.images = existing_folder(images, option="images") if images is not None else None

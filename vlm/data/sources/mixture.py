@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm.ranges import Range, Samples
 from vlm.schema import BadSample, Sample, Source, Split
 
 
@@ -30,9 +31,9 @@ class Mixture:
         *,
         split: Split,
         sources: dict[str, Callable[..., Source]],
-        weights: dict[str, int | float] | None = None,
-        temperature: int | float = 1.0,
-        num_samples: int | None = None,
+        weights: dict[str, Annotated[int | float, Range(0, 10**9)]] | None = None,
+        temperature: Annotated[int | float, Range(above=0, most=1_000)] = 1.0,
+        num_samples: Samples | None = None,
     ) -> None:
         if not sources:
             raise ValueError("data.sources names 0 sources; add one under a name of your choice")

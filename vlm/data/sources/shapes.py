@@ -11,11 +11,12 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from PIL import Image, ImageDraw
 
 from vlm.data.sources.shapes_text import CAPTIONS, PROMPTS, QUESTIONS
+from vlm.ranges import Range, Samples, Seed
 from vlm.schema import Message, Sample, Split
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -57,13 +58,13 @@ class Shapes:
         *,
         split: Split,
         task: Literal["caption", "instruct", "mixed"] = "caption",
-        language: str = "en",
-        seed: int = 0,
-        image_size: int = 224,
-        max_objects: int = 4,
-        num_questions: int = 3,
-        num_train: int = 1_000_000,
-        num_val: int = 256,
+        language: Literal["en", "ja"] = "en",
+        seed: Seed = 0,
+        image_size: Annotated[int, Range(8, 4_096)] = 224,
+        max_objects: Annotated[int, Range(1, 9)] = 4,
+        num_questions: Annotated[int, Range(1, 100)] = 3,
+        num_train: Samples = 1_000_000,
+        num_val: Samples = 256,
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"data.task={task!r} is not known; choose one of {', '.join(TASKS)}")

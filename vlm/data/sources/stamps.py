@@ -12,6 +12,7 @@ from pathlib import Path
 from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image, pad_to_square
 from vlm.data.split import check_split, in_split
+from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
 PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
@@ -34,7 +35,7 @@ class Stamps:
         root: str | Path = "/usr/share/tuxpaint/stamps",
         language: str = "en",
         symbols: bool = False,
-        val_fraction: float = 0.15,
+        val_fraction: RatioBelowOne = 0.15,
         prompt: str | None = None,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

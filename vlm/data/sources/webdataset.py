@@ -18,6 +18,7 @@ from vlm.data.annotations import Records
 from vlm.data.conversations import Malformed, caption_messages, conversation
 from vlm.data.images import MAX_BYTES, BadImage, decode_image
 from vlm.data.split import check_split, digest, held_out
+from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
 SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
@@ -44,7 +45,7 @@ class WebDataset:
         split: Split,
         shards: str,
         val_shards: str | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: RatioBelowOne = 0.05,
         prompt: str = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

@@ -1,0 +1,143 @@
+"""The values that an option may have, as annotations of the constructors: `Annotated[int, Range(1, 64)]`.
+
+`vlm.options` reads them before a part is made. Bounds are wide: they refuse what no run can mean (a width of 0, 5,000
+data workers), not what is unusual.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `least` to `most`; `above` and `below` are bounds that are not allowed themselves."""
+
+    least: int | float | None = None
+    most: int | float | None = None
+    above: int | float | None = None
+    below: int | float | None = None
+
+    def __contains__(self, value: int | float) -> bool:
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {_number(self.least)} to {_number(self.most)}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{word} {_number(bound)}" for word, bound in bounds.items() if bound is not None)
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many entries a list or mapping has, or characters a text."""
+
+    least: int
+    most: int | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= len(value) and (self.most is None or len(value) <= self.most)
+
+    def __str__(self) -> str:
+        if self == Length(1):
+            return "that is not empty"
+        entries = "entry" if (self.most or self.least) == 1 else "entries"
+        if self.most is None:
+            return f"with at least {self.least} {entries}"
+        return f"with {self.least if self.least == self.most else f'{self.least} to {self.most}'} {entries}"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Texts of one form: a regular expression that the whole text matches, and how to describe it."""
+
+    pattern: str
+    form: str
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return f"such as {self.form}"
+
+
+def _number(value: int | float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+# Sizes of parts
+Width = Annotated[int, Range(1, 65_536)]
+Depth = Annotated[int, Range(1, 1_000)]
+Heads = Annotated[int, Range(1, 1_024)]
+Grid = Annotated[Sequence[Annotated[int, Range(1, 1_024)]], Length(2, 2)]  # rows and columns
+Layer = Annotated[int, Range(-1_000, 1_000)]
+Layers = Layer | Annotated[list[Layer], Length(1)]
+ImageSize = Annotated[int, Range(1, 8_192)]  # pixels of a side
+Interpolation = Literal["bilinear", "bicubic"]
+Mean = Annotated[Sequence[Annotated[float, Range(-1_000, 1_000)]], Length(3, 3)]  # of a channel each
+Std = Annotated[Sequence[Annotated[float, Range(above=0, most=1_000)]], Length(3, 3)]
+
+# Counts
+BatchSize = Annotated[int, Range(1, 65_536)]
+Tokens = Annotated[int, Range(1, 2**24)]  # of a row or a batch
+Steps = Annotated[int, Range(1, 10**9)]
+Samples = Annotated[int, Range(1, 10**8)]  # their order is drawn in memory
+Workers = Annotated[int, Range(0, 512)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
+
+# Ratios
+Ratio = Annotated[float, Range(0, 1)]
+RatioBelowOne = Annotated[float, Range(least=0, below=1)]
+RatioAboveZero = Annotated[float, Range(above=0, most=1)]
+Decay = Annotated[float, Range(above=0, below=1)]
+
+# Learning rates of a part: one, some of its modules' by name with the `rest`, or none.
+LearningRate = Annotated[float, Range(0, 100)]
+
+Name = Annotated[str, Length(1)]
+
+# What constructors that are not ours take, where their own annotations allow more than a run here can use.
+Devices = (
+    Literal["auto", -1]
+    | Annotated[int, Range(1, 1_024)]
+    | Annotated[str, Written(r"-1|\d{1,4}(,\d{1,4})*", "'0,1'")]
+    | Annotated[list[Annotated[int, Range(0, 1_023)]], Length(1)]
+)
+Duration = (
+    Annotated[str, Written(r"\d{1,4}:\d\d:\d\d:\d\d", "00:04:30:00 (days, hours, minutes, seconds)")]
+    | Annotated[
+        dict[Literal["days", "hours", "minutes", "seconds", "weeks"], Annotated[float, Range(0, 10**6)]], Length(1)
+    ]
+)
+Batches = Annotated[int, Range(0, 10**9)] | Annotated[float, Range(0, 1)]  # a number of them, or a share of all
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "lightning.pytorch.trainer.trainer.Trainer": {
+        "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
+        "devices": Devices,
+        "num_nodes": Annotated[int, Range(1, 65_536)],
+        "max_steps": Steps,
+        "min_steps": Steps | None,
+        "max_time": Duration | None,
+        "limit_train_batches": Batches | None,
+        "limit_val_batches": Batches | None,
+        "overfit_batches": Batches,
+        "val_check_interval": Steps,
+        "log_every_n_steps": Steps,
+        "accumulate_grad_batches": Annotated[int, Range(1, 10**6)],
+        "gradient_clip_val": Annotated[float, Range(0, 10**6)] | None,
+        "gradient_clip_algorithm": Literal["norm", "value"] | None,
+        "reload_dataloaders_every_n_epochs": Annotated[int, Range(0, 10**6)],
+    },
+    "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy": {"stage": Literal[1, 2, 3]},
+    "lightning.pytorch.loggers.csv_logs.CSVLogger": {"flush_logs_every_n_steps": Steps},
+}
