@@ -28,7 +28,6 @@ def train(cfg: Any) -> None:
     from vlm.data.preflight import render
     from vlm.evaluation.runner import answer, score, write_samples
     from vlm.module import Ended
-    from vlm.sharding import check_resumes
 
     hydra = HydraConfig.get()
     if cfg.recipe is not None and cfg.resume.run is None:
@@ -44,8 +43,6 @@ def train(cfg: Any) -> None:
     resumed = cfg.resume.run is not None
     settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), dict(hydra.runtime.choices))
     build.check(settings)
-    if resumed:
-        check_resumes(settings["trainer"])
     launch.check_ranks(hydra)
     if launch.in_its_own_process(hydra, settings, __file__):
         return

@@ -32,8 +32,10 @@ class NotFinite(Ended):
 class VLMModule(pl.LightningModule):
     """Trains a model on an objective.
 
-    The gradient of an optimiser step is that of the mean over all its supervised tokens, whatever the number of rows,
-    accumulated batches and ranks they came in: a step adds up sums, and they are divided once, before the update.
+    The gradient of an optimizer step is that of the mean over all its supervised tokens, whatever the number of rows,
+    accumulated batches and ranks they came in. Where a step is one batch of each rank, the losses are divided by their
+    counts before the backward pass. Where batches are accumulated, the counts of the later ones are not known then: the
+    gradients of the sums are divided once, before the update.
     """
 
     def __init__(
@@ -87,25 +89,24 @@ class VLMModule(pl.LightningModule):
         return self._total(output)
 
     def _total(self, output: LossOutput) -> Tensor:
-        """The sum of the losses, weighed so that its gradient over the step's largest count is that of a sum of means.
+        """The number to minimize: the sum of the mean losses, or of their sums where batches are accumulated.
 
-        Over those of several losses their counts, of all ranks, must be known here. DeepSpeed keeps the gradients to
-        itself, so for it the division that `on_before_optimizer_step` makes is made here.
+        Raises ValueError where accumulated losses were summed over different counts.
         """
         losses = [name for name in output.sums if name.endswith("_loss")]
-        early = self.trainer.strategy.handles_gradient_accumulation
-        if len(losses) == 1 and not early:
-            return output.sums[losses[0]]
-        counts = self._over_ranks([output.counts[name] for name in losses])
-        if len(set(counts)) > 1 and self.trainer.accumulate_grad_batches > 1:
-            told = ", ".join(f"{name} over {count:.0f}" for name, count in zip(losses, counts, strict=True))
-            raise ValueError(
-                f"the objective means {told}, which cannot be told apart once batches are added up; set "
-                "trainer.accumulate_grad_batches=1 with a larger data.batch_size"
-            )
-        unit = self.trainer.world_size if early else max(counts)
-        parts = [output.sums[name] * (unit / max(1, count)) for name, count in zip(losses, counts, strict=True)]
-        return torch.stack(parts).sum()
+        if self.trainer.accumulate_grad_batches == 1:
+            counts = self._over_ranks([output.counts[name] for name in losses])
+            weights = [self.trainer.world_size / max(1, count) for count in counts]  # DDP and FSDP average the ranks
+            return torch.stack([output.sums[name] * w for name, w in zip(losses, weights, strict=True)]).sum()
+        if len(losses) > 1:
+            counts = self._over_ranks([output.counts[name] for name in losses])
+            if len(set(counts)) > 1:
+                means = ", ".join(f"{name} over {count:.0f}" for name, count in zip(losses, counts, strict=True))
+                raise ValueError(
+                    f"the objective averages {means}, which cannot be separated once batches are accumulated; set "
+                    "trainer.accumulate_grad_batches=1 with a larger data.batch_size"
+                )
+        return torch.stack([output.sums[name] for name in losses]).sum()
 
     def _add(self, name: str, value: Tensor | int, count: int) -> None:
         """Add to the sums of the optimiser step in progress."""
@@ -113,7 +114,6 @@ class VLMModule(pl.LightningModule):
         self._counts[name] = self._counts.get(name, 0) + count
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Lightning divided the sums by the accumulated batches, and DDP or FSDP by the ranks. It clips after this hook.
         names = list(self._sums)
         sums = self._over_ranks([value for name in names for value in (self._sums[name], self._counts[name])])
         totals = dict(zip(names, zip(sums[::2], sums[1::2], strict=True), strict=True))
@@ -121,9 +121,12 @@ class VLMModule(pl.LightningModule):
             if not math.isfinite(total):
                 self._stop(f"{name} is {total}")
         tokens = max(count for name, (_, count) in totals.items() if name.endswith("_loss"))
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]  # none where DeepSpeed keeps them
-        for gradient in gradients:
-            gradient.mul_(self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if (batches := self.trainer.accumulate_grad_batches) > 1:
+            for (
+                gradient
+            ) in gradients:  # of the sums, which Lightning divided by the batches, and DDP or FSDP by the ranks
+                gradient.mul_(batches * self.trainer.world_size / tokens)
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
@@ -131,7 +134,7 @@ class VLMModule(pl.LightningModule):
         means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if name.endswith("_loss"))
         self.figures = {f"train/{name}": value for name, value in means.items()}
-        self.figures |= {"train/loss": loss, "train/tokens": tokens} | ({"train/grad_norm": norm} if gradients else {})
+        self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
         self.log_dict(self.figures)
         self._sums, self._counts, self._ids = {}, {}, []
 
@@ -204,6 +207,8 @@ class VLMModule(pl.LightningModule):
 
     def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
         """The sum of each over all ranks."""
+        if self.trainer.world_size == 1 and not any(isinstance(value, Tensor) for value in values):
+            return [float(value) for value in values]
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not know
         ours = torch.stack([torch.as_tensor(value, dtype=exact).to(self.device) for value in values])
         return self.trainer.strategy.reduce(ours, reduce_op="sum").tolist()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +60,10 @@ def gather(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     gathered = {}
     for name in names:
         parameter = module.get_parameter(name)
-        with _whole(parameter):
-            tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if first:
-                gathered[name] = tensor.detach().cpu().contiguous()
+        tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if first:
+            gathered[name] = tensor.detach().cpu().contiguous()
     return gathered
-
-
-def _whole(parameter: nn.Parameter) -> Any:
-    """Within it a parameter that DeepSpeed's ZeRO 3 has sliced is put together."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: float | None) -> None:
@@ -84,13 +73,13 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: 
         if strategy.startswith(("fsdp", "deepspeed")):
             raise ValueError(
                 f"trainer.strategy={strategy} slices the model in a way of Lightning's that is not saved whole; "
-                "choose trainer=fsdp, deepspeed_zero2 or deepspeed_zero3"
+                "choose trainer=fsdp"
             )
         return
     target = str(strategy.get("_target_"))
-    if target.endswith((".FSDPStrategy", ".ModelParallelStrategy")):
+    if target.endswith((".FSDPStrategy", ".ModelParallelStrategy", ".DeepSpeedStrategy")):
         raise ValueError(f"trainer.strategy._target_={target} does not save the model whole; choose trainer=fsdp")
-    if not target.endswith((".FullyShard", ".DeepSpeedStrategy")):
+    if not target.endswith(".FullyShard"):
         return
     if quantization != "none":
         raise ValueError(
@@ -100,25 +89,4 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: 
         raise ValueError(
             f"stage.ema_decay={ema_decay} averages whole tensors, and this trainer slices them; set it to null or use "
             "trainer=ddp"
-        )
-    batches = trainer.get("accumulate_grad_batches", 1)
-    if target.endswith(".DeepSpeedStrategy") and batches != 1:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={batches}, but DeepSpeed would give every batch the same weight however "
-            "many tokens it has; set it to 1 with a larger data.batch_size, or choose trainer=fsdp"
-        )
-
-
-def keeps_checkpoints(trainer: Mapping[str, Any]) -> bool:
-    """Whether a run with this strategy can be resumed; DeepSpeed's checkpoints are folders of its own."""
-    strategy = trainer.get("strategy")
-    return not (isinstance(strategy, Mapping) and str(strategy["_target_"]).endswith(".DeepSpeedStrategy"))
-
-
-def check_resumes(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError for a strategy with which a run keeps no checkpoints."""
-    if not keeps_checkpoints(trainer):
-        raise ValueError(
-            "with DeepSpeed a run saves its artefact but no checkpoint to resume from; start a new run with ckpt=, or "
-            "choose trainer=fsdp from the start"
         )

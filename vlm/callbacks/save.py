@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from vlm import artifact
 from vlm.callbacks.ema import averaged
@@ -27,7 +26,6 @@ from vlm.run import CONSOLE
 from vlm.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
-SLICED = (FullyShard, DeepSpeedStrategy)
 BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
 
 
@@ -112,7 +110,7 @@ class Save(pl.Callback):
         if trainer.global_step == self._saved or isinstance(exception, artifact.SaveError):
             return
         together = isinstance(exception, Ended)  # which all ranks raise; from a sliced model they save together
-        if not together and isinstance(trainer.strategy, SLICED):
+        if not together and isinstance(trainer.strategy, FullyShard):
             return
         try:
             self._save_artifact(trainer, module, self.run_dir)  # in the middle of a step nothing can be resumed
@@ -148,8 +146,6 @@ class Save(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
         self._saved = trainer.global_step
         self._save_artifact(trainer, module, self.run_dir)
-        if isinstance(trainer.strategy, DeepSpeedStrategy):  # whose checkpoints are folders of its own
-            return
         self._rng_of_ranks = [{}] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(self._rng_of_ranks, rng_state())

@@ -31,7 +31,6 @@ from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
 from vlm.cli.overrides import for_shell, override
 from vlm.cli.resume import FREE, within
 from vlm.options import known
-from vlm.sharding import keeps_checkpoints
 
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
@@ -72,11 +71,11 @@ def run_stages(cfg: DictConfig) -> None:
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
-                _run(stage.name, "train.py", options, remedy=_remedy(stage))
+                _run(stage.name, "train.py", options)
             else:
-                _run(stage.name, "train.py", _begin(stages, number), remedy=_remedy(stage))
+                _run(stage.name, "train.py", _begin(stages, number))
             if _time_was_up(stage):
-                fail(f"the time of {stage.name} is up (trainer.max_time); {_remedy(stage)}")
+                fail(f"the time of {stage.name} is up (trainer.max_time); {GO_ON}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
         _report(root, stages, cfg)
@@ -217,20 +216,13 @@ def _time_was_up(stage: Stage) -> bool:
     return stopped and read_manifest(stage.run_dir)["step"] < asked.max_steps
 
 
-def _remedy(stage: Stage) -> str:
-    """What to do where a stage has ended too soon."""
-    if keeps_checkpoints(build.plain(stage.cfg)["trainer"]):
-        return GO_ON
-    return f"DeepSpeed keeps no checkpoint to go on from; delete {stage.run_dir} and give the same command again"
-
-
-def _run(what: str, program: str, options: Sequence[str], *, remedy: str = GO_ON) -> None:
+def _run(what: str, program: str, options: Sequence[str]) -> None:
     """Start a program of the project and wait for its end; exit with its code if that is not 0."""
     _tell(what, program, options)
     code = wait_for([sys.executable, str(Path(CONF).parent / program), *options])
     if code:
         ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
-        print(f"Error: {what} {ended}; {remedy}", file=sys.stderr)
+        print(f"Error: {what} {ended}; {GO_ON}", file=sys.stderr)
         sys.exit(code)
 
 
