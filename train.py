@@ -90,7 +90,7 @@ def train(cfg: Any) -> None:
             raise
         return
     by_type = {type(callback): callback for callback in trainer.callbacks}
-    received = by_type[StopOnSignal].received if StopOnSignal in by_type else None
+    received = by_type[StopOnSignal].agree(trainer) if StopOnSignal in by_type else None
     metrics = {name: float(v) for name, v in module.figures.items() if name == "train/loss"}
     records: list[dict[str, Any]] = []
     if received is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ import pytest
 import torch
 
 from tests.parts import make_module, make_trainer
+from tests.test_cli import QUICK, call, read, train
 from tests.test_module import HALVES, WHOLE, loader
 from vlm.callbacks.save import Save, newest_checkpoint
 from vlm.callbacks.stop import StopOnSignal, StopOnTime
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+from vlm.data.workers import SIGNALS, WorkerContext
 
 
 class Signalled(pl.Callback):
@@ -109,3 +112,85 @@ def test_time_is_up_after_a_whole_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoints" / "last.ckpt", 2)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     assert "StopOnTime" not in state, "a run that goes on has its time again"
+
+
+@contextmanager
+def group(job: Callable[[], int], out: Path) -> Iterator[Any]:
+    """A process with a group of its own, as a shell or a scheduler makes one, that ends with the code of `job`."""
+
+    def lead() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background may ignore it
+        torch.set_num_threads(1)  # those of the parent are not here
+        with open(out, "w") as file, redirect_stdout(file), redirect_stderr(file):
+            code = job()
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=lead)
+    process.start()
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+
+
+def wait_until(done: Callable[[], bool], process: Any) -> None:
+    until = time.monotonic() + 240
+    while not done():
+        assert process.is_alive()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "signums",
+    [[signal.SIGINT], [signal.SIGTERM], [signal.SIGUSR1], [signal.SIGTERM] * 2, [signal.SIGUSR1, signal.SIGTERM]],
+    ids=lambda signums: "_".join(signum.name for signum in signums),
+)
+def test_a_signal_to_the_group_of_a_run_with_data_workers(tmp_path: Path, signums: list[signal.Signals]) -> None:
+    """Ctrl-C and a scheduler's signals reach the workers too; the run needs them until it has saved."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    slow = ["trainer.max_steps=2000", "trainer.val_check_interval=2000", "data.num_workers=2", f"run_dir={run}"]
+    with group(lambda: train(*QUICK, *slow), out) as process:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(read(run / "metrics.jsonl")) > 1, process)
+        for signum in signums:
+            os.killpg(process.pid, signum)
+            time.sleep(0.02)
+        process.join(60)
+        assert process.exitcode == 128 + signums[0], out.read_text()
+    assert out.read_text().count("Stopping after this step") == 1
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    assert 2 <= checkpoint[1] == read(run / "metrics.jsonl")[-1]["step"] < 2000
+
+
+def test_only_its_main_process_ends_a_data_worker() -> None:
+    """Also one that is in the middle of a sample."""
+    worker = WorkerContext().Process(target=time.sleep, args=(60,))
+    worker.start()
+    for signum in SIGNALS:
+        os.kill(worker.pid or 0, signum)
+    worker.join(0.2)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set(), "ours are as they were"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+    """Lightning leaves with 1 on Ctrl-C, and on SIGTERM with 0, as if all were done."""
+
+    class Now(pl.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            os.kill(os.getpid(), signum)
+
+    def job(cfg: Any) -> None:
+        trainer = make_trainer(tmp_path, callbacks=[Now()])
+        trainer.validate(make_module(), loader([WHOLE] * 3), verbose=False)
+
+    monkeypatch.chdir(tmp_path)
+    assert call(job, "train", "data=shapes", f"run_dir={tmp_path / 'run'}") == 128 + signum

@@ -10,8 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
-# From the keyboard; from a scheduler that wants the machine back; from SLURM where --signal=USR1@… asks for it.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from vlm.data.workers import SIGNALS
 
 
 def between_steps(trainer: Any) -> bool:
@@ -20,7 +19,7 @@ def between_steps(trainer: Any) -> bool:
 
 
 class StopOnSignal(pl.Callback):
-    """Turns the first signal into a stop request, a second Ctrl-C ends at once.
+    """Turns the first signal into a stop request; a second Ctrl-C ends at once, further signals change nothing.
 
     No validation follows it, also where one was due: who sends it may not wait. `received` is the first signal, on
     whichever rank it came, or None.
@@ -29,15 +28,22 @@ class StopOnSignal(pl.Callback):
     received: signal.Signals | None = None
 
     def on_train_start(self, trainer: Any, module: pl.LightningModule) -> None:
+        interrupted = False
+
         def ask(signum: int, frame: Any) -> None:
-            signal.signal(signum, self._before[signum])
-            self.received = signal.Signals(signum)
-            again = "; press Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
-            print(f"\nStopping after this step{again}.", flush=True)
+            nonlocal interrupted
+            if interrupted and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            interrupted |= signum == signal.SIGINT
+            if self.received is None:
+                self.received = signal.Signals(signum)
+                again = "; press Ctrl-C again to stop at once" if interrupted else ""
+                print(f"\nStopping after this step{again}.", flush=True)
 
         # In the place of Lightning's own handlers: that of SIGTERM raises in the middle of whatever is under way, and
-        # that of SIGUSR1 under SLURM saves there.
-        self._before: dict[int, Any] = {signum: signal.signal(signum, ask) for signum in SIGNALS}
+        # that of SIGUSR1 under SLURM saves there. Lightning restores those from before the fit once all is saved.
+        for signum in SIGNALS:
+            signal.signal(signum, ask)
         connector = trainer._signal_connector
         if connector.received_sigterm:  # just before; Lightning would raise after the first batch
             self.received, connector.received_sigterm = signal.SIGTERM, False
@@ -52,16 +58,17 @@ class StopOnSignal(pl.Callback):
     def _look(self, trainer: Any) -> None:
         if not between_steps(trainer):
             return  # a step that has begun is done first
-        if trainer.world_size > 1:  # ranks stop after the same step or wait for each other for ever
-            ours = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(ours, reduce_op="max"))
-            self.received = signal.Signals(number) if number else None
+        self.agree(trainer)
         if self.received is not None:
             trainer.should_stop, trainer.limit_val_batches = True, 0
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for signum, before in self._before.items():
-            signal.signal(signum, before)
+    def agree(self, trainer: pl.Trainer) -> signal.Signals | None:
+        """The signal that all ranks stop for; they stop after the same step or wait for each other for ever."""
+        if trainer.world_size > 1:
+            ours = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(ours, reduce_op="max"))
+            self.received = signal.Signals(number) if number else None
+        return self.received
 
 
 class StopOnTime(Timer):

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,13 @@ CONF = str(Path(__file__).parents[2] / "conf")
 
 def start(job: Callable[[Any], None], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
+    try:
+        _start(job, config_name=config_name)
+    except KeyboardInterrupt:  # also while libraries are imported
+        sys.exit(130)
+
+
+def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     quiet()
     keep_memory()
     sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
@@ -48,6 +56,8 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
             )
         except KeyboardInterrupt:
             sys.exit(130)
+        except SystemExit as end:
+            sys.exit(exit_code(end))
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(tell)()
@@ -99,6 +109,13 @@ def sentence(error: Exception) -> str:
     if re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
         text = text.rpartition("\n")[2].partition(": ")[2]
     return text
+
+
+def exit_code(end: SystemExit) -> Any:
+    """The code to exit with: 128 + the signal, where Lightning leaves on one with 1, or with 0 on SIGTERM."""
+    if isinstance(end.__context__, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if type(end).__name__ == "SIGTERMException" else end.code
 
 
 def fail(message: str) -> None:

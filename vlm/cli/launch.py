@@ -14,7 +14,7 @@ from typing import Any
 from hydra.types import RunMode
 
 from vlm import build
-from vlm.callbacks.stop import SIGNALS
+from vlm.data.workers import SIGNALS
 
 FORWARDED = (*SIGNALS, signal.SIGHUP)
 

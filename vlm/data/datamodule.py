@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
+from vlm.data.workers import WorkerContext
 from vlm.ranges import BatchSize, Name, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
@@ -223,7 +223,7 @@ class VLMDataModule(pl.LightningDataModule):
             batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            multiprocessing_context=multiprocessing.get_context("fork") if self.num_workers else None,
+            multiprocessing_context=WorkerContext() if self.num_workers else None,
             collate_fn=partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or a loader would draw from the one that dropout draws from
