@@ -1,7 +1,8 @@
-"""Evaluate a run on its validation split: python eval.py ckpt=<run dir> [num_samples=… batch_size=… data.<key>=…]."""
+"""Evaluate a run on its validation split: python eval.py ckpt=<run dir> [num_samples=… data.<key>=… out=<folder>]."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,30 @@ from vlm.cli.entry import start
 
 
 def evaluate(cfg: Any) -> None:
-    """Loss, visual gain and answers of a run's artefact on its bases, into <run dir>/eval/."""
+    """Loss, visual gain and answers of a run's artefact on its bases, into <run dir>/eval/ or `out`."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from vlm import artifact, build, run
     from vlm.artifact import write_json
+    from vlm.cli.overrides import absolute_paths
     from vlm.evaluation.runner import answer, score, write_samples
 
     run_dir = Path(cfg.ckpt).absolute()
     manifest = artifact.read_manifest(run_dir)
     settings, _ = build.read_config(run_dir)
+    options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]
+    out = Path(cfg.out or run_dir / "eval").absolute()
+    if cfg.out is None:
+        _keep_other_results(out, options)
+    changes = absolute_paths(OmegaConf.to_container(cfg.data, resolve=True))  # from the user's folder, not the run's
     build.enter_folder_of(run_dir)
     settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
     if cfg.num_samples is not None and cfg.num_samples < 2:
         raise ValueError(f"num_samples={cfg.num_samples} is too few to compare images; set it to 2 or more")
     loader = {"batch_size": cfg.batch_size, "num_val_samples": cfg.num_samples}
-    settings["data"] = OmegaConf.to_container(OmegaConf.merge(settings["data"], loader, cfg.data), resolve=True)
+    settings["data"] = OmegaConf.to_container(OmegaConf.merge(settings["data"], loader, changes), resolve=True)
     build.check(settings)
 
     model, ours = build.build_model(settings)
@@ -52,15 +59,29 @@ def evaluate(cfg: Any) -> None:
     results = {
         "metrics": figures,
         "num_samples": len(records),
-        "options": [option.lstrip("+") for option in HydraConfig.get().overrides.task],
+        "options": options,
         "stages": manifest["stages"],
         "code": run.provenance(),
     }
-    write_json(run_dir / "eval" / "results.json", results)
-    write_samples(run_dir / "eval" / "samples.jsonl", records)
+    write_json(out / "results.json", results)
+    write_samples(out / "samples.jsonl", records)
     run.print_figures(figures)
     run.print_samples(records)
-    run.CONSOLE.print(f"Results: {run_dir / 'eval' / 'results.json'}", soft_wrap=True)
+    run.CONSOLE.print(f"Results: {out / 'results.json'}", soft_wrap=True, markup=False)
+
+
+def _keep_other_results(out: Path, options: list[str]) -> None:
+    """Raise ValueError where a folder holds the results of other options, which would be lost."""
+    file = out / "results.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8")).get("options", [])
+    differ = sorted({*before} ^ {*options})
+    if differ := [option for option in differ if not option.startswith("ckpt=")]:
+        raise ValueError(
+            f"{file} holds results that differ in {', '.join(differ)}; give out=<folder> for these, or out={out} to "
+            "replace them"
+        )
 
 
 if __name__ == "__main__":

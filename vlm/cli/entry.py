@@ -29,44 +29,53 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
 def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     quiet()
     keep_memory()
-    sys.argv = [re.sub(r"^plan=", "plan.show=", argument) for argument in sys.argv]  # plan=true beside plan.json=…
-    if config_name == "eval":  # it changes the data of the run, which has keys of its own
-        sys.argv = [re.sub(r"^data\.", "++data.", argument) for argument in sys.argv]
-    sys.argv = resuming(list(map(quoted, sys.argv)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from vlm.cli.command_line import SWEEP, translate
+    from vlm.cli.sweep import record_failure
+
+    sweeps = bool({*SWEEP} & {*sys.argv})
+
     def tell(cfg: Any) -> None:
         try:  # in here, or Hydra would print its own lines first
             job(cfg)
-        except OmegaConfBaseException as error:  # some are also ValueErrors
-            fail(config_error(error))
-        except (ValueError, OSError) as error:
-            if os.environ.get("VLM_TRACEBACK"):
-                raise
-            fail(sentence(error))
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            fail(
-                f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
-                "data.batch_size lower, and go on with resume=<run dir>"
-            )
         except KeyboardInterrupt:
             sys.exit(130)
         except SystemExit as end:
-            sys.exit(exit_code(end))
+            code = exit_code(end)
+            if not sweeps or not isinstance(code, int) or not 0 < code < 128:  # above is a signal, which ends the sweep
+                sys.exit(code)
+            record_failure("as it has said above")
+        except Exception as error:
+            message = None if os.environ.get("VLM_TRACEBACK") else mistake(error)
+            if message is None:
+                raise
+            if not sweeps:
+                fail(message)
+            print(f"Error: {message}", file=sys.stderr)
+            record_failure(message)
 
     try:
+        sys.argv = [sys.argv[0], *resuming(translate(sys.argv[1:], config_name=config_name))]
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(tell)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(config_error(error))
     except OSError as error:  # of a folder that Hydra makes
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG:
+            fail("so many options make too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'")
+        if error.filename is None:
             raise
-        fail("so many options make too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'")
+        fail(
+            f"the folder '{error.filename}' cannot be made ({error.strerror}); set run_dir=, or hydra.sweep.dir= for a "
+            "sweep, to a folder that you may write"
+        )
+    except ValueError as error:
+        if os.environ.get("VLM_TRACEBACK"):
+            raise
+        fail(sentence(error))
     except RuntimeError as error:
         if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
             fail(f"SLURM did not take the jobs: {sentence(error)}; see hydra.launcher.* (conf/hydra/launcher)")
@@ -75,10 +84,20 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
         fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
 
 
-def quoted(argument: str) -> str:
-    """A folder for Hydra, which would stumble over a name that has a sweep's seed=0,encoder=tiny."""
-    key, _, path = argument.partition("=")
-    return f'{key}="{path}"' if key in ("ckpt", "run_dir") and "=" in path and path[0] not in "'\"" else argument
+def mistake(error: Exception) -> str | None:
+    """The sentence for an error that the user can mend; None for one that is a fault of the program."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, OmegaConfBaseException):  # some are also ValueErrors
+        return config_error(error)
+    if isinstance(error, ValueError | OSError):
+        return sentence(error)
+    if str(error).startswith("DataLoader worker"):
+        return (
+            f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
+            "data.batch_size lower, and go on with resume=<run dir>"
+        )
+    return None
 
 
 def resuming(arguments: list[str]) -> list[str]:
@@ -86,21 +105,23 @@ def resuming(arguments: list[str]) -> list[str]:
 
     Those let Hydra know every key of the run; what the run was configured with is read from its config.yaml later.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    folders = [argument.partition("=")[2].strip("'\"") for argument in arguments if argument.startswith("resume=")]
+    from vlm.cli.overrides import override
+
+    given = [argument for argument in arguments if argument.startswith("resume=")]
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
-    if not folders or folders[-1] == "null":
+    if not given or given[-1] == "resume=null":
         return kept
-    if Path(folders[-1]).is_file():
-        fail(f"resume={folders[-1]} is a file; give the run directory that it lies in")
-    file = Path(folders[-1], "config.yaml")
+    run_dir = str(OverridesParser.create().parse_override(given[-1]).value())
+    file = Path(run_dir, "config.yaml")
     stored: Any = OmegaConf.load(file) if file.is_file() else {}
     choices = stored.get("choices", {})
     settled = {argument.partition("=")[0] for argument in kept}
     groups = [(group, option) for group, option in choices.items() if option and "/" not in group]
     options = [f"{group}={option}" for group, option in groups if group not in settled]
-    return [*kept, *options, *(f'{key}="{folders[-1]}"' for key in ("resume.run", "run_dir"))]
+    return [*kept, *options, *(override(key, run_dir) for key in ("resume.run", "run_dir"))]
 
 
 def sentence(error: Exception) -> str:
@@ -149,7 +170,7 @@ def keep_memory() -> None:
 def config_error(error: Exception) -> str:
     """One sentence for a config that does not compose, with the choices."""
     from hydra.errors import MissingConfigException
-    from omegaconf.errors import MissingMandatoryValue
+    from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue
 
     from vlm.options import unknown_key
 
@@ -161,6 +182,9 @@ def config_error(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue) or isinstance(cause, MissingMandatoryValue):
         key = getattr(error, "full_key", None) or getattr(cause, "full_key", "")
         return f"{key} must be given; set {key}=<value>"
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError):
+        what = str(cause).partition("\n")[0].rstrip(".")
+        return f"{cause.full_key}: {what}; write \\${{ for the characters themselves"
     key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
     if key and parent is not None:
         return unknown_key(key, list(parent))

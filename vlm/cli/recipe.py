@@ -77,6 +77,7 @@ def run_stages(cfg: DictConfig) -> None:
             if _time_was_up(stage):
                 fail(f"the time of {stage.name} is up (trainer.max_time); {GO_ON}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
+                (stage.run_dir / "eval" / "results.json").unlink(missing_ok=True)  # of other options
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
         _report(root, stages, cfg)
 

@@ -1,0 +1,157 @@
+"""What a user typed, as Hydra takes it: paths as any program takes them, and sentences in place of Hydra's grammar."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from vlm.cli.overrides import for_shell, holds_path, override, written
+
+CONF = Path(__file__).parents[2] / "conf"
+FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
+SWEEP = ("-m", "--multirun")
+REQUIRED = ("encoder", "connector", "llm", "model", "data", "stage", "trainer")  # groups of which a run has one option
+OPTIONAL = ("logger", "callbacks")  # groups of which a run has any number of options
+
+
+def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
+    """The arguments for Hydra. Raises ValueError, in the user's words, for what it would ignore or not explain."""
+    flags = [argument for argument in arguments if argument in SWEEP]
+    words = [re.sub(r"^plan=", "plan.show=", argument) for argument in arguments if argument not in SWEEP]
+    if config_name == "eval":
+        words = [re.sub(r"^data\.", "++data.", argument) for argument in words]  # the run's data has keys of its own
+        refuse_parts(words)
+    words = [quote_path(argument, sweep=bool(flags)) for argument in words]
+    words = [each for argument in words for each in _group_option(argument)]
+    keys = {argument.partition("=")[0] for argument in words}
+    if flags and "run_dir" in keys:
+        raise ValueError("run_dir= names the folder of one run, but -m makes one a job; set hydra.sweep.dir=<folder>")
+    if flags and "resume" in keys:
+        raise ValueError("resume= goes on with one run; leave out -m and give a command for each run")
+    for argument in words:
+        _check_grammar(argument, sweep=bool(flags))
+        key, _, _ = argument.partition("=")
+        if key in ("ckpt", "resume") and isinstance(path := _parse(argument).value(), str):
+            check_run_dir(key, Path(path))
+    return [*flags, *words]  # argparse wants flags first
+
+
+def quote_path(argument: str, *, sweep: bool) -> str:
+    """An option whose value is a path, quoted for Hydra, and `~` in it written out; any other argument as it is.
+
+    What the user has quoted stays quoted. In a sweep commas separate paths, unless something has the whole name.
+    Raises ValueError for an empty path.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not holds_path(key) or value == "null":
+        return argument
+    if not value.strip():
+        raise ValueError(f"{key.lstrip('+')}= is empty; give a path, or leave the option out")
+    if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1:
+        return f"{key}={value[0]}{os.path.expanduser(value[1:-1])}{value[0]}"
+    if _exists(value):
+        return override(key, os.path.expanduser(value))
+    if (key == "encoder.pretrained" and _is_list(value)) or (sweep and FUNCTIONS.match(value)):
+        return argument  # a list is of encoders side by side
+    paths = _split(value) if sweep else [value]
+    return f"{key}={','.join(written(os.path.expanduser(path)) for path in paths)}"
+
+
+def check_run_dir(key: str, path: Path) -> None:
+    """Raise ValueError where a path lies inside a run directory, naming the folder to give."""
+    if (path / "artifact" / "manifest.json").is_file() or (path / "config.yaml").is_file():
+        return
+    for parent in path.absolute().parents[:3]:
+        if (parent / "artifact" / "manifest.json").is_file():
+            raise ValueError(f"{key}={path} is a part of a run directory; give the whole directory, {key}={parent}")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name too long, no home folder, a null character
+        return False
+
+
+def _is_list(value: str) -> bool:
+    try:
+        return isinstance(_parse(f"x={value}").value(), list)
+    except HydraException:
+        return False
+
+
+def _split(value: str) -> Iterator[str]:
+    """The paths between commas, of which those inside brackets separate nothing."""
+    depth = start = 0
+    for position, character in enumerate(value):
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            yield value[start:position].strip()
+            start = position + 1
+    yield value[start:].strip()
+
+
+def refuse_parts(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an option of eval.py that the run itself has settled."""
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+~")
+        group = key.partition(".")[0]
+        if key == "data":
+            raise ValueError(
+                f"eval.py evaluates on the run's own data, so {argument} cannot be given; change options of that data "
+                "by data.<key>=, such as data.val_annotations=<file>"
+            )
+        if group in (*REQUIRED, *OPTIONAL, "experiment", "debug") and group not in ("data", "trainer"):
+            raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
+
+
+def _group_option(argument: str) -> list[str]:
+    """An argument that chooses a group's option: `null` and `~` mean none, where a run can do without."""
+    key, _, value = argument.partition("=")
+    group = key.lstrip("~+")
+    absent = key.startswith("~") or value == "null"
+    if group in ("experiment", "debug") and absent:
+        return []
+    if group in OPTIONAL and absent:
+        return [f"{group}=none"]
+    if group in REQUIRED and (absent or value.startswith("[")):
+        choices = ", ".join(sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml")))
+        wrong = "a run cannot do without it" if absent else "a run has one of them"
+        raise ValueError(f"{argument} is refused because {wrong}; choose {group}= one of {choices}")
+    known = group in (*REQUIRED, *OPTIONAL, "experiment", "debug")
+    return [f"{group}={value}"] if known and key.startswith("+") else [argument]
+
+
+def _check_grammar(argument: str, *, sweep: bool) -> None:
+    """Raise ValueError for an option that Hydra cannot read, with a way to write it that it can."""
+    if argument.startswith("-"):  # a flag of Hydra's
+        return
+    key, equals, value = argument.partition("=")
+    try:
+        if sweep or not _parse(argument).is_sweep_override():
+            return
+        why = "has a comma, which separates the values of a sweep (-m)"
+    except HydraException:
+        why = "has characters that Hydra reads as its own"
+    if not equals:
+        raise ValueError(f"'{_short(argument)}' is not an option; write <key>=<value>")
+    try:
+        _parse(quoted := override(key, value))
+    except HydraException as error:
+        raise ValueError(f"'{_short(key)}' cannot be the name of an option; write <key>=<value>") from error
+    example = for_shell(quoted) if len(quoted) < 200 else f"\"{key}='…'\""
+    raise ValueError(f"the value of {key}={_short(value)} {why}; quote it twice: {example}")
+
+
+def _parse(argument: str) -> Any:
+    return OverridesParser.create().parse_override(argument)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,40 @@
+"""The jobs of a sweep that ended in an error: the others run all the same, and the sweep's exit code tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+
+FILE = "failed_jobs.jsonl"  # in the sweep's folder, because a launcher may run the jobs in other processes
+
+
+def record_failure(message: str) -> None:
+    """Note that this job has failed, for the process that started the sweep."""
+    hydra = HydraConfig.get()
+    root = Path(hydra.runtime.cwd, hydra.sweep.dir)
+    job = os.path.relpath(hydra.runtime.output_dir, root)
+    with open(root / FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"job": job, "error": message}) + "\n")
+
+
+class FailedJobs(Callback):
+    """Hydra calls it around a sweep: at the end the jobs that failed are named, and the exit code is 2."""
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        Path(config.hydra.sweep.dir, FILE).unlink(missing_ok=True)
+
+    def on_multirun_end(self, config: Any, **_: Any) -> None:
+        file = Path(config.hydra.sweep.dir, FILE)
+        if not file.exists():
+            return
+        failed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        names = "; ".join(f"{each['job']} ({each['error']})" for each in failed)
+        jobs = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
+        print(f"Error: {jobs} failed, the others have run: {names}", file=sys.stderr)
+        sys.exit(2)
