@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlm.data.batching import EvenBatches
 from vlm.data.datamodule import VLMDataModule
+from vlm.data.reading import Reading, current
 from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
 
 K = 3
@@ -158,7 +159,7 @@ def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) ->
     batches = epoch(data, 2)
     for part in (batches[:3], batches[3:]):  # a second epoch names none again
         ids = sorted((name for batch in part for name in batch.ids), key=lambda name: int(name.split("/")[1]))
-        assert ids == [f"train/{i}" for i in (0, 1, 2, 5, 5, 5, 6, 7, 8, 9, 10, 11)]
+        assert ids == [f"train/{i}" for i in (0, 1, 2, 5, 6, 7, 8, 9, 10, 10, 11, 11)]  # strides of 7
     lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     named = {line.pop("index"): line for line in lines}
     assert named == {
@@ -197,9 +198,50 @@ def test_rows_that_were_left_out_or_cut_are_counted(tmp_path: Path) -> None:
 )
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowed: int) -> None:
     data = module(tmp_path, bad=(3, 4, 5), **options)
-    message = rf"sample 'train/\d' is broken; mend it \({allowed + 1} bad samples of 12, {allowed} allowed: repair"
+    message = rf"sample 'train/\d' is broken; mend it \({allowed + 1} bad samples? of 12, {allowed} allowed: repair"
     with pytest.raises(ValueError, match=message):
         epoch(data)
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.01, 1), (0.25, 3)])
+def test_one_bad_sample_of_a_few_is_allowed(share: float, allowed: int) -> None:
+    data = module(max_bad_share=share, bad=tuple(range(allowed)))
+    assert len(epoch(data)) == 3
+    with pytest.raises(ValueError, match=rf"of 12, {allowed} allowed: repair them"):
+        epoch(module(max_bad_share=share, bad=tuple(range(allowed + 1))))
+
+
+def test_a_split_of_bad_samples_ends(tmp_path: Path) -> None:
+    data = module(bad=tuple(range(12)), max_bad_share=1.0)
+    data.splits["val"].bad = tuple(range(12))
+    message = r"none of the 12 samples of {} can be used; repair the data, for example: sample '{}/\d+' is broken"
+    with pytest.raises(ValueError, match=message.format("train", "train")):
+        epoch(data)
+    with pytest.raises(ValueError, match=message.format("val", "val")):
+        list(data.val_dataloader())
+    with pytest.raises(ValueError, match=message.format("val", "val")):
+        list(data.prompts([0, 3], 2))
+
+
+def test_limits_hold_where_sources_are_made_and_read(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Reads(Numbered):
+        def __init__(self, split: str) -> None:
+            seen.append(("made", current().max_files))
+            super().__init__(split)
+
+        def __getitem__(self, index: int) -> Sample:
+            seen.append(("read", current().max_files))
+            return super().__getitem__(index)
+
+    data = VLMDataModule(source=Reads, reading={"max_files": 7, "max_characters": 8})
+    spec = VisualSpec(num_tokens=K, image_size=(4, 4), transform=pixels)
+    data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
+    with pytest.raises(ValueError, match=r"sample 'val/\d+' has \d+ characters, more than the limit of 8"):
+        list(data.val_dataloader())
+    assert set(seen) == {("made", 7), ("read", 7)}
+    assert current() == Reading()
 
 
 def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
@@ -213,5 +255,5 @@ def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_a_split_needs_two_samples() -> None:
-    with pytest.raises(ValueError, match="the train split has 1 samples, it needs at least 2"):
+    with pytest.raises(ValueError, match="the train split has 1 sample and needs at least 2; give more data, or set"):
         module(size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from array import array
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +24,8 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.data.duplicates import Look, Looks, closest, look
 from vlm.data.filter import Filtered, filtered
 from vlm.data.findings import Finding, find
+from vlm.data.judge import Judge
+from vlm.data.reading import Reading, applied
 from vlm.data.sources.captions import Captions
 from vlm.data.sources.instruct import Instruct
 from vlm.data.sources.stamps import Stamps
@@ -107,7 +110,8 @@ def sample(*turns: str, images: int = 0, marks: int = 0) -> Sample:
 
 def read(source: object, max_length: int = 999) -> Entry:
     text = TextEncoder(tokenizer=byte_tokenizer(), num_image_tokens=2, max_length=max_length, chat_template="chatml")
-    return Reader(source=source, text=text, language=None)[0]  # type: ignore[arg-type]
+    spec = VisualSpec(num_tokens=2, image_size=(2, 2), transform=lambda image: torch.zeros(3, 2, 2))
+    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -225,13 +229,13 @@ class Ordered(list):
 
 
 def test_a_filtered_source_has_what_its_source_has() -> None:
-    source = Filtered(Ordered(Sample(name, [], []) for name in "abcde"), left_out=[0, 3])
-    assert source.left_out == {"drawings": 7, "samples by data.filter": 2}
+    source = Filtered(Ordered(Sample(name, [], []) for name in "abcde"), split="train", left_out=[0, 3])
+    assert source.left_out == {"drawings": 7, "samples by data.filter (40 % of train)": 2}
     assert [source[index].id for index in range(len(source))] == ["b", "c", "e"]
     assert source.names == ("one", "other")
     assert source.outline(2).id == "outline of e"
     assert source.order(1, seed=3) == [2, 0, 2, 0]
-    plain = Filtered(Named("a", "b"), left_out=[])
+    plain = Filtered(Named("a", "b"), split="train", left_out=[])
     assert not any(hasattr(plain, name) for name in ("names", "outline", "order"))
 
 
@@ -268,11 +272,43 @@ def test_a_filter_of_other_data_is_refused(tmp_path: Path, ids: list[str], said:
         filtered({"train": Named(*ids)}, str(file))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"train": {"num_samples": 1, "indices": [0]}}'])
-def test_a_file_that_is_no_filter(tmp_path: Path, text: str) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is not a filter\.json .* run vlm-doctor again"):
-        filtered({"train": Named("a")}, str(tmp_path / "x.json"))
+PART = '"num_samples": 2, "ids": [null], "indices"'
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ("{}", "'train'"),
+        ('{"train": {"num_samples": 1, "indices": [0]}}', "'ids'"),
+        ('{"train": {"num_samples": 2, "indices": [0, 1], "ids": ["a"]}}', "zip"),
+        (f'{{"train": {{{PART}: [-1]}}}}', "train has 2 samples, which index -1 is none of"),
+        (f'{{"train": {{{PART}: [2]}}}}', "train has 2 samples, which index 2 is none of"),
+        (f'{{"train": {{{PART}: [true]}}}}', "which index True is none of"),
+        (f'{{"train": {{{PART}: ["0"]}}}}', "which index '0' is none of"),
+        ("[" * 99999, "recursion"),
+        ("\xff", "JSONDecodeError|UnicodeDecodeError"),
+    ],
+)
+def test_a_file_that_is_no_filter(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "x.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"is not a filter\.json \(.*{says}.* run vlm-doctor again"):
+        filtered({"train": Named("a", "b")}, str(tmp_path / "x.json"))
+
+
+def test_a_filter_is_a_regular_file_of_bounded_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"filter 'pipe\.json' under .* is not a regular file"):
+        filtered({"train": Named("a", "b")}, str(tmp_path / "pipe.json"))
+    (tmp_path / "x.json").write_text(" " * 4000)
+    with (
+        applied(Reading(max_text_bytes=1000)),
+        pytest.raises(ValueError, match=r"has 4,000 bytes, .* 3,048;"),
+    ):
+        filtered({"train": Named("a", "b")}, str(tmp_path / "x.json"))
+    with pytest.raises(ValueError, match=r"there is no file '.*none\.json'; set data\.filter="):
+        filtered({"train": Named("a", "b")}, str(tmp_path / "none.json"))
 
 
 def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:

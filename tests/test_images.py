@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from vlm.data.images import ArrayImage, decode_image, load_image, pad_to_square
+from vlm.data.images import START_OF_SCAN, ArrayImage, decode_image, load_image, pad_to_square
+from vlm.data.reading import Reading, applied
 from vlm.encoders.transform import Transform
 from vlm.schema import BadSample
 
@@ -40,8 +41,8 @@ def png(width: int, height: int, rows: bytes, *extra: tuple[bytes, bytes], depth
 
 
 def refusal(path: str | Path, root: Path, **limits: int) -> str:
-    with pytest.raises(BadSample) as caught:
-        load_image(path, root=root, **limits)
+    with pytest.raises(BadSample) as caught, applied(Reading(**limits)):
+        load_image(path, root=root)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -52,8 +53,9 @@ def test_bytes_from_anywhere_are_decoded_under_the_name_given() -> None:
     png = BytesIO()
     picture().save(png, "PNG")
     assert decode_image(png.getvalue(), name="row 7").getpixel((0, 0)) == RED
-    with pytest.raises(BadSample, match=r"^image 'row 7' has 24 pixels \(6 x 4\), more than the limit of 23; make"):
-        decode_image(png.getvalue(), name="row 7", max_pixels=23)
+    message = r"^image 'row 7' has 24 pixels \(6 x 4\), more than the limit of 23; make"
+    with applied(Reading(max_image_pixels=23)), pytest.raises(BadSample, match=message):
+        decode_image(png.getvalue(), name="row 7")
     with pytest.raises(BadSample, match=r"^image 'row 8' is none of JPEG, "):
         decode_image(b"hello", name="row 8")
 
@@ -120,9 +122,11 @@ def test_what_is_not_there_or_not_a_file(tmp_path: Path) -> None:
 def test_too_many_bytes(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.bmp")
     size = (tmp_path / "a.bmp").stat().st_size
-    assert load_image("a.bmp", root=tmp_path, max_bytes=size).size == (6, 4)
-    assert refusal("a.bmp", tmp_path, max_bytes=size - 1) == (
-        f"image 'a.bmp' has {size} bytes, more than the limit of {size - 1}; make it smaller"
+    with applied(Reading(max_image_bytes=size)):
+        assert load_image("a.bmp", root=tmp_path).size == (6, 4)
+    assert refusal("a.bmp", tmp_path, max_image_bytes=size - 1) == (
+        f"image 'a.bmp' has {size} bytes, more than the limit of {size - 1}; make it smaller, or set "
+        f"data.reading.max_image_bytes={size}"
     )
 
 
@@ -134,7 +138,8 @@ def test_a_bomb_is_refused_from_its_header_whatever_pillow_is_set_to(
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded before the size was checked"))
     (tmp_path / "bomb.png").write_bytes(png(50_000, 40_000, b"\0" * 99))
     assert refusal("bomb.png", tmp_path) == (
-        "image 'bomb.png' has 2,000,000,000 pixels (50000 x 40000), more than the limit of 67,108,864; make it smaller"
+        "image 'bomb.png' has 2,000,000,000 pixels (50000 x 40000), more than the limit of 67,108,864; make it "
+        "smaller, or set data.reading.max_image_pixels=2000000000"
     )
 
 
@@ -142,13 +147,49 @@ def test_a_bomb_past_pillows_own_limit(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png(50_000, 40_000, b"\0" * 99))
     message = refusal("bomb.png", tmp_path)
     assert message.startswith("image 'bomb.png' has too many pixels (Image size (2000000000 pixels) exceeds limit")
-    assert message.endswith("; make it smaller")
+    assert message.endswith("; make it smaller, or set data.reading.max_image_pixels= higher")
 
 
 def test_the_pixel_limit_itself_is_allowed(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
-    assert load_image("a.png", root=tmp_path, max_pixels=24).size == (6, 4)
-    assert "has 24 pixels (6 x 4), more than the limit of 23;" in refusal("a.png", tmp_path, max_pixels=23)
+    with applied(Reading(max_image_pixels=24)):
+        assert load_image("a.png", root=tmp_path).size == (6, 4)
+    assert "has 24 pixels (6 x 4), more than the limit of 23;" in refusal("a.png", tmp_path, max_image_pixels=23)
+
+
+def test_a_limit_that_is_raised_goes_beyond_pillows_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # which refuses twice as many
+    picture().save(tmp_path / "a.png")
+    with applied(Reading(max_image_pixels=24)):
+        assert load_image("a.png", root=tmp_path).size == (6, 4)
+
+
+def test_scans_of_a_progressive_jpeg_are_limited() -> None:
+    data = BytesIO()
+    picture((64, 64)).save(data, "JPEG", progressive=True)
+    plain = data.getvalue()
+    scans = plain.count(START_OF_SCAN)
+    assert 5 < scans < 20
+    last = plain.rindex(START_OF_SCAN)
+    many = plain[:-2] + plain[last:-2] * 400 + plain[-2:]
+    message = rf"^image 'x' has {scans + 400} scans, more than the limit of 64; .* data\.reading\.max_image_scans="
+    with pytest.raises(BadSample, match=message):
+        decode_image(many, name="x")
+    with applied(Reading(max_image_scans=scans + 400)):
+        assert decode_image(many, name="x").size == (64, 64)
+
+
+def test_deep_pictures_can_be_scaled_by_the_range_that_they_hold() -> None:
+    data = BytesIO()
+    Image.fromarray(np.array([[100, 1100, 4095]], dtype=np.uint16)).save(data, "PNG")  # 12 bits, as X-rays have them
+    plain = BytesIO()
+    Image.fromarray(np.array([[4095, 4095]], dtype=np.uint16)).save(plain, "PNG")
+    seen = np.asarray(decode_image(data.getvalue(), name="x"))[0, :, 0]
+    assert seen.tolist() == [0, 4, 15]
+    with applied(Reading(image_range="found")):
+        seen = np.asarray(decode_image(data.getvalue(), name="x"))[0, :, 0]
+        assert seen.tolist() == [0, 64, 255]  # 64 = 1000 / 3995 of 255
+        assert np.asarray(decode_image(plain.getvalue(), name="x"))[0, :, 0].tolist() == [15, 15]
 
 
 ONE_RED = b"\0" + bytes(RED)  # the row of a PNG of one pixel
@@ -173,7 +214,8 @@ def test_later_frames_are_never_reached(monkeypatch: pytest.MonkeyPatch, suffix:
     Image.new("RGB", (8, 8), RED).save(file, suffix, save_all=True, append_images=[later] * 3)
     for reader in ("Png", "Gif", "WebP", "Tiff"):
         monkeypatch.setattr(f"PIL.{reader}ImagePlugin.{reader}ImageFile.seek", lambda *_: pytest.fail("moved on"))
-    assert decode_image(file.getvalue(), name="a", max_pixels=64).size == (8, 8)
+    with applied(Reading(max_image_pixels=64)):
+        assert decode_image(file.getvalue(), name="a").size == (8, 8)
 
 
 def test_a_gif_whose_frame_is_larger_than_its_screen() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.test_sources_files import answer, picture, refusal, samples, write
+from vlm.data.reading import Reading, applied
 from vlm.data.sources.image_folder import ImageFolder
 
 
@@ -62,7 +64,28 @@ def test_what_lacks_its_other_half_is_named_and_counted(tree: Path) -> None:
     assert source.left_out == {"text files without an image": 1}
     assert refusal(source, 0) == "sample '2.jpeg' has no '2.txt' beside it; write its caption there"
     assert refusal(source, 1) == "sample 'a/0.png' has no text as its caption; write one or remove the sample"
-    assert refusal(source, 2).startswith("sample 'a/b/1.PNG' has a '1.txt' that cannot be read ('utf-8' codec")
+    assert refusal(source, 2).startswith("sample 'a/b/1.PNG' cannot be used: text 'a/b/1.txt' is not UTF-8 (")
+
+
+def test_texts_are_read_as_pictures_are(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for name in ("2.txt", "a/0.txt", "a/b/1.txt"):
+        (tree / name).unlink()
+    os.mkfifo(tree / "2.txt")
+    outside = write(tmp_path_factory.mktemp("outside") / "secret.txt", "secret")
+    (tree / "a" / "0.txt").symlink_to(outside)
+    write(tree / "a" / "b" / "1.txt", "x" * 1001)
+    with applied(Reading(max_text_bytes=1000)):
+        source = folder(tree)
+    assert "text '2.txt' under" in refusal(source, 0)
+    assert "is not a regular file; replace it with a text file" in refusal(source, 0)
+    assert "text 'a/0.txt' lies outside the folder" in refusal(source, 1)
+    assert refusal(source, 2) == (
+        "sample 'a/b/1.PNG' cannot be used: text 'a/b/1.txt' has 1,001 bytes, more than the limit of 1,000; make it "
+        "smaller, or set data.reading.max_text_bytes=1001"
+    )
+    message = r"holds more than 3 files and folders; .* or data\.reading\.max_files=6 to look"
+    with applied(Reading(max_files=3)), pytest.raises(ValueError, match=message):
+        folder(tree)
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:

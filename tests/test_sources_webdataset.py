@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.test_sources_files import answer, refusal, samples
+from vlm.data.reading import Reading, applied
 from vlm.data.sources.webdataset import WebDataset, shard_files
 
 
@@ -84,6 +85,28 @@ def test_patterns(tmp_path: Path) -> None:
         found("a-{09..12}.tar")
     with pytest.raises(ValueError, match=r"^data\.shards='.*' finds no shard; name existing \.tar files$"):
         found("c*.tar")
+
+
+@pytest.mark.parametrize("pattern", ["a-{000000000..100000000}.tar", "{a,b}-{0..9}{0..9}{0..9}.tar", "**/*.tar"])
+def test_a_pattern_without_end(tmp_path: Path, pattern: str) -> None:
+    captions(tmp_path / "a.tar", 0)
+    (tmp_path / "loop").symlink_to(tmp_path)  # `**` follows it again and again
+    with (
+        applied(Reading(max_files=1000 if "{" in pattern else 20)),
+        pytest.raises(ValueError, match=r"^data\.shards='.*' .* more than (1,000|20) .*, or set data\.reading\.max_f"),
+    ):
+        shard_files(str(tmp_path / pattern), option="shards")
+    if pattern == "**/*.tar":
+        assert tmp_path / "a.tar" in shard_files(str(tmp_path / pattern), option="shards")
+
+
+def test_texts_and_pictures_of_a_shard_have_limits(tmp_path: Path) -> None:
+    made = source(captions(tmp_path / "0.tar", 0))
+    for option, says in (("max_text_bytes", "its txt has 6 bytes"), ("max_image_bytes", f"image 1 has {len(png(0))}")):
+        with applied(Reading(**{option: 5})):
+            assert refusal(made).startswith(f"sample '0.tar/0000': {says}")
+    with applied(Reading(max_text_bytes=6, max_image_bytes=len(png(0)))):
+        assert answer(made[0]) == "Dot 0."
 
 
 def test_an_epoch_is_shuffled_within_a_few_shards(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     typed("data", loader, VLMDataModule)
     if augment := loader.get("augment"):
         bind("data.augment", {"_target_": "vlm.data.augment.Augment", **augment})
+    bind("data.reading", {"_target_": "vlm.data.reading.Reading", **(loader.get("reading") or {})})
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)

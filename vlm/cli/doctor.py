@@ -51,7 +51,7 @@ def doctor(cfg: Any) -> None:
         return bar.track(loader, total=len(loader), description=what)
 
     with bar:
-        readers = {split: Reader(source=s, text=data.text, language=language) for split, s in data.splits.items()}
+        readers = {split: Reader(source=s, judge=data.judge, language=language) for split, s in data.splits.items()}
         checkups = {split: Checkup(read(reader, f"reading {split}")) for split, reader in readers.items()}
         if benchmark is not None:
             benchmark.keep(read(benchmark, "reading the benchmark"))

@@ -41,9 +41,7 @@ def scores(
     found = np.full(len(data.splits[split]), np.nan)
     if len(indices) < 2:
         return found
-    rows: Any = Rows(
-        source=data.splits[split], split=split, text=data.text, spec=data.spec, max_bad=0, bad_samples_file=None
-    )
+    rows: Any = Rows(source=data.splits[split], split=split, judge=data.judge, max_bad=0, bad_samples_file=None)
     batches: Any = EvenBatches(indices, batch_size=max(2, data.batch_size))
     loader = DataLoader(
         rows,

@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from torch.utils.data import Dataset
 
 from vlm.data.duplicates import Look, Looks, digest, look
 from vlm.data.images import load_image
+from vlm.data.judge import Judge
 from vlm.schema import BadSample, Message, Sample, Source
-from vlm.text.encode import TextEncoder
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 # A word is a run of letters or digits, or two characters of a script that puts no space between words.
@@ -43,25 +44,25 @@ class Entry(NamedTuple):
 class Reader(Dataset[Entry]):
     """A split as entries; reading, decoding and tokenising happen here, in the loader's workers."""
 
-    def __init__(self, *, source: Source, text: TextEncoder, language: Callable[[str], str] | None) -> None:
-        self.source, self.text, self.language = source, text, language
-        self._unlimited = copy.copy(text)
-        self._unlimited.max_length = sys.maxsize
+    def __init__(self, *, source: Source, judge: Judge, language: Callable[[str], str] | None) -> None:
+        self.source, self.judge, self.language = source, judge, language
+        unlimited = copy.copy(judge.text)
+        unlimited.max_length = sys.maxsize
+        self._unlimited = replace(judge, text=unlimited)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Entry:
         try:
-            sample = self.source[index]
+            sample = self.judge.read(self.source, index)
         except BadSample as error:
             return Entry(kind=error.kind, message=str(error))
         answers = answers_of(sample)
         try:
             entry = self._lengths(sample)
-        except ValueError as error:  # also what the chat template refuses
-            kind = error.kind if isinstance(error, BadSample) else "other_defect"
-            return Entry(id=sample.id, kind=kind, message=str(error))
+        except BadSample as error:
+            return Entry(id=sample.id, kind=error.kind, message=str(error))
         looks = tuple(look(image) for image in sample.images)
         return entry._replace(
             looks=looks,
@@ -73,8 +74,8 @@ class Reader(Dataset[Entry]):
         )
 
     def _lengths(self, sample: Sample) -> Entry:
-        """The entry of a sample that may be too long, which says so. Raises ValueError for any other defect."""
-        row = self._unlimited.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
+        """The entry of a sample that may be too long, which says so. Raises BadSample for any other defect."""
+        row = self._unlimited.encoded(sample)
         if "" in map(str.strip, answers_of(sample)):
             says = "has an empty answer among its turns; write it or remove the sample"
             raise BadSample(f"sample '{sample.id}' {says}", "empty_text")
@@ -84,9 +85,9 @@ class Reader(Dataset[Entry]):
             tokens=len(row.input_ids),
             visual_tokens=sum(row.image_mask),
         )
-        if entry.tokens > self.text.max_length:
+        if entry.tokens > self.judge.text.max_length:
             try:
-                self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
+                self.judge.encoded(sample)
             except BadSample as error:
                 return entry._replace(kind=error.kind, message=str(error))
         return entry

@@ -13,15 +13,18 @@ from torch.utils.data import DataLoader, Sampler
 
 from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
-from vlm.data.collate import collate, make_row
+from vlm.data.collate import collate
 from vlm.data.filter import filtered
+from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
+from vlm.data.reading import Reading, applied
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
 from vlm.data.workers import WorkerContext
 from vlm.ranges import BatchSize, Name, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
+from vlm.text.turns import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,12 +46,14 @@ class VLMDataModule(pl.LightningDataModule):
         train_on, system_prompt, too_long: as `TextEncoder` takes them.
         num_val_samples: how many of the held-out samples every validation takes (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
-        max_bad_share: with `skip`, the share of bad samples above which the run stops all the same.
+        max_bad_share: with `skip`, the share of bad samples above which the run stops all the same; above 0 it allows
+            one at least.
         seed: of the order of the samples.
         bad_samples_file: where skipped samples are named; None writes nothing.
         filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
         text_replay: the share of the training samples that are conversations without images; 0 adds none.
         replay_annotations: a file of such conversations; None takes those of the project.
+        reading: the options of `Reading`: how much of one thing is read, and how deep pictures become one of 8 bits.
 
     `connect` tells what only the model knows; call it before a loader is asked for.
     """
@@ -75,16 +80,24 @@ class VLMDataModule(pl.LightningDataModule):
         filter: Name | None = None,
         text_replay: Annotated[float, Range(0, 0.9)] = 0.0,
         replay_annotations: Name | None = None,
+        reading: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
-        if filter is not None:
-            self.splits = filtered(self.splits, filter)
-        for split, samples in self.splits.items():
-            if len(samples) < 2:
-                raise ValueError(f"the {split} split has {len(samples)} samples, it needs at least 2; see data.*")
-        if text_replay:
-            self.splits["train"] = with_replay(self.splits["train"], share=text_replay, annotations=replay_annotations)
+        self.reading = Reading(**(reading or {}))
+        with applied(self.reading):
+            self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
+            if filter is not None:
+                self.splits = filtered(self.splits, filter)
+            for split, samples in self.splits.items():
+                if len(samples) < 2:
+                    raise ValueError(
+                        f"the {split} split has {count(len(samples), 'sample')} and needs at least 2; give more data, "
+                        "or set the option of the source that shares them out, such as data.val_fraction="
+                    )
+            if text_replay:
+                self.splits["train"] = with_replay(
+                    self.splits["train"], share=text_replay, annotations=replay_annotations
+                )
         if batching == "tokens" and batch_tokens < max_length:
             raise ValueError(
                 f"data.batch_tokens={batch_tokens} does not hold a row of data.max_length={max_length} tokens; "
@@ -108,7 +121,7 @@ class VLMDataModule(pl.LightningDataModule):
         max_answers: int | None = None,
     ) -> None:
         """Learn what a picture and a word are to the model, and how many answers a row may hold (None: any number)."""
-        self.spec, self.max_answers = spec, max_answers
+        self.spec = spec
         self.text = TextEncoder(
             tokenizer=tokenizer,
             num_image_tokens=spec.num_tokens,
@@ -120,6 +133,7 @@ class VLMDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             too_long=self.too_long,
         )
+        self.judge = Judge(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers)
         self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
 
     def counts(self) -> dict[str, int]:
@@ -133,9 +147,8 @@ class VLMDataModule(pl.LightningDataModule):
         return found
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
-        """Read some samples of each split as training will, and stop at what would train wrongly."""
-        look = partial(preflight, encoder=self.text, num_samples=num_samples, show=show, max_answers=self.max_answers)
-        return [look(name=split, source=source) for split, source in self.splits.items()]
+        """Read some samples of each split as training will, and stop where it could not."""
+        return [preflight(rows, num_samples=num_samples, show=show) for rows in self._rows.values()]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.splits["train"]
@@ -175,18 +188,23 @@ class VLMDataModule(pl.LightningDataModule):
         return [i * num // wanted for i in range(wanted)]
 
     def prompts(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
-        """Held-out samples up to their last answer, left-padded to generate from; bad ones are left out."""
+        """Held-out samples up to their last answer, left-padded to generate from; bad ones are left out.
+
+        Raises ValueError where all of them are.
+        """
         rows = []
+        found = False
         for index in indices:
             try:
-                sample = self.splits["val"][index]
-                encoded = self.text.encode_prompt(sample.id, sample.messages, len(sample.images), sample.sizes)
-                rows.append(make_row(sample, encoded, self.spec))
+                sample = self.judge.sample(self.splits["val"], index)
+                rows.append(self.judge.row(sample, self.judge.prompt(sample)))
             except BadSample as error:
                 self._rows["val"].quarantine(index, error)
             if rows and (len(rows) == batch_size or index == indices[-1]):
                 yield collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
-                rows = []
+                rows, found = [], True
+        if not found:
+            raise self._rows["val"].none_left()
 
     def _rank(self) -> tuple[int, int]:
         """Which of how many ranks this process is."""
@@ -197,9 +215,8 @@ class VLMDataModule(pl.LightningDataModule):
         source: Any = self.splits["train"]
         try:
             # Where images are tiled, their sizes count too, and only the images tell.
-            outline = self.spec.tile_rows is None and hasattr(source, "outline")
-            sample = source.outline(index) if outline else source[index]
-            return len(self.text.encode(sample.id, sample.messages, sample.num_images, sample.sizes).input_ids)
+            sample = (self.judge.outline if self.spec.tile_rows is None else self.judge.sample)(source, index)
+            return len(self.judge.encoded(sample, num_images=sample.num_images).input_ids)
         except BadSample:
             return 1
 
@@ -207,9 +224,8 @@ class VLMDataModule(pl.LightningDataModule):
         return Rows(
             source=source,
             split=split,
-            text=self.text,
-            spec=self.spec,
-            max_bad=int(self.max_bad_share * len(source)),
+            judge=self.judge,
+            max_bad=max(1, int(self.max_bad_share * len(source))) if self.max_bad_share else 0,
             bad_samples_file=self.bad_samples_file,
             augment=self.augment if split == "train" else None,
             seed=self.seed,

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.data.files import read_inside
+from vlm.data.judge import read
+from vlm.data.reading import current
 from vlm.schema import BadSample, Sample, Source, Split
 
 CHECKED = 32  # samples whose ids are compared: each has to be read
+BYTES = 1024  # of the file, for each sample that it may name
 
 
 class Filtered:
@@ -18,11 +22,12 @@ class Filtered:
     It has `outline`, `order` and `names` where the source has them. `left_out` counts these samples too.
     """
 
-    def __init__(self, source: Source, *, left_out: Sequence[int]) -> None:
+    def __init__(self, source: Source, *, split: Split, left_out: Sequence[int]) -> None:
         self.source: Any = source
         gone = set(left_out)
         self.kept = [index for index in range(len(source)) if index not in gone]
-        self.left_out = {**getattr(source, "left_out", {}), "samples by data.filter": len(gone)}
+        share = f"{len(gone) / max(1, len(source)):.0%}".replace("%", " %")
+        self.left_out = {**getattr(source, "left_out", {}), f"samples by data.filter ({share} of {split})": len(gone)}
         if hasattr(source, "names"):
             self.names = source.names
         if hasattr(source, "outline"):
@@ -50,18 +55,30 @@ def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
     Raises ValueError where there is no such file, or where it was made for other data: another number of samples, or
     other ids.
     """
+    path = Path(file).expanduser().resolve()
+    if not path.exists():
+        raise ValueError(f"there is no file '{file}'; set data.filter= to a filter.json of vlm-doctor")
+    limit = current().max_text_bytes + BYTES * sum(map(len, sources.values()))
+    data = read_inside(path.name, root=path.parent, what="filter", option="max_text_bytes", limit=limit)
     try:
-        splits = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-        kept: dict[Split, Source] = {}
-        for split, source in sources.items():
-            indices, ids = splits[split]["indices"], splits[split]["ids"]
-            _check(file, split, source, splits[split]["num_samples"], dict(zip(indices, ids, strict=True)))
-            kept[split] = Filtered(source, left_out=indices)
-        return kept
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no file '{file}'; set data.filter= to a filter.json of vlm-doctor") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        parts = json.loads(data)
+        named = {split: _named(split, **parts[split]) for split in sources}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"'{file}' is not a filter.json ({error!r}); run vlm-doctor again") from error
+    kept: dict[Split, Source] = {}
+    for split, source in sources.items():
+        num_samples, ids = named[split]
+        _check(file, split, source, num_samples, ids)
+        kept[split] = Filtered(source, split=split, left_out=list(ids))
+    return kept
+
+
+def _named(split: Split, *, num_samples: int, indices: list[Any], ids: list[Any]) -> tuple[int, dict[int, Any]]:
+    """The number of samples of a split, and the ids of those to leave out by their index."""
+    for index in indices:
+        if type(index) is not int or not 0 <= index < num_samples:
+            raise ValueError(f"{split} has {num_samples} samples, which index {index!r} is none of")
+    return num_samples, dict(zip(indices, ids, strict=True))
 
 
 def _check(file: str, split: Split, source: Source, num_samples: int, ids: Mapping[int, str | None]) -> None:
@@ -83,6 +100,6 @@ def _check(file: str, split: Split, source: Source, num_samples: int, ids: Mappi
 def _id(source: Any, index: int) -> str | None:
     """The sample's id; None for one that cannot be read."""
     try:
-        return source[index].id
+        return read(source, index, reading=current()).id
     except BadSample:
         return None

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,13 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from vlm.data.files import check_bytes, read_inside
+from vlm.data.reading import current
 from vlm.schema import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also reads EPS (runs Ghostscript), FITS, PSD, ...
-MAX_BYTES = 2**26  # 64 MiB
-MAX_PIXELS = 2**26  # 8192 x 8192, which is 192 MiB as RGB
 DRAFT_SIDE = 1344  # pixels a side that a JPEG keeps at least: twice what tiles of 336 pixels, two by two, make of it
+START_OF_SCAN = b"\xff\xda"  # inside a scan, which holds most of a JPEG, no such pair occurs
 WHITE = (255, 255, 255)
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values and the turns that undo them are those of ImageOps.exif_transpose
@@ -66,19 +64,17 @@ class BadImage(BadSample):
         super().__init__(message, "unreadable_image")
 
 
-def load_image(
-    path: str | Path, *, root: Path, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def load_image(path: str | Path, *, root: Path) -> Image.Image:
     """The file's picture as RGB: upright (EXIF), on white where it is transparent, the first frame where it moves.
 
     `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. The
     number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
-    Raises `BadImage`, naming the file, what is wrong and the remedy.
+    The limits are those of data.reading. Raises `BadSample`, naming the file, what is wrong and the remedy.
     """
-    return decode_image(_read(path, root=root, max_bytes=max_bytes), name=str(path), max_pixels=max_pixels)
+    return decode_image(read_inside(path, root=root, what="image", option="max_image_bytes"), name=str(path))
 
 
-def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, name: str) -> Image.Image:
     """The picture that a file of these bytes holds, as `load_image` gives it; errors call it `name`.
 
     A JPEG of twice `DRAFT_SIDE` or more on both sides is decoded at a half, a quarter or an eighth of its size, which
@@ -86,23 +82,34 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Ima
 
     Raises `BadImage`, naming what is wrong and the remedy.
     """
+    reading = current()
+    check_bytes(f"image '{name}'", len(data), option="max_image_bytes")
+    if Image.MAX_IMAGE_PIXELS is not None:  # else Pillow would refuse what data.reading allows
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, reading.max_image_pixels)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > reading.max_image_pixels:
                 raise BadImage(
                     f"image '{name}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
-                    f"{max_pixels:,}; make it smaller"
+                    f"{reading.max_image_pixels:,}; make it smaller, or set "
+                    f"data.reading.max_image_pixels={width * height}"
+                )
+            if image.format == "JPEG" and (scans := data.count(START_OF_SCAN)) > reading.max_image_scans:
+                raise BadImage(
+                    f"image '{name}' has {scans} scans, more than the limit of {reading.max_image_scans}; save it "
+                    f"anew, or set data.reading.max_image_scans={scans}"
                 )
             image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))  # of JPEG alone
             decoded = _by_torchvision(image, data) if image.size == (width, height) else None
             if decoded is None:
                 image.load()
-            return _to_rgb(_upright(decoded or image, image), name)
+            return to_rgb(_upright(decoded or image, image), name=name)
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # past Pillow's own limit: no size
-        raise BadImage(f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller") from error
+        says = f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller, or set data.reading."
+        raise BadImage(f"{says}max_image_pixels= higher") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"image '{name}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
@@ -113,52 +120,21 @@ def decode_image(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Ima
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
     """The image in the middle of a square of colour `fill`.
 
-    Raises `ValueError` where the square would hold more than `MAX_PIXELS`: a strip of 1 x 60,000 pixels passes for a
-    small image until it is padded.
+    Raises `ValueError` where the square would hold more pixels than data.reading allows: a strip of 1 x 60,000 pixels
+    passes for a small image until it is padded.
     """
     width, height = image.size
     side = max(width, height)
     if width == height:
         return image
-    if side * side > MAX_PIXELS:
+    if side * side > (limit := current().max_image_pixels):
         raise ValueError(
             f"{width} x {height} pixels padded to a square are {side * side:,} pixels, more than the limit of "
-            f"{MAX_PIXELS:,}; make the image smaller"
+            f"{limit:,}; make the image smaller, or set data.reading.max_image_pixels={side * side}"
         )
     square = Image.new(image.mode, (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-@cache
-def _resolved(root: Path) -> str:
-    return os.path.realpath(root)
-
-
-def _read(path: str | Path, *, root: Path, max_bytes: int) -> bytes:
-    try:
-        home = _resolved(root)
-        file = os.path.realpath(os.path.join(home, path))  # in half the time that pathlib takes
-        if not os.path.join(file, "").startswith(os.path.join(home, "")):
-            raise BadImage(f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder")
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
-            raise BadImage(f"image '{path}' under '{root}' is not a regular file; replace it with an image file")
-        if status.st_size > max_bytes:
-            raise BadImage(
-                f"image '{path}' has {status.st_size:,} bytes, more than the limit of {max_bytes:,}; make it smaller"
-            )
-        with open(file, "rb") as handle:
-            return handle.read(status.st_size)  # told more, Python would make room for all of it
-    except BadImage:
-        raise
-    except FileNotFoundError as error:
-        raise BadImage(f"image '{path}' does not exist under '{root}'; add the file or remove its sample") from error
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise BadImage(f"image '{path}' cannot be read ({reason}); replace the file") from error
-    except ValueError as error:  # a null byte or half a surrogate pair in the name
-        raise BadImage(f"image {str(path)!r} is not a usable path ({error}); rename the file") from error
 
 
 def _by_torchvision(image: Image.Image, data: bytes) -> ArrayImage | None:
@@ -187,7 +163,12 @@ def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
+    """The picture as RGB with 8 bits a channel, on white where it is transparent; errors call it `name`.
+
+    Of 16 bits, the brightest value is white, or with `data.reading.image_range=found` the brightest that it holds, and
+    the darkest that it holds black.
+    """
     if image.mode in ("I", "F"):
         raise BadImage(
             f"image '{name}' holds 32-bit values (mode {image.mode}), of which none is known to be white; "
@@ -195,11 +176,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         )
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which makes most of the picture white
         values = np.asarray(image)
-        grey = (values >> 8).astype(np.uint8)
-        grey[values == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(grey)
+        gray = (values >> 8).astype(np.uint8) if current().image_range == "full" else _stretched(values)
+        gray[values == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         image = Image.new("RGB", seen.size, WHITE)
         image.paste(seen, mask=seen.getchannel("A"))
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """The values from their least to their largest as 0 to 255; one value alone stays what it is of 16 bits."""
+    low, high = int(values.min()), int(values.max())
+    if low == high:
+        return (values >> 8).astype(np.uint8)
+    return np.rint((values.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)

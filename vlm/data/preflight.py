@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vlm.schema import IGNORE, BadSample, Source
-from vlm.text.encode import TextEncoder
+from vlm.data.rows import Rows
+from vlm.schema import IGNORE, BadSample
 from vlm.text.row import Encoded
+from vlm.text.turns import count
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class PreflightReport:
     """What some rows of one split hold, in tokens; `num_tokens` counts all, visual ones included."""
 
     name: str
-    num_samples: int  # read and encoded
-    num_unreadable: int  # left to the loader's quarantine
+    num_samples: int  # that can be used
+    num_bad: int  # left to the loader, which names and counts them
     num_tokens: int
     num_supervised_tokens: int
     num_visual_tokens: int
@@ -26,66 +28,46 @@ class PreflightReport:
     left_out: dict[str, int]  # what the source passes over in its data, and how much of it
 
 
-def preflight(
-    *,
-    name: str,
-    source: Source,
-    encoder: TextEncoder,
-    num_samples: int,
-    show: int,
-    max_answers: int | None = None,
-) -> PreflightReport:
-    """Takes `num_samples` samples, evenly spread over the split `name`, through tokenizer and chat template.
+def preflight(rows: Rows, *, num_samples: int, show: int) -> PreflightReport:
+    """Takes `num_samples` samples, evenly spread over a split, through the judgment that training has of them.
 
-    Raises ValueError on the first sample that `TextEncoder.encode` refuses (no supervised token, a missing end of turn,
-    cut image tokens, images and placeholders that differ) or that has more than `max_answers` to learn, and where no
-    sample can be had at all. A sample that cannot be read is counted only.
+    Raises ValueError where more of them cannot be used than the loader would bear, or none can.
     """
+    source, name = rows.source, rows.split
     taken = min(num_samples, len(source))
     if taken < 1:
         raise ValueError(
             f"preflight of '{name}' has {len(source)} samples to look at; set data.root= or preflight.samples="
         )
-    rows: list[Encoded] = []
+    encoded: list[Encoded] = []
     shown: list[str] = []
-    unreadable: list[BadSample] = []
-    for index in range(taken):
+    bad: list[BadSample] = []
+    for number in range(taken):
         try:
-            sample = source[index * len(source) // taken]
+            row = rows.judge.encoded(rows.judge.sample(source, number * len(source) // taken))
         except BadSample as error:
-            unreadable.append(error)
+            bad.append(error)
             continue
-        try:
-            row = encoder.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
-            _check_answers(sample.id, len(encoder.supervised(row)), max_answers)
-        except ValueError as error:
-            raise ValueError(f"preflight of '{name}': {error}") from error
-        rows.append(row)
+        encoded.append(row)
         if len(shown) < show:
-            shown.append(encoder.display(row))
-    if not rows:
+            shown.append(rows.judge.text.display(row))
+    if not encoded:
         raise ValueError(
-            f"preflight of '{name}' could read none of {taken} samples; repair the data, first: {unreadable[0]}"
-        ) from unreadable[0]
+            f"preflight of '{name}' can use none of {count(taken, 'sample')}; repair the data, first: {bad[0]}"
+        ) from bad[0]
+    if bad:
+        rows.check(len(bad), bad[-1])
     return PreflightReport(
         name=name,
-        num_samples=len(rows),
-        num_unreadable=len(unreadable),
-        num_tokens=sum(len(row.input_ids) for row in rows),
-        num_supervised_tokens=sum(label != IGNORE for row in rows for label in row.labels),
-        num_visual_tokens=sum(sum(row.image_mask) for row in rows),
-        longest_row=max(len(row.input_ids) for row in rows),
+        num_samples=len(encoded),
+        num_bad=len(bad),
+        num_tokens=sum(len(row.input_ids) for row in encoded),
+        num_supervised_tokens=sum(label != IGNORE for row in encoded for label in row.labels),
+        num_visual_tokens=sum(sum(row.image_mask) for row in encoded),
+        longest_row=max(len(row.input_ids) for row in encoded),
         shown=shown,
         left_out={what: num for what, num in getattr(source, "left_out", {}).items() if num},
     )
-
-
-def _check_answers(sample_id: str, num_answers: int, most: int | None) -> None:
-    if most is not None and num_answers > most:
-        raise ValueError(
-            f"sample '{sample_id}' has {num_answers} answers, but an encoder-decoder llm learns {most} a row; "
-            "set data.train_on=last_assistant or choose data with one answer a sample (of shapes, data.num_questions=1)"
-        )
 
 
 def render(reports: Sequence[PreflightReport]) -> str:
@@ -95,15 +77,15 @@ def render(reports: Sequence[PreflightReport]) -> str:
 
     table = Table(title="Preflight", title_justify="left")
     table.add_column("split")
-    for heading in ("samples", "unreadable", "supervised", "total", "share", "visual", "longest row"):
+    for heading in ("samples", "bad", "supervised", "total", "share", "visual", "longest row"):
         table.add_column(heading, justify="right")
     for report in reports:
-        counts = (report.num_samples, report.num_unreadable, report.num_supervised_tokens, report.num_tokens)
+        counts = (report.num_samples, report.num_bad, report.num_supervised_tokens, report.num_tokens)
         share = f"{report.num_supervised_tokens / report.num_tokens:.1%}"
         tail = (share, f"{report.num_visual_tokens:,}", f"{report.longest_row:,}")
         table.add_row(report.name, *(f"{count:,}" for count in counts), *tail)
     text = io.StringIO()
-    Console(file=text, width=100).print(table)
+    Console(file=text, width=100, markup=False, emoji=False).print(table)
     lines = [text.getvalue().rstrip()]
     lines += _left_out(reports)
     lines += [f"{report.name} {index}: {row}" for report in reports for index, row in enumerate(report.shown)]
@@ -114,6 +96,11 @@ def _left_out(reports: Sequence[PreflightReport]) -> Iterator[str]:
     """A line a split; one for all that have left out the same, as most count over the whole of the data."""
     splits: dict[str, list[str]] = {}
     for report in reports:
-        counts = ", ".join(f"{num:,} {what}" for what, num in report.left_out.items())
+        counts = ", ".join(f"{num:,} {_singular(what) if num == 1 else what}" for what, num in report.left_out.items())
         splits.setdefault(counts, []).append(report.name)
     return (f"{' and '.join(names)} left out: {counts}" for counts, names in splits.items() if counts)
+
+
+def _singular(what: str) -> str:
+    """The first plural of a phrase as a singular: a text file without an image."""
+    return re.sub(r"ie\b", "y", re.sub(r"^(.*?\w)s\b", r"\1", what, count=1), count=1)

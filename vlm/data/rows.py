@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,20 +13,23 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
-from vlm.data.collate import Row, join, make_row
-from vlm.schema import BAD_KINDS, BadSample, Source, Split, VisualSpec
-from vlm.text.encode import TextEncoder
+from vlm.data.collate import Row, join
+from vlm.data.judge import Judge
+from vlm.schema import BAD_KINDS, BadSample, Source, Split
+from vlm.text.turns import count
 
 STATES = ("sound", *BAD_KINDS, "truncated")
+NAMED = 1000  # bad samples of a split that the file names
 
 
 class Rows(Dataset[Row]):
     """`rows[indices]` is the row of these samples, side by side. From the number of samples on, an index means the same
     samples in later epochs, which `augment` shows otherwise.
 
-    A sample that cannot be used is named in a file and left out; where none is left, the next one takes its place. What
-    the file names already, as it does in a run that goes on, is not named again. `states` has the number in `STATES` of
-    every sample as far as they were read. Raises ValueError once more than `max_bad` samples of the split are bad.
+    A sample that cannot be used is named in a file and left out; where none is left, another one takes its place. What
+    the file names already, as it does in a run that is resumed, is not named again, and beyond `NAMED` samples of a
+    split are counted alone. `states` has the number in `STATES` of every sample as far as they were read. Raises
+    ValueError once more than `max_bad` samples of the split are bad, and where none of them can be used.
     """
 
     def __init__(
@@ -33,19 +37,19 @@ class Rows(Dataset[Row]):
         *,
         source: Source,
         split: Split,
-        text: TextEncoder,
-        spec: VisualSpec,
+        judge: Judge,
         max_bad: int,
         bad_samples_file: Path | None,
         augment: Callable[[Image, str], Image] | None = None,
         seed: int = 0,
     ) -> None:
-        self.source, self.split, self.text, self.spec = source, split, text, spec
+        self.source, self.split, self.judge = source, split, judge
         self.augment, self.seed = augment, seed
         self.max_bad, self.bad_samples_file = max_bad, bad_samples_file
+        self._latest: BadSample | None = None
         self.states = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # seen by every worker
         if bad_samples_file is not None and bad_samples_file.exists():
-            for line in bad_samples_file.read_text().splitlines():
+            for line in bad_samples_file.read_text(encoding="utf-8").split("\n"):
                 with suppress(ValueError, LookupError):  # a line that was being written when the run was killed
                     named = json.loads(line)
                     if named["split"] == split:
@@ -56,21 +60,38 @@ class Rows(Dataset[Row]):
 
     def __getitem__(self, indices: Sequence[int]) -> Row:
         made = [row for row in map(self._read, indices) if row is not None]
-        index = indices[-1]
-        while not made:
-            index += 1
-            made = [row for row in [self._read(index)] if row is not None]
-        return join(made)
+        return join(made or [self._another(indices[-1])])
+
+    def _another(self, index: int) -> Row:
+        """The row of another sample of the same epoch, in the place of one that cannot be used.
+
+        Each is tried once, in long strides: the pictures of a folder that is missing lie next to each other.
+        """
+        num = len(self.source)
+        epoch, index = divmod(index, num)
+        stride = round(num * 0.618) or 1
+        while math.gcd(stride, num) > 1:
+            stride += 1
+        for number in range(1, num):
+            row = self._read(epoch * num + (index + number * stride) % num)
+            if row is not None:
+                return row
+        raise self.none_left()
+
+    def none_left(self) -> ValueError:
+        """What to raise where nothing of the split can be used."""
+        what = f"none of the {len(self.source)} samples of {self.split} can be used"
+        return ValueError(f"{what}; repair the data, for example: {self._latest}")
 
     def _read(self, index: int) -> Row | None:
         epoch, index = divmod(index, len(self.source))
         try:
-            sample = self.source[index]
+            sample = self.judge.sample(self.source, index)
+            encoded = self.judge.encoded(sample)
             if self.augment is not None:
                 seeds = (f"{self.seed} {epoch} {index} {number}" for number in range(len(sample.images)))
                 sample = replace(sample, images=list(map(self.augment, sample.images, seeds)))
-            encoded = self.text.encode(sample.id, sample.messages, len(sample.images), sample.sizes)
-            row = make_row(sample, encoded, self.spec)
+            row = self.judge.row(sample, encoded)
         except BadSample as error:
             self.quarantine(index, error)
             return None
@@ -80,17 +101,24 @@ class Rows(Dataset[Row]):
 
     def quarantine(self, index: int, error: BadSample) -> None:
         """Name and count a bad sample, unless that is done."""
+        self._latest = error
         if self.states[index]:
             return
         self.states[index] = STATES.index(error.kind)
         num_bad = int(((self.states > 0) & (self.states < STATES.index("truncated"))).sum())
+        self.check(num_bad, error)
+        if self.bad_samples_file is not None and num_bad <= NAMED:
+            named = {"split": self.split, "index": index, "kind": error.kind, "error": str(error)}
+            lines = [named, *([{"split": self.split, "note": "more are counted, not named"}] * (num_bad == NAMED))]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            with open(self.bad_samples_file, "ab") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate, as JSON writes it
+
+    def check(self, num_bad: int, error: BadSample) -> None:
+        """Raise ValueError, naming the latest of them, where that many bad samples are more than are allowed."""
         if num_bad > self.max_bad:
             remedy = "data.max_bad_share" if self.max_bad else "data.on_bad_sample=skip and data.max_bad_share"
             raise ValueError(
-                f"{error} ({num_bad} bad samples of {len(self.source)}, {self.max_bad} allowed: repair them, or set "
-                f"{remedy} above {num_bad / len(self.source):.2g})"
+                f"{error} ({count(num_bad, 'bad sample')} of {len(self.source)}, {self.max_bad} allowed: repair them, "
+                f"or set {remedy} above {num_bad / len(self.source):.2g})"
             ) from error
-        if self.bad_samples_file is not None:
-            with open(self.bad_samples_file, "a") as file:
-                named = {"split": self.split, "index": index, "kind": error.kind, "error": str(error)}
-                file.write(json.dumps(named, ensure_ascii=False) + "\n")

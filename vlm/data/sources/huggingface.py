@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.data.annotations import existing_folder
 from vlm.data.conversations import Malformed, caption_messages, conversation, turns_record
-from vlm.data.images import MAX_BYTES, BadImage, decode_image, load_image
+from vlm.data.images import BadImage, decode_image, load_image
 from vlm.data.split import check_split, digest, held_out
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
@@ -115,10 +115,6 @@ class HuggingFace:
         value = picture.as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
         if isinstance(data, bytes):
-            if len(data) > MAX_BYTES:
-                raise BadImage(
-                    f"image {number} has {len(data):,} bytes, more than the limit of {MAX_BYTES:,}; make it smaller"
-                )
             return decode_image(data, name=str(number))
         if isinstance(path, str):
             return load_image(path, root=self.root)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlm.data.annotations import existing_folder
+from vlm.data.files import read_text
+from vlm.data.reading import current
 from vlm.data.sources.captions import Caption, CaptionedImages, caption_of
 from vlm.data.split import check_split
 from vlm.ranges import RatioBelowOne
-from vlm.schema import Split
+from vlm.schema import BadSample, Split
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -56,24 +58,29 @@ class ImageFolder(CaptionedImages):
         super().__init__(captions, split=split, images=folder, where=folder, val_fraction=share, prompt=prompt)
 
 
-def _names(folder: Path, inside: str = "") -> Iterator[str]:
-    with os.scandir(folder / inside) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _names(folder, f"{inside}{entry.name}/")
-            elif not entry.name.startswith("."):  # macOS leaves ._cat.jpg beside cat.jpg
-                yield inside + entry.name
+def _names(folder: Path) -> Iterator[str]:
+    limit, num, folders = current().max_files, 0, [""]
+    while folders:
+        inside = folders.pop()
+        with os.scandir(folder / inside) as entries:
+            for entry in entries:
+                num += 1
+                if num > limit:
+                    raise ValueError(
+                        f"'{folder}' holds more than {limit:,} files and folders; set data.root= to the folder of "
+                        f"images alone, or data.reading.max_files={2 * limit} to look through more"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{inside}{entry.name}/")
+                elif not entry.name.startswith("."):  # macOS leaves ._cat.jpg beside cat.jpg
+                    yield inside + entry.name
 
 
 def _captions(folder: Path, image: str, text: str, exists: bool) -> list[Caption]:
     if not exists:
         return [Caption(image, image, "", f"has no '{os.path.basename(text)}' beside it; write its caption there")]
     try:
-        lines = [line for line in (folder / text).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (UnicodeDecodeError, OSError) as error:
-        return [
-            Caption(
-                image, image, "", f"has a '{os.path.basename(text)}' that cannot be read ({error}); save it as UTF-8"
-            )
-        ]
+        lines = [line for line in read_text(text, root=folder).split("\n") if line.strip()]
+    except BadSample as error:
+        return [Caption(image, image, "", f"cannot be used: {error}")]
     return [caption_of(f"{image}#{i}" if i else image, image, line) for i, line in enumerate(lines or [""])]

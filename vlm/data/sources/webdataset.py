@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +19,9 @@ from jaxtyping import Int
 
 from vlm.data.annotations import Records
 from vlm.data.conversations import Malformed, caption_messages, conversation
-from vlm.data.images import MAX_BYTES, BadImage, decode_image
+from vlm.data.files import check_bytes
+from vlm.data.images import decode_image
+from vlm.data.reading import current
 from vlm.data.split import check_split, digest, held_out
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
@@ -79,10 +84,7 @@ class WebDataset:
         try:
             images = []
             for number, (_, offset, size) in enumerate(pictures, start=1):
-                if size > MAX_BYTES:
-                    raise BadImage(
-                        f"image {number} has {size:,} bytes, more than the limit of {MAX_BYTES:,}; make it smaller"
-                    )
+                check_bytes(f"image {number}", size, option="max_image_bytes")
                 images.append(decode_image(self._bytes(index, offset, size), name=str(number)))
         except BadSample as error:
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
@@ -117,6 +119,8 @@ class WebDataset:
             if not texts:
                 raise Malformed("has neither a txt nor a json member; add its text or remove its images")
             kind = "txt" if "txt" in texts else "json"
+            what = f"sample '{name}': its {kind}"
+            check_bytes(what, texts[kind][1], option="max_text_bytes", kind="other_defect")
             record = _record(self._bytes(index, *texts[kind]), kind)
             caption = record.get("caption")
             if "conversations" in record or "messages" in record:
@@ -152,7 +156,17 @@ def shard_files(pattern: str, *, option: str) -> list[Path]:
     Raises `ValueError` where a named file is missing or nothing matches.
     """
     files: list[Path] = []
-    for name in _braces(str(Path(pattern).expanduser())):
+    limit = current().max_files
+    expanded = str(Path(pattern).expanduser())
+    names = list(itertools.islice(_braces(expanded), limit + 1))
+    if len(names) > limit:
+        raise ValueError(
+            f"data.{option}='{pattern}' names more than {limit:,} shards; name fewer, or set "
+            f"data.reading.max_files={2 * limit}"
+        )
+    for name in names:
+        if "**" in name:
+            _check_depth(name.partition("**")[0], limit, f"data.{option}='{pattern}'")
         found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
         files += [Path(file) for file in found]
     missing = [file for file in files if not file.is_file()]
@@ -164,14 +178,30 @@ def shard_files(pattern: str, *, option: str) -> list[Path]:
     return files
 
 
+def _check_depth(start: str, limit: int, option: str) -> None:
+    """Raise ValueError where `**` would look through more than `limit` files; it follows links, which may be loops."""
+    num, folders = 0, [os.path.dirname(start) or "."]
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                num += 1
+                if num > limit:
+                    raise ValueError(
+                        f"{option} looks through more than {limit:,} files; begin it with the folder that holds the "
+                        f"shards, or set data.reading.max_files={2 * limit}"
+                    )
+                if not entry.name.startswith(".") and entry.is_dir():
+                    folders.append(entry.path)
+
+
 def _braces(pattern: str) -> Iterator[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         yield pattern
         return
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    words = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)] if span else match[1].split(",")
-    for word in words:
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1])
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    for word in (f"{n:0{len(span[1])}d}" for n in numbers) if span else match[1].split(","):
         yield from _braces(pattern[: match.start()] + word + pattern[match.end() :])
 
 

@@ -1,0 +1,69 @@
+"""Files that belong to samples, which nobody has vouched for: regular ones, inside their folder, of bounded size."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import cache
+from pathlib import Path
+
+from vlm.data.reading import current
+from vlm.schema import BadKind, BadSample
+
+
+def read_text(path: str | Path, *, root: Path) -> str:
+    """A UTF-8 text file under `root`. Raises BadSample naming the file, as `read_inside` does."""
+    data = read_inside(path, root=root, what="text", option="max_text_bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"text '{path}' is not UTF-8 ({error.reason}); save it as UTF-8") from error
+
+
+def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: int | None = None) -> bytes:
+    """The bytes of a regular file under `root`, which errors call a `what` (image, text).
+
+    `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. `option`
+    of data.reading holds the most bytes that it may have, unless `limit` says otherwise. Raises BadSample.
+    """
+    limit = getattr(current(), option) if limit is None else limit
+    kind: BadKind = "unreadable_image" if what == "image" else "other_defect"
+    try:
+        home = _resolved(root)
+        file = os.path.realpath(os.path.join(home, path))  # in half the time that pathlib takes
+        if not os.path.join(file, "").startswith(os.path.join(home, "")):
+            raise BadSample(
+                f"{what} '{path}' lies outside the folder '{root}'; put a copy of the file under that folder", kind
+            )
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
+            file_kind = "an image file" if what == "image" else f"a {what} file"
+            raise BadSample(f"{what} '{path}' under '{root}' is not a regular file; replace it with {file_kind}", kind)
+        check_bytes(f"{what} '{path}'", status.st_size, option=option, kind=kind, limit=limit)
+        with open(file, "rb") as handle:
+            return handle.read(status.st_size)  # told more, Python would make room for all of it
+    except BadSample:
+        raise
+    except FileNotFoundError as error:
+        says = f"{what} '{path}' does not exist under '{root}'; add the file or remove its sample"
+        raise BadSample(says, kind) from error
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise BadSample(f"{what} '{path}' cannot be read ({reason}); replace the file", kind) from error
+    except ValueError as error:  # a null byte or half a surrogate pair in the name
+        raise BadSample(f"{what} {str(path)!r} is not a usable path ({error}); rename the file", kind) from error
+
+
+def check_bytes(
+    what: str, size: int, *, option: str, kind: BadKind = "unreadable_image", limit: int | None = None
+) -> None:
+    """Raise BadSample where `what` has more bytes than the limit, which is that of data.reading by default."""
+    limit = getattr(current(), option) if limit is None else limit
+    if size > limit:
+        says = f"{what} has {size:,} bytes, more than the limit of {limit:,}; make it smaller, or set data.reading."
+        raise BadSample(f"{says}{option}={size}", kind)
+
+
+@cache
+def _resolved(root: Path) -> str:
+    return os.path.realpath(root)

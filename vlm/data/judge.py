@@ -1,0 +1,123 @@
+"""Whether a sample can be used: the one judgment that preflight, loader, validation's prompts and doctor share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL.Image import Image
+
+from vlm.data.collate import Row, make_row
+from vlm.data.reading import Reading, applied
+from vlm.schema import BadSample, Sample, Source, VisualSpec
+from vlm.text.encode import TextEncoder
+from vlm.text.row import Encoded
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Takes samples from sources and makes rows of them; what it cannot use is a BadSample that names the sample.
+
+    A text that the chat template refuses is the sample's fault here: of a template that refuses every text, nothing of
+    a split can be used, and preflight says so. `max_answers` is how many answers the LLM learns a row (None: any).
+    """
+
+    text: TextEncoder
+    spec: VisualSpec
+    reading: Reading = field(default_factory=Reading)
+    max_answers: int | None = None
+
+    def read(self, source: Source, index: int) -> Sample:
+        """The sample as its source gives it. Raises BadSample where that cannot read it."""
+        return read(source, index, reading=self.reading)
+
+    def outline(self, source: Any, index: int) -> Sample:
+        """The sample without its images where the source can tell so, else with them."""
+        return read(source, index, reading=self.reading, outline=hasattr(source, "outline"))
+
+    def sample(self, source: Source, index: int) -> Sample:
+        """A sample that keeps what `Sample` promises. Raises BadSample."""
+        sample = self.read(source, index)
+        self.check(sample)
+        return sample
+
+    def check(self, sample: Sample) -> None:
+        """Raise BadSample for pictures other than RGB of 8 bits, and for texts beyond the limits of data.reading."""
+        for number, image in enumerate(sample.images, start=1):
+            if not isinstance(image, Image) or image.mode != "RGB":
+                found = f"mode {image.mode}" if isinstance(image, Image) else f"type {type(image).__name__}"
+                raise BadSample(
+                    f"sample '{sample.id}' has an image (number {number}) of {found} where RGB with 8 bits a channel "
+                    "is due; convert it in the source, for example by to_rgb of vlm.data.images",
+                    "unreadable_image",
+                )
+        characters = sum(len(item.get("text", "")) for message in sample.messages for item in message["content"])
+        for option, num, what in (
+            ("max_turns", len(sample.messages), "turns"),
+            ("max_characters", characters, "characters"),
+        ):
+            if num > (limit := getattr(self.reading, option)):
+                raise BadSample(
+                    f"sample '{sample.id}' has {num:,} {what}, more than the limit of {limit:,}; shorten or remove it, "
+                    f"or set data.reading.{option}={num}",
+                    "too_long",
+                )
+
+    def encoded(self, sample: Sample, *, num_images: int | None = None) -> Encoded:
+        """The conversation in tokens. Raises BadSample where there is no row to train on.
+
+        `num_images` says how many images an outline has.
+        """
+        self.check(sample)
+        encoded = _blamed(self.text.encode, sample, len(sample.images) if num_images is None else num_images)
+        answers = len(self.text.supervised(encoded)) if self.max_answers is not None else 0
+        if self.max_answers is not None and answers > self.max_answers:
+            raise BadSample(
+                f"sample '{sample.id}' has {answers} answers, but an encoder-decoder llm learns {self.max_answers} a "
+                "row; set data.train_on=last_assistant or choose data with one answer a sample (of shapes, "
+                "data.num_questions=1)"
+            )
+        return encoded
+
+    def prompt(self, sample: Sample) -> Encoded:
+        """The conversation up to its last answer. Raises BadSample where there is none to give."""
+        self.check(sample)
+        return _blamed(self.text.encode_prompt, sample, len(sample.images))
+
+    def row(self, sample: Sample, encoded: Encoded) -> Row:
+        """The sample with its images transformed. Raises BadSample where one of them cannot be."""
+        with applied(self.reading):
+            try:
+                return make_row(sample, encoded, self.spec)
+            except ValueError as error:
+                raise BadSample(f"sample '{sample.id}': {error}", "unreadable_image") from error
+
+
+def read(source: Any, index: int, *, reading: Reading, outline: bool = False) -> Sample:
+    """The sample, its id fit to be printed and written. Raises BadSample, in such words too."""
+    with applied(reading):
+        try:
+            sample = source.outline(index) if outline else source[index]
+        except BadSample as error:
+            if str(error) == printable(str(error)):
+                raise
+            raise BadSample(printable(str(error)), error.kind) from error
+    return replace(sample, id=printable(sample.id))
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what no terminal and no file should get as escapes: controls, half a surrogate."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _blamed(encode: Callable[..., Encoded], sample: Sample, num_images: int) -> Encoded:
+    try:
+        return encode(sample.id, sample.messages, num_images, sample.sizes)
+    except BadSample:
+        raise
+    except ValueError as error:
+        raise BadSample(str(error)) from error
