@@ -120,7 +120,10 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("foo bar", "'foo bar' is not an option; write <key>=<value>"),
         ("seed", "'seed' is not an option; write <key>=<value>"),
         ("a b=3", "'a b' cannot be the name of an option"),
-        ("data.system_prompt=a ${b}", "data.system_prompt: Interpolation key 'b' not found; write \\${ for the characters"),
+        (
+            "data.system_prompt=a ${b}",
+            "data.system_prompt: Interpolation key 'b' not found; write \\${ for the characters",
+        ),
         ("stage=null", "a run cannot do without it; choose stage= one of align, full, instruct, vision_tune"),
         ("~encoder", "~encoder is refused because a run cannot do without it; choose encoder= one of clip_"),
         ("stage=[align,instruct]", "stage=[align,instruct] is refused because a run has one of them"),

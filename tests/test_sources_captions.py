@@ -119,7 +119,7 @@ def test_spellings_of_one_image_stay_on_one_side(images: Path, tmp_path: Path) -
             "0.png,A dot\n",
             r"a\.csv' has no column 'image' in its first line \(0\.png, A dot\); write image,cap",
         ),
-        ("a.csv", "", r"a\.csv' has no column 'image' in its first line \(empty\)"),
+        ("a.csv", "\ufeff \n", r"a\.csv' is an empty file; set data\.annotations="),
         ("a.csv", 'image,caption\n0.png,x\n0.png,"un\nclosed', r"a\.csv' line 3 is not CSV"),
         ("a.txt", "x", r"a\.txt' ends in '\.txt'; give a \.json, \.jsonl or \.csv file"),
     ],

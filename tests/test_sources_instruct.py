@@ -42,7 +42,7 @@ def test_llava_conversations(images: Path, tmp_path: Path) -> None:
     one, two, none = samples(instruct(file, images))
     assert [one.id, two.id, none.id] == ["7", "x", "a.json[2]"]
     assert one.messages == [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is this?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A dot."}]},
         {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Yes.\nVery."}]},
@@ -50,7 +50,7 @@ def test_llava_conversations(images: Path, tmp_path: Path) -> None:
     assert [piece.get("text", "<image>") for piece in two.messages[0]["content"]] == [
         "Compare ",
         "<image>",
-        " with",
+        " with\n",
         "<image>",
         ".",
     ]
@@ -60,7 +60,7 @@ def test_llava_conversations(images: Path, tmp_path: Path) -> None:
 
 
 def test_chat_messages(images: Path, tmp_path: Path) -> None:
-    pieces = [{"type": "text", "text": "Is <image> a tag?"}, {"type": "image"}]
+    pieces = [{"type": "text", "text": "Is \\<image> a tag?"}, {"type": "image"}]
     chat = {"messages": [{"role": "user", "content": pieces}, {"role": "assistant", "content": "Yes."}]}
     marked = [{"role": "user", "content": "<image>Colour?"}, {"role": "assistant", "content": "Red."}]
     file = write(
@@ -68,7 +68,7 @@ def test_chat_messages(images: Path, tmp_path: Path) -> None:
     )
     first, second = samples(instruct(file, images))
     assert (first.id, second.id) == ("a.jsonl:1", "b")
-    assert first.messages[0]["content"] == pieces  # in a list, a text is only text
+    assert first.messages[0]["content"] == [{"type": "text", "text": "Is <image> a tag?"}, {"type": "image"}]
     assert second.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Colour?"}]
     assert answer(second) == "Red."
     assert second.images[0].getpixel((0, 0)) == (5, 0, 0)
@@ -104,7 +104,10 @@ def test_conversations_that_share_an_image_stay_on_one_side(images: Path, tmp_pa
         (llava("<image>?", "!"), "holds 0 images but its text has 1 image placeholder; add"),
         (llava("?", "!", image="0.png"), "holds 1 image but its text has 0 image placeholders; add"),
         (llava("?", "See <image>", image="0.png"), "has 1 <image> in turn 2 (assistant); move it to a user turn"),
-        (llava("?", "!", image=["0.png", 3]), "lists 2 images of which 1 are no path; write each as a text"),
+        (
+            llava("?", "!", image=["0.png", 3]),
+            "lists 2 images of which 1 are no path, the first 3; write each as a text",
+        ),
         (llava("?", "!", "More?"), "ends with a user turn (turn 3 of 3); add the answer or remove the turn"),
         (llava("?", " \n"), "has nothing in turn 2 of 2 (assistant); write its text"),
         (llava(), "has 0 turns of a conversation; add a user turn and its answer"),
@@ -119,11 +122,11 @@ def test_conversations_that_share_an_image_stay_on_one_side(images: Path, tmp_pa
         ),
         (
             {"id": "x", "conversations": [{"from": "bot", "value": "!"}]},
-            "has 'bot' as 'from' of turn 1; choose one of human, gpt, system",
+            "has 'bot' as 'from' of turn 1; choose one of user, human, assistant, gpt, system, or set data.role_map={",
         ),
         (
-            {"id": "x", "messages": [{"role": "human", "content": "?"}]},
-            "has 'human' as 'role' of turn 1; choose one of user",
+            {"id": "x", "messages": [{"role": ["user"], "content": "?"}]},
+            "has a list of 1 as 'role' of turn 1; choose one of user, human, assistant, gpt, system",
         ),
         (
             {"id": "x", "conversations": [{"from": "human"}]},
@@ -166,9 +169,9 @@ def test_conversations_whose_images_cannot_be_read(images: Path, tmp_path: Path)
     [
         ("a.json", '[{"id": 1},\n{"id": 2,}]', r"a\.json' line 2 is not JSON"),
         ("a.jsonl", '{"id": 1}\nnull}\n', r"a\.jsonl' line 2 is not JSON \(Extra data\); correct that line"),
-        ("a.jsonl", "", r"a\.jsonl' holds 0 conversations; set data\.annotations="),
+        ("a.jsonl", "", r"a\.jsonl' is an empty file; set data\.annotations="),
         ("a.json", {"id": 1, "messages": []}, r"a\.json' holds one object; give a list of conversations"),
-        ("a.csv", "x", r"a\.csv' ends in '\.csv'; give a \.json or \.jsonl file"),
+        ("a.csv", "x", r"a\.csv' ends in '\.csv'; give a \.json, \.jsonl, \.ndjson or \.txt file"),
     ],
 )
 def test_conversation_files_that_cannot_be_read(

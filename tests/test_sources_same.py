@@ -157,7 +157,7 @@ def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> N
         ('[\n{"id": 1}]\n{"id": 2}', r"line 3 is not JSON \(Extra data\); correct that line"),
         ('[\n{"id": 1}', r"line 2 is not JSON \(Expecting ',' delimiter\); correct that line"),
         ('[{"id": 1}, ' + "[" * 99999, r"line 1 is not JSON \(maximum recursion depth"),
-        ("", r"line 1 is not JSON \(Expecting value\)"),
+        ("", r"a\.json' is an empty file; set data\.annotations="),
         ("7", r"a\.json' holds no list; give a list of conversations"),
         ("[]", r"holds 0 conversations; set data\.annotations="),
     ],

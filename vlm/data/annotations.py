@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vlm.data.paths import likely_path, no_path
+from vlm.data.quote import quoted
 
 
 class Row(NamedTuple):
@@ -43,10 +47,12 @@ class Records:
 
 
 def existing_file(path: str | Path, *, option: str) -> Path:
-    """The path, once it is known to be a file; else a `ValueError` that names the option to set."""
+    """The path, once it is known to be a file that is not empty; else a `ValueError` that names the option to set."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"there is no file '{file}'; set data.{option}= to the annotation file")
+        raise ValueError(f"there is no file '{file}'{_hint(str(path))}; set data.{option}= to the annotation file")
+    if file.stat().st_size < 4096 and not file.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+        raise ValueError(f"'{file}' is an empty file; set data.{option}= to the annotation file")
     return file
 
 
@@ -54,8 +60,28 @@ def existing_folder(path: str | Path, *, option: str) -> Path:
     """The path, once it is known to be a folder; else a `ValueError` that names the option to set."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"there is no folder '{folder}'; set data.{option}= to the folder that holds the images")
+        if folder.is_file():
+            raise ValueError(f"'{folder}' is a file; set data.{option}= to the folder that holds the images")
+        raise ValueError(
+            f"there is no folder '{folder}'{_hint(str(path))}; set data.{option}= to the folder that holds the images"
+        )
     return folder
+
+
+def check_suffix(file: Path, suffixes: Sequence[str]) -> None:
+    """Raise `ValueError` unless the file's name has one of these endings, whatever their case."""
+    if file.suffix.lower() not in suffixes:
+        packed = " unpack it first, and" if file.suffix.lower() in (".gz", ".zip", ".xz", ".bz2", ".zst") else ""
+        given = f"ends in '{file.suffix}'" if file.suffix else "has no ending"
+        raise ValueError(f"'{file}' {given};{packed} give a {', '.join(suffixes[:-1])} or {suffixes[-1]} file")
+
+
+def _hint(path: str) -> str:
+    """What an option's path is instead of a path on this machine."""
+    if cause := no_path(path):
+        return f" ({quoted(path)} {cause})"
+    found = likely_path(path, root=Path.cwd())
+    return f" (it {found[1]}; '{found[0]}' exists)" if found else ""
 
 
 def read_json(file: Path) -> dict[str, Any] | list[Row]:

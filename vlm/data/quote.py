@@ -11,7 +11,7 @@ NUM_NAMED = 5  # items of a list of names that are shown
 
 
 def quoted(value: Any, *, longest: int = LONGEST) -> str:
-    """The value as Python writes it. Of a long text the beginning, with its length; of a large list or object, its size.
+    """The value as Python writes it; of a long text the beginning, with its length; of a list or object, its size.
 
     >>> quoted("data:image/png;base64," + "A" * 8000)
     "'data:image/png;base64,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA…' (8,022 characters)"

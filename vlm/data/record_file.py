@@ -15,10 +15,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vlm.data.annotations import Row, not_json, to_row
+from vlm.data.annotations import Row, check_suffix, not_json, to_row
 
 BOM = codecs.BOM_UTF8
 CHUNK = 2**20  # bytes read together
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".json", *LINES, ".txt")
 HEAD = 2**24  # bytes that the first of several lines may have
 LARGEST = 2**26  # characters among which the end of a record is looked for
 _BETWEEN = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")  # what may stand between two items of a list
@@ -41,8 +43,9 @@ class RecordFile:
     """
 
     def __init__(self, file: Path, visit: Callable[[Row], None]) -> None:
+        check_suffix(file, SUFFIXES)
         self.file, self._name = file, file.name
-        self._is_lines = file.suffix == ".jsonl" or _is_lines(file)
+        self._is_lines = file.suffix.lower() in LINES or _is_lines(file)
         places = array("q")
         num_wrong = 0
         for item in _lines(file) if self._is_lines else _items(file):
@@ -72,11 +75,11 @@ class RecordFile:
 
 
 def _is_lines(file: Path) -> bool:
-    """Whether a `.json` file holds JSON lines: its first line is an object, and not its last."""
+    """Whether a `.json` or `.txt` file holds JSON lines: its first line is an object, and not its last."""
     with file.open("rb") as handle:
         head = handle.read(HEAD).removeprefix(BOM)
     first, _, rest = head.lstrip().partition(b"\n")
-    if not first.startswith(b"{") or not rest.strip():
+    if not first.startswith(b"{") or (not rest.strip() and file.suffix.lower() == ".json"):
         return False
     try:
         json.loads(first)

@@ -37,10 +37,11 @@ def digest(key: str) -> int:
 
 
 def image_key(name: str, *, root: Path) -> str:
-    """One spelling per image: `./a.jpg`, `x/../a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
+    """One spelling per image: `./a.jpg`, `x/../a.jpg`, `x\\..\\a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
     odd = name[:1] in "/." or name[-1:] == "/" or "//" in name or "/." in name or "\\" in name
     if not odd:  # as nearly all of the million are that a dataset may have
         return name
+    name = name.replace("\\", "/")  # Windows
     if os.path.isabs(name):
         name = os.path.relpath(name, root)
     return os.path.normpath(name).replace(os.sep, "/")

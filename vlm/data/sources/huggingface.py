@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlm.data.annotations import existing_folder
-from vlm.data.conversations import Malformed, caption_messages, conversation, turns_record
-from vlm.data.images import BadImage, decode_image, load_image
+from vlm.data.conversations import Malformed, RecordReader, caption_messages, turns_record
+from vlm.data.image_names import open_image
+from vlm.data.images import BadImage, decode_image
 from vlm.data.split import check_split, digest, held_out
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
@@ -42,8 +44,11 @@ class HuggingFace:
         messages_column: Name | None = None,
         group_column: Name | None = None,
         prompt: str = "Describe the image.",
+        role_map: Mapping[str, str] | None = None,
+        image_first: bool = False,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
+        self.reader = RecordReader(role_map=role_map, image_first=image_first)
         if (path is None) == (name is None):
             raise ValueError(
                 f"data.path={path} and data.name={name} are {'both' if path else 'neither'} given; set data.path= to a "
@@ -99,7 +104,8 @@ class HuggingFace:
         name = f"{self.split_name}/{row}"
         if self.is_messages:
             try:
-                messages = conversation(turns_record(text, num_images=len(pictures)), num_images=len(pictures))
+                messages, own = self.reader.conversation(turns_record(text), num_images=len(pictures))
+                pictures = pictures or own
             except Malformed as error:
                 raise BadSample(f"sample '{name}' {error}", error.kind) from error
         elif not isinstance(text, str) or not text.strip():
@@ -112,12 +118,12 @@ class HuggingFace:
         return Sample(id=name, images=[], messages=messages), pictures
 
     def _image(self, picture: Any, number: int) -> Any:
-        value = picture.as_py()
+        value = picture if isinstance(picture, str) else picture.as_py()
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, value)
         if isinstance(data, bytes):
             return decode_image(data, name=str(number))
         if isinstance(path, str):
-            return load_image(path, root=self.root)
+            return open_image(path, root=self.root)
         raise BadImage(f"image {number} is neither bytes nor a path; set data.image_column= to a column of images")
 
 

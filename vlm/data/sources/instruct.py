@@ -1,7 +1,8 @@
-"""Conversations about pictures: LLaVA's JSON (Liu et al. 2023, arXiv:2304.08485), or chat messages as JSONL."""
+"""Conversations about images: LLaVA's JSON (Liu et al. 2023, arXiv:2304.08485), chat messages, pairs of texts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,22 +11,25 @@ import numpy as np
 from jaxtyping import UInt64
 
 from vlm.data.annotations import Row, existing_file, existing_folder
-from vlm.data.conversations import Malformed, conversation, image_paths
-from vlm.data.images import load_image
+from vlm.data.conversations import Malformed, RecordReader
+from vlm.data.image_names import is_data_url, open_image, short_name
 from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
+LONGEST_ID = 200  # characters
+
 
 class Instruct:
     """One sample per conversation, with any number of images, none included.
 
-    A record is LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}` or
-    `{"id", "images": [paths], "messages": [{"role", "content": text or list of {"type": "text"|"image"}}]}`, in a JSON
-    list or one per line. Without `val_annotations` the split is by a hash of the images' names (of the id where there
-    are none), and conversations that share an image stay together; with it, each file is taken as it is. `images` may
-    be None where no conversation has any.
+    A record is LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`, or chat
+    messages, `{"id", "images": [paths], "messages": [{"role", "content": text or list of pieces}]}`, or a pair such as
+    `question` and `answer` (see `RecordReader`), in a JSON list or one per line. An image is a path or a data URL.
+    Without `val_annotations` the split is by a hash of the images' names (of the id where there are none), and
+    conversations that share an image stay together; with it, each file is taken as it is. `images` may be None where no
+    conversation names a file. `columns`, `role_map` and `image_first` are those of `RecordReader`.
     """
 
     def __init__(
@@ -36,8 +40,12 @@ class Instruct:
         images: str | Path | None,
         val_annotations: str | Path | None = None,
         val_fraction: RatioBelowOne = 0.05,
+        columns: Mapping[str, str | None] | None = None,
+        role_map: Mapping[str, str] | None = None,
+        image_first: bool = False,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
+        self.reader = RecordReader(columns=columns, role_map=role_map, image_first=image_first)
         self.images = existing_folder(images, option="images") if images is not None else None
         if split == "val" and val_annotations is not None:
             file = existing_file(val_annotations, option="val_annotations")
@@ -45,10 +53,10 @@ class Instruct:
             file = existing_file(annotations, option="annotations")
         status = file.stat()
         root = self.images.absolute() if self.images is not None else Path()
-        self._records, digests, num_with_images = _index(file, root, status.st_mtime_ns, status.st_size)
-        if images is None and num_with_images:
+        self._records, digests, num_with_files = _index(file, root, self.reader, status.st_mtime_ns, status.st_size)
+        if images is None and num_with_files:
             raise ValueError(
-                f"{num_with_images} of {len(digests)} conversations in '{file}' have images and data.images is null; "
+                f"{num_with_files} of {len(digests)} conversations in '{file}' have images and data.images is null; "
                 "set data.images= to the folder that holds them"
             )
         self._rows = np.arange(len(digests))
@@ -64,11 +72,9 @@ class Instruct:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        sample, paths = self._read(index)
-        if not paths or self.images is None:
-            return sample
+        sample, names = self._read(index)
         try:
-            return replace(sample, images=[load_image(path, root=self.images) for path in paths])
+            return replace(sample, images=[open_image(name, root=self.images or Path()) for name in names])
         except BadSample as error:
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
@@ -82,41 +88,42 @@ class Instruct:
         if row.problem:
             raise BadSample(f"sample '{name}' {row.problem}")
         try:
-            paths = image_paths(record)
-            messages = conversation(record, num_images=len(paths))
+            messages, names = self.reader.conversation(record)
         except Malformed as error:
             raise BadSample(f"sample '{name}' {error}", error.kind) from error
-        return Sample(id=name, images=[], messages=messages, meta={"image": ", ".join(paths)} if paths else {}), paths
+        meta = {"image": ", ".join(map(short_name, names))} if names else {}
+        return Sample(id=name, images=[], messages=messages, meta=meta), names
 
 
 @lru_cache(maxsize=2)  # the train and the val split of a file look through it once
-def _index(file: Path, root: Path, changed: int, size: int) -> tuple[RecordFile, UInt64[np.ndarray, " n"], int]:
-    """The records of a file as it is now, what each is split by, and how many have images."""
-    if file.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"'{file}' ends in '{file.suffix}'; give a .json or .jsonl file")
+def _index(
+    file: Path, root: Path, reader: RecordReader, changed: int, size: int
+) -> tuple[RecordFile, UInt64[np.ndarray, " n"], int]:
+    """The records of a file as it is now, what each is split by, and how many name image files."""
     names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
-    num_with_images = 0
+    num_with_files = 0
 
     def visit(row: Row) -> None:
-        nonlocal num_with_images
-        paths = _paths(row)
-        num_with_images += bool(paths)
-        names.append(tuple(image_key(path, root=root) for path in paths) or (f"id:{_id(row)}",))
+        nonlocal num_with_files
+        try:
+            paths = reader.images(row.record)
+        except Malformed:  # a bad sample: it is refused when read, in whichever split
+            paths = []
+        if paths:
+            num_with_files += not all(map(is_data_url, paths))
+            names.append(tuple([image_key(short_name(path), root=root) for path in paths]))
+        else:
+            names.append((f"id:{_id(row)}",))
 
     records = RecordFile(file, visit)
     if not len(records):
         raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
-    return records, digests, num_with_images
+    return records, digests, num_with_files
 
 
 def _id(row: Row) -> str:
+    """The record's own id, or its place in the file where that is none that an error could name."""
     given = row.record.get("id")
-    return row.place if given in (None, "") else str(given)
-
-
-def _paths(row: Row) -> list[str]:
-    try:
-        return image_paths(row.record)
-    except Malformed:  # a bad sample: it is refused when read, in whichever split
-        return []
+    is_name = isinstance(given, str | int) and 0 < len(str(given)) <= LONGEST_ID
+    return str(given) if is_name else row.place

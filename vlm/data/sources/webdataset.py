@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,18 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm.data.annotations import Records
-from vlm.data.conversations import Malformed, caption_messages, conversation
+from vlm.data.conversations import (
+    RECORD_KEYS,
+    Malformed,
+    RecordReader,
+    as_text,
+    caption_messages,
+    renamed,
+    turns_record,
+)
 from vlm.data.files import check_bytes
 from vlm.data.images import decode_image
+from vlm.data.quote import quoted
 from vlm.data.reading import current
 from vlm.data.split import check_split, digest, held_out
 from vlm.ranges import RatioBelowOne
@@ -28,6 +37,8 @@ from vlm.schema import BadSample, Sample, Split
 
 SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
 KINDS = ("image", "txt", "json")
+_TALK = frozenset(RECORD_KEYS) - {"caption", "image", "images", "system"}
+GZIP = b"\x1f\x8b"
 WINDOW = 4  # shards whose samples are shuffled together
 BLOCK = 512  # bytes of a tar header, and of the zeros that end an archive
 
@@ -52,8 +63,12 @@ class WebDataset:
         val_shards: str | None = None,
         val_fraction: RatioBelowOne = 0.05,
         prompt: str = "Describe the image.",
+        columns: Mapping[str, str | None] | None = None,
+        role_map: Mapping[str, str] | None = None,
+        image_first: bool = False,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
+        self.reader = RecordReader(columns=columns, role_map=role_map, image_first=image_first)
         self.prompt = prompt
         option = "val_shards" if split == "val" and val_shards is not None else "shards"
         pattern = val_shards if split == "val" and val_shards is not None else shards
@@ -122,11 +137,15 @@ class WebDataset:
             what = f"sample '{name}': its {kind}"
             check_bytes(what, texts[kind][1], option="max_text_bytes", kind="other_defect")
             record = _record(self._bytes(index, *texts[kind]), kind)
-            caption = record.get("caption")
-            if "conversations" in record or "messages" in record:
-                messages = conversation(record, num_images=len(pictures))
-            elif not isinstance(caption, str) or not caption.strip():
-                raise Malformed(f"has no text in its {kind}; write a caption or a conversation there", "empty_text")
+            record = renamed(record, self.reader.columns or {})
+            text = record.get("caption")
+            caption = as_text(text) or ""
+            if not _TALK.isdisjoint(record):
+                messages = self.reader.conversation(record, num_images=len(pictures)).messages
+            elif not caption.strip():
+                found = "" if text is None or isinstance(text, str) else f" but {quoted(text)}"
+                says = f"has no text in its {kind}{found}; write a caption or a conversation there"
+                raise Malformed(says, "empty_text")
             elif len(pictures) != 1:
                 raise Malformed(f"has {len(pictures)} images for 1 caption; give it one")
             else:
@@ -222,11 +241,16 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 if member.isfile():
-                    yield member.name, member.offset_data, member.size
+                    yield member.name.removeprefix("./"), member.offset_data, member.size
             with open(file, "rb") as raw:  # it also takes a broken header for the end
                 raw.seek(archive.offset)
                 end = raw.read(BLOCK)
     except (tarfile.TarError, OSError) as error:
+        with open(file, "rb") as raw:
+            if raw.read(len(GZIP)) == GZIP:
+                raise ValueError(
+                    f"shard '{file}' is packed by gzip, so that no sample can be read alone; gunzip it"
+                ) from error
         raise ValueError(f"shard '{file}' is not a whole, plain tar ({error}); copy or unpack it again") from error
     if end != bytes(BLOCK):
         raise ValueError(
@@ -241,6 +265,8 @@ def _record(data: bytes, kind: str) -> dict[str, Any]:
         record = {"caption": text} if kind == "txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"has a {kind} that cannot be read ({error}); save it as UTF-8") from error
+    if isinstance(record, list):
+        return turns_record(record)
     if not isinstance(record, dict):
         raise Malformed("has a json that is no object; write it as {...}")
     return record

@@ -1,0 +1,74 @@
+"""How a record names an image, and the image that it names; a name that leads nowhere is told with its cause."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from vlm.data.images import BadImage, decode_image, load_image
+from vlm.data.paths import likely_path, no_path
+from vlm.data.quote import quoted
+from vlm.data.split import digest
+from vlm.schema import BadSample
+
+_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.-]+)*;base64,", re.ASCII)
+
+
+def is_data_url(name: str) -> bool:
+    """Whether the name is the image itself, as `data:image/png;base64,...`."""
+    return name.startswith("data:")
+
+
+def short_name(name: str) -> str:
+    """The name as it stands in figures and splits: an image within a record is called by a hash of it."""
+    return f"data:{digest(name):016x}" if is_data_url(name) else name
+
+
+def open_image(name: str, *, root: Path) -> Image.Image:
+    """The image of a path relative to `root` (or absolute and under it), or of a data URL.
+
+    Backslashes are read as slashes where no file has the name as it is. Raises `BadImage` with the cause.
+    """
+    if is_data_url(name):
+        return _decode_url(name)
+    cause = no_path(name)
+    if name.startswith("~"):
+        cause = "begins with '~', which is not expanded in data; write its path relative to the folder of images"
+    if cause:
+        raise BadImage(f"image {quoted(name)} {cause}")
+    path = name if "\\" not in name or os.path.lexists(os.path.join(root, name)) else name.replace("\\", "/")
+    try:
+        return load_image(path, root=root)
+    except BadSample as error:
+        if cause := _cause(path, root):
+            raise BadImage(f"image {quoted(name)} {cause}") from error
+        raise
+
+
+def _decode_url(name: str) -> Image.Image:
+    head = _DATA_URL.match(name)
+    if head is None:
+        raise BadImage(f"image {quoted(name)} is no data URL in base64; begin it with data:image/png;base64,")
+    try:
+        data = base64.b64decode(name[head.end() :], validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise BadImage(f"image {quoted(name)} is not base64 ({error}); write it anew") from error
+    return decode_image(data, name=short_name(name))
+
+
+def _cause(path: str, root: Path) -> str:
+    """Why a file cannot be read, where more is known than its reader says."""
+    if found := likely_path(path, root=root):
+        return f"{found[1]}: under '{root}' it is '{found[0]}'; change the names, or data.images="
+    try:
+        file = os.path.realpath(os.path.join(root, path))
+        is_inside = file.startswith(os.path.join(os.path.realpath(root), ""))
+        is_empty = is_inside and os.path.isfile(file) and os.path.getsize(file) == 0
+    except (OSError, ValueError):  # a name that no file can have: its reader says so
+        return ""
+    return "is an empty file (0 bytes); copy it again" if is_empty else ""
