@@ -123,6 +123,17 @@ def make_rows(
     return made
 
 
+class Parts(Composed):
+    """A model of the given parts, which cannot compute: for tests of what belongs to them."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.encoder, self.connector, self.llm = (parts.get(name, nn.Identity()) for name in Composed.parts)
+
+    def blocks(self, part: str) -> list[nn.Module]:
+        return list(self.encoder.blocks()) if part == "encoder" else []
+
+
 def make_batch(*rows: tuple[list[int | None], list[int]], side: Any = "right", **options: Any) -> Batch:
     """A batch of `make_rows`."""
     return collate(make_rows(*rows, **options), spec=SPEC, pad_id=0, side=side)

@@ -25,6 +25,7 @@ from vlm.callbacks.save import Save
 from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention
 from vlm.models.composed import Composed
 from vlm.module import NotFinite
+from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.schema import Batch, LossOutput
 from vlm.sharding import FullyShard, gather
@@ -68,23 +69,24 @@ def layers() -> tuple[Composed, Any]:
     return model, {"llm": "full"}
 
 
-class TwoLosses:
+class TwoLosses(Objective):
     """The loss over the tokens, and one over the rows: as many rows as tokens only by chance."""
 
-    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+    def forward(self, model: Any, batch: Batch) -> LossOutput:
         output = LanguageModeling()(model, batch)
         embeds = model.connector(model.encoder(batch.pixels)).float().square().mean((1, 2)).sum()
         sums = {**output.sums, "size_loss": embeds}
         return LossOutput(sums=sums, counts={**output.counts, "size_loss": len(batch.pixels)})
 
 
-class NaNOn:
+class NaNOn(Objective):
     """The loss is NaN on one rank from its third call on."""
 
     def __init__(self, rank: int) -> None:
+        super().__init__()
         self.rank, self.calls = rank, 0
 
-    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+    def forward(self, model: Any, batch: Batch) -> LossOutput:
         self.calls += 1
         output = LanguageModeling()(model, batch)
         bad = self.calls > 2 and int(os.environ["LOCAL_RANK"]) == self.rank

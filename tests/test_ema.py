@@ -16,6 +16,7 @@ from tests.test_module import HALVES, WHOLE, loader, mean_loss
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
 from vlm.module import NotFinite
+from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import LanguageModeling
 
 DECAY = 0.3
@@ -113,12 +114,12 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_interrupted(tmp_path: Path
     torch.testing.assert_close(artifact_of(tmp_path / "cut"), artifact_of(tmp_path / "whole"), rtol=0, atol=0)
 
 
-class Breaks:
+class Breaks(Objective):
     """The objective, whose fourth call raises: the second of the first validation."""
 
     calls = 0
 
-    def __call__(self, model: Any, batch: Any) -> Any:
+    def forward(self, model: Any, batch: Any) -> Any:
         self.calls += 1
         if self.calls == 4:
             raise NotFinite("here")

@@ -8,6 +8,7 @@ import torch
 from eyes import VIT, build
 from PIL import Image
 
+from tests.parts import Parts
 from vlm.encoders.timm import TimmEncoder
 from vlm.optim import set_trainable
 
@@ -31,8 +32,7 @@ def test_each_encoder_sees_the_picture_as_it_was_trained() -> None:
 
 
 def test_the_last_blocks_of_both_train_together() -> None:
-    model = torch.nn.Module()
-    model.encoder, model.connector, model.llm = build("dino_siglip"), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model = Parts(encoder=build("dino_siglip"))
     set_trainable(model, {"encoder": {"last_n": 1}, "connector": "frozen", "llm": "frozen"}, {})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     blocks = {f"encoder.encoders.{number}.model.blocks.1" for number in (0, 1)}  # of the two that are run

@@ -19,6 +19,7 @@ from vlm import artifact
 from vlm.callbacks.save import Save
 from vlm.evaluation.looking import blank, shuffled, with_images
 from vlm.module import NotFinite
+from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
 from vlm.schema import Batch
 
@@ -106,13 +107,14 @@ def test_gradient_norm_is_that_of_the_mean(tmp_path: Path) -> None:
     assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-4)
 
 
-class NaNFrom:
+class NaNFrom(Objective):
     """The loss, or only its gradient, is NaN from the call of that number on, counted from 1."""
 
     def __init__(self, call: int, *, gradient: bool = False) -> None:
+        super().__init__()
         self.call, self.gradient, self.calls = call, gradient, 0
 
-    def __call__(self, model: Any, batch: Batch) -> Any:
+    def forward(self, model: Any, batch: Batch) -> Any:
         self.calls += 1
         output = LanguageModeling()(model, batch)
         if self.calls < self.call:

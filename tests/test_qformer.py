@@ -20,7 +20,7 @@ from transformers import (
     Blip2QFormerModel,
 )
 
-from tests.parts import IMAGE, SIDE, VOCABULARY, make_batch, pictures, tiny_llm
+from tests.parts import IMAGE, SIDE, VOCABULARY, Parts, make_batch, pictures, tiny_llm
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, to_blip2
 from vlm.models.composed import Composed
@@ -415,8 +415,7 @@ def test_text_has_parameters_only_on_demand() -> None:
 
 
 def test_vectors_per_token_do_not_decay() -> None:
-    model = nn.Module()
-    model.encoder, model.llm, model.connector = nn.Identity(), nn.Identity(), QFormer(**TINY)
+    model = Parts(connector=QFormer(**TINY))
     decay, rest = parameter_groups(model, lr={"connector": 1.0}, weight_decay=0.1)
     assert {id(model.connector.queries), id(model.connector.position)} <= {id(p) for p in rest["params"]}
     assert all(p.ndim == 2 and 16 in p.shape for p in decay["params"])

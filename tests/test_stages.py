@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
+from vlm.models.composed import Composed
 from vlm.optim import check_rates, make_schedule, parameter_groups, set_trainable
 
 CONNECTOR = {
@@ -164,7 +165,7 @@ def test_a_module_may_have_a_rate_of_its_own() -> None:
     with pytest.raises(ValueError, match=r"stage.lr.connector has no rest: {'norm': 0.01}; give a rate to the rest"):
         parameter_groups(model, lr={"connector": {"norm": 1e-2}}, weight_decay=0.0)
     with pytest.raises(ValueError, match=r"stage.layer_decay=0.8 starts from one rate, but stage.lr.encoder={'rest'"):
-        check_rates(STATES, lr={"connector": 1e-3, "encoder": {"rest": 1e-4}}, layer_decay=0.8)
+        check_rates(STATES, Composed, lr={"connector": 1e-3, "encoder": {"rest": 1e-4}}, layer_decay=0.8)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from eyes import OPTIONS, build, members, pixels_for
 from torch import nn
 
+from tests.parts import Parts
 from tests.test_artifact import PARTS
 from vlm import artifact
 from vlm.optim import parameter_groups, set_trainable
@@ -54,8 +55,7 @@ LAST: dict[str, tuple[int, list[set[str]]]] = {
 
 
 def model_of(option: str, state: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = nn.Module()
-    model.encoder, model.connector, model.llm = build(option).to(dtype), nn.Identity(), nn.Identity()
+    model = Parts(encoder=build(option).to(dtype))
     set_trainable(model, {**STATES, "encoder": state}, {})
     return model
 

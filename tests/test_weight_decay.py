@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.parts import LORA, tiny_llm
+from tests.parts import LORA, Parts, tiny_llm
 from tests.test_connectors import OPTIONS, build
 from tests.test_stages import ADAPTER
 from vlm.optim import parameter_groups, set_trainable
@@ -77,10 +77,7 @@ def spared(model: nn.Module, part: str) -> tuple[set[str], set[str]]:
 
 
 def model_of(**parts: nn.Module) -> nn.Module:
-    model = nn.Module()
-    for part in ("encoder", "connector", "llm"):
-        setattr(model, part, parts.get(part, nn.Identity()))
-    return model
+    return Parts(**parts)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

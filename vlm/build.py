@@ -20,9 +20,10 @@ from vlm.callbacks.stop import StopOnTime
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
+from vlm.models.base import Model
 from vlm.module import VLMModule
-from vlm.optim import PARTS, check_rates, check_states, check_steps, set_trainable
-from vlm.options import bind, known, parameters, typed
+from vlm.optim import check_rates, check_states, check_steps, set_trainable
+from vlm.options import _constructor, bind, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 from vlm.sharding import check_strategy
@@ -89,8 +90,9 @@ def check(cfg: Mapping[str, Any]) -> None:
         "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
     )
     build_ema(cfg["stage"])
-    check_states(cfg["stage"])
-    check_rates(cfg["stage"], lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
+    model: Any = _constructor("model", cfg["model"].get("_target_"))
+    check_states(cfg["stage"], model)
+    check_rates(cfg["stage"], model, lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
     bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
     for section in ("preflight", "answers"):
         for key, value in cfg[section].items():
@@ -250,10 +252,10 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
     return data
 
 
-def build_module(cfg: Mapping[str, Any], model: torch.nn.Module) -> VLMModule:
+def build_module(cfg: Mapping[str, Any], model: Model) -> VLMModule:
     """The training module of a stage, its trainable parameters set."""
     stage = cfg["stage"]
-    set_trainable(model, {part: stage[part] for part in PARTS}, stage["lora"])
+    set_trainable(model, {part: stage[part] for part in model.parts}, stage["lora"])
     options = {key: value for key, value in stage.items() if key in parameters(VLMModule) and key != "objective"}
     options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     return VLMModule(model=model, objective=bind("stage.objective", stage["objective"])(), **options)

@@ -67,7 +67,13 @@ class VLMModule(pl.LightningModule):
             self.trainer.strategy.shard(self.model)
 
     def configure_optimizers(self) -> Any:
-        groups = parameter_groups(self.model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
+        groups = parameter_groups(
+            self.model,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            objective=self.objective,
+        )
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(steps * self.warmup_share)
@@ -147,11 +153,9 @@ class VLMModule(pl.LightningModule):
         self._see("loss", output)
         for name in (name for name in output.sums if name.startswith("loss/")):  # of each source of a mixture
             self._see_one("source", name, output.sums[name].item(), output.counts[name])
-        if batch_index == 0:  # visual tokens far louder or softer than words learn slowly
-            visual = self.model.connector(self.model.encoder(batch.pixels))
-            if len(visual):
-                self.log("val/visual_rms", visual.float().square().mean().sqrt(), batch_size=1)
-                self.log("val/embed_rms", self.model.llm.embed_rms, batch_size=1)
+        if batch_index == 0:
+            for name, value in self.model.diagnostics(batch).items():
+                self.log(f"val/{name}", value, batch_size=1)
         pictured = with_images(batch)
         changed = {name: change(pictured) for name, change in CONDITIONS.items()} if pictured is not None else {}
         comparable = bool(changed) and None not in changed.values()

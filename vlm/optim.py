@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from vlm.models.base import Model
 from vlm.ranges import LearningRate
 
-PARTS = ("encoder", "connector", "llm")
-STATES = {
-    "encoder": "frozen, full or {last_n: N}",
-    "connector": "frozen or full",
-    "llm": "frozen, full, lora or {last_n: N}",
-}
 Schedule = Literal["cosine", "linear", "constant"]
 # Of a part; or of some of its modules by name, and of the `rest`; None: no rate.
 Rate = LearningRate | dict[str, LearningRate] | None
+STATE_WORDS = {"last_n": "{last_n: N}"}  # how a state is written in a config
 
 
-def check_states(states: Mapping[str, Any]) -> None:
-    """Raise ValueError for a part's state that there is not, or where nothing trains."""
-    for part in PARTS:
+def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
+    """Raise ValueError for a state that a part of the model cannot have, or where nothing is trained."""
+    for part, allowed in model.parts.items():
+        if part not in states:
+            raise ValueError(f"stage.{part} is missing; set it to {_choices(allowed)}")
         state = states[part]
         last_n = state.get("last_n") if isinstance(state, Mapping) and set(state) == {"last_n"} else None
-        blocks = part != "connector" and isinstance(last_n, int) and not isinstance(last_n, bool)
-        if state not in ("frozen", "full") and not (state == "lora" and part == "llm") and not blocks:
-            raise ValueError(f"stage.{part}={state!r} is not a state of the {part}; choose {STATES[part]}")
-    if all(states[part] == "frozen" for part in PARTS):
-        raise ValueError("the stage trains nothing: every part is frozen; set for example stage.connector=full")
+        name = "last_n" if isinstance(last_n, int) and not isinstance(last_n, bool) else state
+        if not isinstance(name, str) or name not in allowed:
+            raise ValueError(f"stage.{part}={state!r} is not a state of the {part}; choose {_choices(allowed)}")
+    if all(states[part] == "frozen" for part in model.parts):
+        example = next((part for part, allowed in model.parts.items() if allowed == ("frozen", "full")), None)
+        example = example or next(iter(model.parts))
+        raise ValueError(f"the stage trains nothing: every part is frozen; set for example stage.{example}=full")
+
+
+def _choices(allowed: Sequence[str]) -> str:
+    words = [STATE_WORDS.get(state, state) for state in allowed]
+    return " or ".join([", ".join(words[:-1]), words[-1]])
 
 
 def check_steps(trainer: Mapping[str, Any]) -> None:
@@ -41,33 +46,31 @@ def check_steps(trainer: Mapping[str, Any]) -> None:
         raise ValueError("trainer.max_epochs counts passes over data, which has no end here; set trainer.max_steps")
 
 
-def check_rates(states: Mapping[str, Any], *, lr: Mapping[str, Rate], layer_decay: float | None) -> None:
-    """Raise ValueError where a part trains and has no learning rate, or where blocks would learn at odd ones."""
-    for part in PARTS:
-        trains = states[part] in ("full", "lora") or isinstance(states[part], Mapping)
-        if trains and lr.get(part) is None:
+def check_rates(
+    states: Mapping[str, Any], model: type[Model], *, lr: Mapping[str, Rate], layer_decay: float | None
+) -> None:
+    """Raise ValueError where a part is trained and has no learning rate, or where its blocks would have odd ones."""
+    for part in model.parts:
+        if states[part] != "frozen" and lr.get(part) is None:
             raise ValueError(f"the stage trains the {part} but gives it no learning rate; set stage.lr.{part}")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
+    decayed = model.layer_decay_part
+    if layer_decay is not None and decayed is not None and isinstance(lr.get(decayed), dict):
         raise ValueError(
-            f"stage.layer_decay={layer_decay} is no factor between 0 and 1; 1 or null gives one rate to all"
-        )
-    if layer_decay is not None and isinstance(lr.get("encoder"), dict):
-        raise ValueError(
-            f"stage.layer_decay={layer_decay} starts from one rate, but stage.lr.encoder={lr['encoder']} has several; "
+            f"stage.layer_decay={layer_decay} starts from one rate, but stage.lr.{decayed}={lr[decayed]} has several; "
             "set stage.layer_decay=null or one rate"
         )
 
 
-def set_trainable(model: nn.Module, states: Mapping[str, str | Mapping[str, int]], lora: Mapping[str, Any]) -> None:
-    """Freeze every parameter, then free those that the stage names for each part.
+def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, int]], lora: Mapping[str, Any]) -> None:
+    """Freeze every parameter, then unfreeze those that the stage names for each part.
 
-    `frozen` and `full` speak for themselves; `lora` adds an adapter to the LLM, unless it has one from an earlier
-    stage, and frees that alone; `{last_n: N}` frees the last N blocks of the encoder or layers of the LLM. Raises
-    ValueError for another state, or more blocks than there are.
+    `frozen` and `full` speak for themselves; `lora` adds an adapter to the part, unless it has one from an earlier
+    stage, and trains that alone; `{last_n: N}` trains the last N blocks of the part. Raises ValueError for another
+    state, or more blocks than there are.
     """
-    check_states(states)
+    check_states(states, type(model))
     model.requires_grad_(False)
-    for part in PARTS:
+    for part in model.parts:
         state, module = states[part], getattr(model, part)
         if state == "full":
             module.requires_grad_(True)
@@ -77,7 +80,7 @@ def set_trainable(model: nn.Module, states: Mapping[str, str | Mapping[str, int]
             for name in lora_names(module):
                 module.get_parameter(name).requires_grad_(True)
         elif isinstance(state, Mapping):
-            blocks = list(module.blocks() if hasattr(module, "blocks") else module.layers())
+            blocks = model.blocks(part)
             if not 1 <= state["last_n"] <= len(blocks):
                 raise ValueError(f"stage.{part}.last_n={state['last_n']} but the {part} has {len(blocks)} blocks")
             for block in blocks[-state["last_n"] :]:
@@ -102,40 +105,56 @@ def lora_names(module: nn.Module) -> list[str]:
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: Mapping[str, Rate], weight_decay: float, layer_decay: float | None = None
+    model: Model,
+    *,
+    lr: Mapping[str, Rate],
+    weight_decay: float,
+    layer_decay: float | None = None,
+    objective: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
     """Two groups for each rate of a part, with and without weight decay; each carries its `name` and its peak rate.
 
     What decays is a layer's matrix or kernel: the `weight`, of two axes or more, of anything but a table of embeddings.
     Norms, biases, gates, queries, positions and learned tokens do not, as in BEiT (Bao et al., arXiv 2106.08254).
 
-    With `layer_decay` the encoder has two groups a block. Of n blocks, block i (from 0) learns at
+    With `layer_decay` the model's `layer_decay_part` has two groups a block. Of n blocks, block i (from 0) learns at
     lr · layer_decay^(n-1-i), and what comes before them at lr · layer_decay^n. BEiT counts from its head, which learns
     at lr; here the last block does, for the connector in the head's place has a rate of its own.
+
+    The parameters of an objective, such as a temperature, are a part of their own, called `objective`.
+
+    Raises ValueError for a trainable parameter that has no learning rate.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parts: dict[str, nn.Module] = {part: getattr(model, part) for part in model.parts}
+    if objective is not None:
+        parts["objective"] = objective
+    tables = {id(m.weight) for part in parts.values() for m in part.modules() if isinstance(m, nn.Embedding)}
     groups = []
-    for part in PARTS:
-        for label, rate, trained in _rates(part, getattr(model, part), lr.get(part), layer_decay):
+    for part, module in parts.items():
+        blocks = model.blocks(part) if layer_decay is not None and part == model.layer_decay_part else []
+        for label, rate, trained in _rates(part, module, lr.get(part), layer_decay, blocks):
+            if trained and rate is None:
+                raise ValueError(
+                    f"{len(trained)} parameters of the {part} are trained but have no learning rate, first "
+                    f"{next(iter(trained))}; set stage.lr.{part}"
+                )
             matrices = {n for n, p in trained.items() if p.ndim > 1 and n.endswith("weight") and id(p) not in tables}
             for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
                 members = [p for name, p in trained.items() if (name in matrices) == (kind == "decay")]
                 if members:
-                    assert rate is not None, f"no learning rate for the {part}"
                     groups.append({"name": f"{label}/{kind}", "params": members, "lr": rate, "weight_decay": decay})
     return groups
 
 
 def _rates(
-    part: str, module: Any, lr: Rate, layer_decay: float | None
+    part: str, module: nn.Module, lr: Rate, layer_decay: float | None, blocks: Sequence[nn.Module]
 ) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
-    """A label, a peak learning rate and what trains at it."""
+    """A label, a peak learning rate and the parameters that it is for; with `blocks`, for each of them."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if isinstance(lr, dict):
         return _by_module(part, module, lr, trained)
-    if layer_decay is None or part != "encoder" or lr is None:
+    if not blocks or lr is None or layer_decay is None:
         return [(part, lr, trained)]
-    blocks = module.blocks()
     number = {id(parameter): index for index, block in enumerate(blocks) for parameter in block.parameters()}
     return [
         (

@@ -17,10 +17,9 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from vlm.artifact import aside, put, write_json
-from vlm.optim import PARTS
+from vlm.models.base import Model
 
 CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
 
@@ -110,14 +109,14 @@ def native_precision(accelerator: str) -> str:
     return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32-true"
 
 
-def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+def count_parameters(model: Model) -> dict[str, dict[str, int]]:
     """Parameters per part, total and trainable; a tied one counts once."""
     return {
         part: {
             "total": sum(p.numel() for p in getattr(model, part).parameters()),
             "trainable": sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
         }
-        for part in PARTS
+        for part in model.parts
     }
 
 

@@ -29,15 +29,15 @@ class FullyShard(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False)
 
     def shard(self, model: Any) -> None:
-        """Slice a model of encoder, connector and LLM, unless that is done."""
+        """Shard a model block by block, unless that is done."""
         if isinstance(model, FSDPModule):
             return
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        for unit in (*model.encoder.blocks(), *model.llm.layers()):
-            for part in unit if isinstance(unit, nn.ModuleList) else (unit,):  # encoders side by side
-                fully_shard(part, mesh=mesh)
+        for block in (block for part in model.parts for block in model.blocks(part)):
+            for module in block if isinstance(block, nn.ModuleList) else (block,):  # encoders side by side
+                fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        for method in ("generate", "without_images"):
+        for method in model.root_methods:
             register_fsdp_forward_method(model, method)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -32,9 +32,9 @@ class Forgetting(pl.Callback):
         self._base: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        llm = module.model.llm
-        if self._base is None and any(parameter.requires_grad for parameter in llm.parameters()):
-            with llm.without_adapter():
+        model = module.model
+        if self._base is None and any(parameter.requires_grad for parameter in model.text_parameters()):
+            with model.without_adapter():
                 self._base = self._loss(trainer, module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:

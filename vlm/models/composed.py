@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vlm.models.base import Model
 from vlm.schema import Batch
 
 
-class Composed(nn.Module):
+class Composed(Model):
     """A vision-language model made of three parts.
 
     pixels [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
@@ -22,6 +25,15 @@ class Composed(nn.Module):
                                          llm ──► logits [M,V] at the positions before supervised tokens
     """
 
+    parts = {  # noqa: RUF012
+        "encoder": ("frozen", "full", "last_n"),
+        "connector": ("frozen", "full"),
+        "llm": ("frozen", "full", "lora", "last_n"),
+    }
+    pretrained = ("encoder", "llm")
+    layer_decay_part = "encoder"
+    root_methods = ("generate", "without_images")
+
     encoder: Any
     connector: Any
     llm: Any
@@ -31,6 +43,10 @@ class Composed(nn.Module):
         self.encoder, self.connector, self.llm = encoder, connector, llm
         if connector.fusion == "layers":
             self.connector.attach(self.llm.layers())
+        self.check_parts()
+
+    def blocks(self, part: str) -> list[nn.Module]:
+        return list(self.llm.layers()) if part == "llm" else super().blocks(part)
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         visual = self.connector(self.encoder(batch.pixels))  # N K D
@@ -44,6 +60,26 @@ class Composed(nn.Module):
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
         """Logits of the bare LLM, for rows of text alone."""
         return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.positions, batch.keep)  # M V
+
+    def text_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that answer text alone."""
+        return self.llm.parameters()
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within it text is answered as before an adapter was added."""
+        return self.llm.without_adapter()
+
+    @torch.no_grad()
+    def diagnostics(self, batch: Batch) -> dict[str, float]:
+        """Root mean square of the visual tokens and of the LLM's embeddings.
+
+        Visual tokens that are far louder or softer than words are learned slowly.
+        """
+        visual = self.connector(self.encoder(batch.pixels))  # N K D
+        if len(visual) == 0:
+            return {}
+        rms = visual.float().square().mean().sqrt()
+        return {"visual_rms": float(rms), "embed_rms": self.llm.embed_rms}
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:

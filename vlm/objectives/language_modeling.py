@@ -1,25 +1,26 @@
-"""Next-token prediction: how well the model foretells the supervised tokens of a conversation about its images."""
+"""Next-token prediction: how well the model predicts the supervised tokens of a conversation about its images."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlm.objectives.base import Objective
 from vlm.schema import Batch, LossOutput
 
 # Logits handled at a time. A CPU's float32 copy of 4 MB stays in its cache; a GPU would wait for so many small kernels.
 CHUNK = {"cpu": 2**20, "gpu": 2**26}
 
 
-class LanguageModeling:
+class LanguageModeling(Objective):
     """Cross-entropy in nats, summed over the supervised tokens, in float32 whatever the model's precision.
 
     `lm_loss` is over all of them; in a mixture, `loss/<source>` is over those of one source.
     """
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
+    def forward(self, model: Any, batch: Batch) -> LossOutput:
         logits = model(batch)  # M V
         loss, losses = SummedCrossEntropy.apply(logits, batch.targets)  # and M
         sums, counts = {"lm_loss": loss}, {"lm_loss": len(batch.targets)}

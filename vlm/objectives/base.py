@@ -1,0 +1,21 @@
+"""What every objective promises: named losses of a model on a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+
+from vlm.schema import Batch, LossOutput
+
+
+class Objective(nn.Module, ABC):
+    """A module that turns a model and a batch into named sums.
+
+    The loss that is minimized is the sum of `sums / counts` over the names that end in `_loss`. Parameters of its own,
+    such as a learnable temperature, are trained at `stage.lr.objective` and saved with the model's.
+    """
+
+    @abstractmethod
+    def forward(self, model: Any, batch: Batch) -> LossOutput: ...
