@@ -14,12 +14,13 @@ def evaluate(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from vlm import artifact, build, run
+    from vlm import artifact, build, files, run
     from vlm.artifact import write_json
     from vlm.cli.overrides import absolute_paths
     from vlm.evaluation.runner import answer, score, write_samples
 
     run_dir = Path(cfg.ckpt).absolute()
+    files.refuse_links(run_dir / "eval", within=run_dir)
     manifest = artifact.read_manifest(run_dir)
     settings, _ = build.read_config(run_dir)
     options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]

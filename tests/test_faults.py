@@ -125,7 +125,7 @@ def test_a_full_disk(
 
     owner, name, of = {
         "weights": (artifact, "save_file", lambda tensors, file, *_: file),
-        "manifest": (Path, "write_text", lambda path, *_: path if path.name == "manifest.json.tmp" else None),
+        "manifest": (artifact, "write", lambda path, *_: path if path.name == "manifest.json.tmp" else None),
         "late": (os, "fsync", lambda number: number),
         "checkpoint": (pl.Trainer, "save_checkpoint", lambda trainer, file, *_: file),
     }[what]

@@ -16,6 +16,7 @@ RANK = {
     "schema": 0,
     "hub": 0,
     "ranges": 0,
+    "files": 0,
     **dict.fromkeys(("text", "encoders", "connectors", "llms"), 1),
     **dict.fromkeys(("models", "data", "evaluation"), 2),
     "objectives": 3,

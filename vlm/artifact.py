@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlm import files
 from vlm.optim import lora_names, match_buffers
 from vlm.options import defaults
 
@@ -101,8 +102,9 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
+        files.create(aside(weights)).close()
         save_file(dict(tensors), aside(weights), metadata=facts)
-        aside(described).write_text(_json(content), encoding="utf-8")
+        write(aside(described), _json(content))
         shutil.copymode(aside(described), aside(weights))  # which safetensors lets nobody else read
         put(weights)
         put(described)
@@ -142,8 +144,14 @@ def put(file: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write aside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside(path).write_text(_json(content), encoding="utf-8")
+    write(aside(path), _json(content))
     put(path)
+
+
+def write(file: Path, text: str) -> None:
+    """A new file with this text; no link is followed."""
+    with files.create(file) as opened:
+        opened.write(text)
 
 
 def _json(content: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from vlm.artifact import aside, identity, put, short_hash
+from vlm.artifact import aside, identity, put, short_hash, write
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.stop import StopOnTime
 from vlm.data.datamodule import VLMDataModule
@@ -56,7 +56,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
     """config.yaml: the resolved settings, which option each group had, and the folder that relative paths are from."""
     file = run_dir / "config.yaml"
-    OmegaConf.save(OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd()}), aside(file))
+    content = OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd()})
+    write(aside(file), OmegaConf.to_yaml(content))
     put(file)
 
 

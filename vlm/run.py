@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vlm.artifact import aside, put, write_json
+from vlm import files
+from vlm.artifact import aside, put, write, write_json
 from vlm.models.base import Model
 
 CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
@@ -35,14 +36,14 @@ def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
     if not first_rank():
         return None
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(run_dir / ".lock", "a+")  # noqa: SIM115, closing it would release it
+    files.refuse_links(run_dir)
+    lock = files.lock_file(run_dir / ".lock")  # closing it would release it
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            lock.seek(0)
             raise ValueError(
-                f"run_dir={run_dir} is in use by {lock.read() or 'another process'}; wait for its end, or choose "
+                f"run_dir={run_dir} is in use by {lock.read(200) or 'another process'}; wait for its end, or choose "
                 "another directory"
             ) from error
         print(f"{run_dir} is on a file system without locks ({error.strerror}): start no second run in it")
@@ -82,7 +83,7 @@ def forget_after(run_dir: Path, *, step: int) -> None:
     file = run_dir / "metrics.jsonl"
     if file.exists():
         kept = [line for line in file.read_text().splitlines(keepends=True) if _step(line) <= step]
-        aside(file).write_text("".join(kept))
+        write(aside(file), "".join(kept))
         put(file)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from vlm import files
+
 
 class MetricsFile(pl.Callback):
     """Appends the train metrics at every logged step and the val and text metrics at every validation of a fit."""
@@ -28,7 +30,7 @@ class MetricsFile(pl.Callback):
     def _write(self, trainer: pl.Trainer, names: set[str]) -> None:
         if trainer.is_global_zero:
             values = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
-            with open(Path(trainer.default_root_dir) / "metrics.jsonl", "a") as file:
+            with files.append(Path(trainer.default_root_dir) / "metrics.jsonl") as file:
                 file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
 
 

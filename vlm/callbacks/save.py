@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import time
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vlm import artifact
+from vlm import artifact, files
 from vlm.callbacks.ema import averaged
 from vlm.callbacks.stop import between_steps
 from vlm.module import Ended
@@ -33,7 +32,7 @@ class StraightToDisk(TorchCheckpointIO):
     """Writes a checkpoint to its path; Lightning's own makes it in memory, and then once more in $TMPDIR."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with open(path, "wb") as file:
+        with files.create(Path(path), "wb") as file:
             torch.save(checkpoint, file)
 
 
@@ -94,7 +93,7 @@ class Save(pl.Callback):
             if trainer.is_global_zero:
                 best.mkdir(exist_ok=True)
                 config = best / "config.yaml"  # first, for an artefact is not taken without it
-                shutil.copyfile(self.run_dir / config.name, artifact.aside(config))
+                artifact.write(artifact.aside(config), (self.run_dir / config.name).read_text(encoding="utf-8"))
                 artifact.put(config)
             self._save_artifact(trainer, module, best)
         if trainer.state.fn != "fit":  # the last validation of a run follows it

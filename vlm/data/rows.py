@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
+from vlm import files
 from vlm.data.collate import Row, join
 from vlm.data.judge import Judge
 from vlm.schema import BAD_KINDS, BadSample, Source, Split
@@ -111,8 +112,8 @@ class Rows(Dataset[Row]):
             named = {"split": self.split, "index": index, "kind": error.kind, "error": str(error)}
             lines = [named, *([{"split": self.split, "note": "more are counted, not named"}] * (num_bad == NAMED))]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            with open(self.bad_samples_file, "ab") as file:
-                file.write(text.encode("utf-8", "backslashreplace"))  # half a surrogate, as JSON writes it
+            with files.append(self.bad_samples_file) as file:
+                file.write(text)
 
     def check(self, num_bad: int, error: BadSample) -> None:
         """Raise ValueError, naming the latest of them, where that many bad samples are more than are allowed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vlm import files
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.exact_match import exact_match, references
 
@@ -56,4 +57,5 @@ def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
+    with files.create(path) as file:
+        file.writelines(lines)

@@ -1,0 +1,81 @@
+"""Files of a directory that somebody else may have filled: no link is followed, and nothing is read without end."""
+
+from __future__ import annotations
+
+import os
+import stat
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+
+def create(file: Path, mode: str = "w") -> IO[Any]:
+    """A new file in the place of whatever had that name. A link there is removed, and what it points to stays.
+
+    `mode` is "w" for text in UTF-8 or "wb".
+    """
+    file.unlink(missing_ok=True)
+    number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # half a surrogate, as JSON writes it
+    return open(number, mode, **text)
+
+
+def append(file: Path) -> IO[str]:
+    """A regular file to add text to, made if it is missing. Raises ValueError where the name is a link or a pipe."""
+    return open(_own(file, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8", errors="backslashreplace")
+
+
+def lock_file(file: Path) -> IO[str]:
+    """A regular file to lock, read and write, made if it is missing. Raises ValueError for a link or a pipe."""
+    return open(_own(file, os.O_RDWR), "r+", encoding="utf-8", errors="replace")
+
+
+def _own(file: Path, flags: int) -> int:
+    """The descriptor of a file that is no link; O_NONBLOCK keeps a pipe from waiting for its other end."""
+    try:
+        number = os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if not file.is_symlink() and not file.is_fifo():
+            raise
+        raise ValueError(f"{file} is a link or a pipe, which is not written to; remove it") from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ValueError(f"{file} is not a regular file; remove it")
+    return number
+
+
+def read(file: Path, *, max_bytes: int) -> bytes:
+    """The content of a regular file. Raises ValueError for another kind of file, and for more than the limit."""
+    number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(number, "rb") as opened:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{file} is not a regular file; replace it with one")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{file} has {status.st_size:,} bytes, more than the limit of {max_bytes:,}")
+        return opened.read(max_bytes)
+
+
+def refuse_links(folder: Path, *, within: Path | None = None) -> None:
+    """Raise ValueError where a link in the folder leads out of `within`, so that a file elsewhere would be written.
+
+    Without `within` that is the folder itself, whose own name the user gave: it may be a link.
+    """
+    home = os.path.join(os.path.realpath(within or folder), "")
+    top = [(str(folder.parent), [folder.name], [])] if within else []
+    for place, folders, names in chain(top, os.walk(folder)):
+        for name in (*folders, *names):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(home):
+                raise ValueError(
+                    f"{path} is a link to {os.path.realpath(path)}, outside {within or folder}; remove it, or put a "
+                    "copy of that in its place"
+                )
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters, which a terminal would obey, written as `\x1b`; line breaks and tabs stay."""
+    return text.translate(CONTROLS)
+
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
