@@ -62,7 +62,7 @@ def refuse_links(folder: Path, *, within: Path | None = None) -> None:
     Without `within` that is the folder itself, whose own name the user gave: it may be a link.
     """
     home = os.path.join(os.path.realpath(within or folder), "")
-    top = [(str(folder.parent), [folder.name], [])] if within else []
+    top: list[tuple[str, list[str], list[str]]] = [(str(folder.parent), [folder.name], [])] if within else []
     for place, folders, names in chain(top, os.walk(folder)):
         for name in (*folders, *names):
             path = os.path.join(place, name)
