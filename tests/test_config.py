@@ -166,6 +166,13 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
         ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp"]),
+        # a section that has one class names none: a file's would take its place
+        (
+            "data.augment={_target_:vlm.cli.launch.wait_for}",
+            ["data.augment={'_target_': 'vlm.cli.launch.wait_for'} is a dict, but"],
+        ),
+        ("+encoder.tiles._target_=vlm.cli.launch.wait_for", ["there is no option encoder.tiles._target_"]),
+        ("+checkpoint._target_=vlm.cli.launch.wait_for", ["there is no option checkpoint._target_"]),
         ("trainer.strategy={_target_:os.system}", ["trainer.strategy._target_=os.system is not allowed"]),
         ("data=captions", ["data.annotations must be given; set data.annotations="]),
         ("data.augment={cropped:0.5}", ["data.augment.cropped", "did you mean crop?"]),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.parts import make_module, make_trainer
 from tests.test_module import WHOLE, loader
@@ -14,6 +17,7 @@ from vlm import artifact, files, run
 from vlm.callbacks.metrics_file import MetricsFile
 from vlm.callbacks.save import Save
 from vlm.evaluation.runner import write_samples
+from vlm.options import KINDS, bind
 
 
 @pytest.fixture
@@ -97,3 +101,36 @@ def test_pipes_and_devices_are_not_read(make: Any, tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(bytes(11))
     with pytest.raises(ValueError, match="large has 11 bytes, more than the limit of 10"):
         files.read(tmp_path / "large", max_bytes=10)
+
+
+class SoftPool(nn.Module):
+    """A connector of the user's own package."""
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+
+FUNCTIONS = (
+    *("vlm.cli.launch.wait_for", "vlm.artifact.write_json", "vlm.callbacks.save.newest_checkpoint", "vlm.run.finish"),
+    *("torch.load", "torch.save", "torch.hub.load", "torch.utils.collect_env.run", "os.system", "builtins.eval"),
+    *("lightning.pytorch.seed_everything", "pathlib.Path", "subprocess.Popen", "vlm.connectors.mlp.nn", "torch", ".x"),
+)
+
+
+@pytest.mark.parametrize("group", [*KINDS, "data.sources.captions", "callbacks.stop"])
+def test_a_group_takes_no_function_and_no_class_of_another_kind(group: str) -> None:
+    other = "torch.nn.GELU" if group.startswith("callbacks") else "vlm.callbacks.stop.StopOnSignal"
+    for target in (*FUNCTIONS, other, None, 5):
+        with pytest.raises(ValueError, match=rf"^{group}\._target_={target} (is not allowed|cannot be imported)"):
+            bind(group, {"_target_": target})
+
+
+def test_a_part_of_the_users_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: Any = SimpleNamespace(SoftPool=SoftPool, Other=dict)
+    monkeypatch.setitem(sys.modules, "mypkg", own)
+    assert bind("connector", {"_target_": "mypkg.SoftPool", "temperature": 2.0})().temperature == 2.0
+    with pytest.raises(ValueError, match=r"connector\._target_=mypkg\.Other is not allowed; name a class of vlm\.conn"):
+        bind("connector", {"_target_": "mypkg.Other"})
+    with pytest.raises(ValueError, match=r"vlm\.llms\.base\.LanguageModel is abstract and cannot be made"):
+        bind("llm", {"_target_": "vlm.llms.base.LanguageModel"})

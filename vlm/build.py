@@ -16,14 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlm.artifact import aside, identity, put, short_hash, write
 from vlm.callbacks.ema import EMA
+from vlm.callbacks.save import Save
 from vlm.callbacks.stop import StopOnTime
+from vlm.data.augment import Augment
 from vlm.data.datamodule import VLMDataModule
+from vlm.data.reading import Reading
 from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.optim import check_rates, check_states, check_steps, set_trainable
-from vlm.options import _constructor, bind, known, parameters, typed
+from vlm.options import _constructor, bind, bind_class, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 from vlm.sharding import check_strategy
@@ -94,7 +97,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     model: Any = _constructor("model", cfg["model"].get("_target_"))
     check_states(cfg["stage"], model)
     check_rates(cfg["stage"], model, lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
-    bind("checkpoint", {"_target_": "vlm.callbacks.save.Save", **cfg["checkpoint"]}, SAVED)
+    bind_class("checkpoint", Save, cfg["checkpoint"], SAVED)
     for section in ("preflight", "answers"):
         for key, value in cfg[section].items():
             if not isinstance(value, int) or isinstance(value, bool):
@@ -109,8 +112,8 @@ def check(cfg: Mapping[str, Any]) -> None:
     loader, source = split_data(cfg["data"])
     typed("data", loader, VLMDataModule)
     if augment := loader.get("augment"):
-        bind("data.augment", {"_target_": "vlm.data.augment.Augment", **augment})
-    bind("data.reading", {"_target_": "vlm.data.reading.Reading", **(loader.get("reading") or {})})
+        bind_class("data.augment", Augment, augment)
+    bind_class("data.reading", Reading, loader.get("reading") or {})
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)
@@ -181,7 +184,7 @@ def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
     """The options of the encoder, and the tiling around it."""
     encoder = dict(options)
     tiles = encoder.pop("tiles", None) or {}
-    return encoder, bind("encoder.tiles", {"_target_": "vlm.encoders.tiles.Tiles", **tiles})()
+    return encoder, bind_class("encoder.tiles", Tiles, tiles)()
 
 
 def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -266,7 +269,7 @@ def build_ema(stage: Mapping[str, Any]) -> list[EMA]:
     """The callback that averages what a stage trains, where it wants one."""
     if (decay := stage.get("ema_decay")) is None:
         return []
-    return [bind("stage", {"_target_": "vlm.callbacks.ema.EMA", "ema_decay": decay})()]
+    return [bind_class("stage", EMA, {"ema_decay": decay})()]
 
 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:

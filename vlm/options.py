@@ -10,14 +10,36 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
 from vlm.ranges import LIBRARIES
 
-ALLOWED = ("vlm.", "torch.", "lightning.pytorch.")
+
+class Kind(NamedTuple):
+    """What a config group may name: classes of its own folders, which a stored config may name too, or of a base."""
+
+    base: str
+    folders: tuple[str, ...]
+
+
+MODULE = "torch.nn.Module"
+KINDS = {  # a key stands for all below it, unless a longer one does
+    "encoder": Kind(MODULE, ("vlm.encoders.",)),
+    "connector": Kind(MODULE, ("vlm.connectors.",)),
+    "llm": Kind(MODULE, ("vlm.llms.",)),
+    "model": Kind("vlm.models.base.Model", ("vlm.models.",)),
+    "stage.objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
+    "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),
+    "trainer": Kind("lightning.pytorch.Trainer", ("lightning.pytorch.Trainer",)),
+    "trainer.strategy": Kind(
+        "lightning.pytorch.strategies.Strategy", ("lightning.pytorch.strategies.", "vlm.sharding.")
+    ),
+    "callbacks": Kind("lightning.pytorch.Callback", ("lightning.pytorch.callbacks.", "vlm.callbacks.")),
+    "logger": Kind("lightning.pytorch.loggers.Logger", ("lightning.pytorch.loggers.",)),
+}
 PASSED_ON = {  # where what a constructor does not know ends up
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
@@ -36,12 +58,28 @@ WORDS = {
 def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
     """The call that makes one part, its options checked against the constructor.
 
-    Raises ValueError for a target outside the allowed packages, an unknown option (naming the choices), a missing one,
-    or a value of the wrong type.
+    Raises ValueError for a target that is no class of the group's kind, an unknown option (naming the choices), a
+    missing one, or a value of the wrong type.
     """
     arguments = dict(options)
     target = arguments.pop("_target_", None)
-    constructor = _constructor(name, target)
+    return _bound(name, _constructor(name, target), arguments, derived, target)
+
+
+def bind_class(
+    name: str, constructor: Callable[..., Any], options: Mapping[str, Any], derived: Mapping[str, Any] | None = None
+) -> partial[Any]:
+    """As `bind`, for a section that is always made by the same class and names none."""
+    return _bound(name, constructor, dict(options), derived)
+
+
+def _bound(
+    name: str,
+    constructor: Callable[..., Any],
+    arguments: dict[str, Any],
+    derived: Mapping[str, Any] | None,
+    target: str = "",
+) -> partial[Any]:
     derived = dict(derived or {})
     taken = parameters(constructor)
     passed_on = parameters(_import(PASSED_ON[target])).keys() if target in PASSED_ON else set()
@@ -54,12 +92,34 @@ def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | Non
 
 
 def _constructor(name: str, target: Any) -> Callable[..., Any]:
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        raise ValueError(f"{name}._target_={target} is not allowed; targets begin with {', '.join(ALLOWED)}")
+    """The class that a config names. Raises ValueError unless it is of the kind that the config's group takes.
+
+    A class of the user's own package is, if it is derived from the group's base. Whether the user has said so or a
+    stored config does, which must not, `vlm.trust` looks at.
+    """
+    kind = kind_of(name)
+    folders = " or ".join(folder.rstrip(".") for folder in kind.folders)
+    wanted = f"name a class of {folders}, or one that is derived from {kind.base}"
+    if not isinstance(target, str) or "." not in target.strip("."):
+        raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
     try:
-        return _import(target)
-    except (ImportError, AttributeError) as error:
+        found = _import(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
+    if not inspect.isclass(found) or not (found.__module__.startswith(kind.folders) or _derived(found, kind.base)):
+        raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
+    if inspect.isabstract(found):
+        raise ValueError(f"{name}._target_={target} is abstract and cannot be made; {wanted}")
+    return found
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of classes that an option's group takes."""
+    return KINDS[max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len)]
+
+
+def _derived(found: type, base: str) -> bool:
+    return issubclass(found, _import(base))
 
 
 def _import(target: str) -> Any:

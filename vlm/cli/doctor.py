@@ -80,10 +80,10 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
     """The config without its section `doctor`, and that. Raises ValueError for what cannot be done, before any work."""
     from vlm import build
     from vlm.data.findings import KINDS
-    from vlm.options import bind, unknown_key
+    from vlm.options import bind_class, unknown_key
 
     settings = build.plain(cfg)
-    options: Options = bind("doctor", {"_target_": "vlm.cli.doctor.Options", **settings.pop("doctor")})()
+    options: Options = bind_class("doctor", Options, settings.pop("doctor"))()
     for kind in options.filter_kinds:
         if kind not in KINDS:
             raise ValueError(unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
