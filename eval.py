@@ -20,27 +20,30 @@ def evaluate(cfg: Any) -> None:
     from vlm.evaluation.runner import answer, score, write_samples
 
     run_dir = Path(cfg.ckpt).absolute()
-    files.refuse_links(run_dir / "eval", within=run_dir)
     manifest = artifact.read_manifest(run_dir)
-    settings, _ = build.read_config(run_dir)
+    loader = {"data.batch_size": cfg.batch_size, "data.num_val_samples": cfg.num_samples}
+    asked = build.given(cfg, ("data", "encoder", "connector", "llm"))
+    asked = absolute_paths(asked, "")  # from the user's folder, not the run's
+    settings, _ = build.read_config(run_dir, given={**loader, **asked})
     options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]
     out = Path(cfg.out or run_dir / "eval").absolute()
     if cfg.out is None:
+        files.refuse_links(out, within=run_dir)
         _keep_other_results(out, options)
-    changes = absolute_paths(OmegaConf.to_container(cfg.data, resolve=True))  # from the user's folder, not the run's
     build.enter_folder_of(run_dir)
     settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
     if cfg.num_samples is not None and cfg.num_samples < 2:
         raise ValueError(f"num_samples={cfg.num_samples} is too few to compare images; set it to 2 or more")
-    loader = {"batch_size": cfg.batch_size, "num_val_samples": cfg.num_samples}
-    settings["data"] = OmegaConf.to_container(OmegaConf.merge(settings["data"], loader, changes), resolve=True)
     build.check(settings)
 
     model, ours = build.build_model(settings)
-    artifact.load(run_dir, model=model, manifest=ours)
+    artifact.load(run_dir, model=model, manifest=ours, run_id=build.run_id(run_dir))
     module = build.build_module(settings, model)
     data = build.build_data(settings, model, None)
+    if not build.names_rows(asked):
+        rows = {"val": data.fingerprints()["val"]}
+        build.check_rows(manifest.get("data") or {}, rows, "name them again with data.annotations= or its like")
     trainer = build.build_trainer(settings, run_dir, [])
     trainer.validate(module, datamodule=data, verbose=False)
     with trainer.precision_plugin.forward_context():

@@ -6,6 +6,7 @@ several stages one after the other.
 
 from __future__ import annotations
 
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def train(cfg: Any) -> None:
 
     from vlm import artifact, build, run
     from vlm.callbacks.rates import ConfiguredRates
-    from vlm.callbacks.save import Save, newest_checkpoint
+    from vlm.callbacks.save import Save, data_of, newest_checkpoint
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
     from vlm.cli import launch, plan, recipe, resume
@@ -49,15 +50,26 @@ def train(cfg: Any) -> None:
     first = run.first_rank()
     run.CONSOLE.quiet = not first
     _lock = run.claim(run_dir, resumed=resumed)  # until this function ends
-    checkpoint = newest_checkpoint(run_dir) if resumed else None
+    run_id = (build.run_id(run_dir) if resumed else None) or secrets.token_hex(8)
+    identity = run.identity(run_id, settings, choices)
+    checkpoint = newest_checkpoint(run_dir, identity) if resumed else None
     run.name_logger(settings["logger"], step=checkpoint[1] if checkpoint else 0)
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)
     lineage, inherited = [], []
-    if ckpt := run_dir if checkpoint else settings["ckpt"]:  # a run that goes on has all of earlier stages itself
-        earlier = artifact.load(ckpt, model=model, manifest=manifest)
-        lineage, inherited = earlier["stages"][: -1 if checkpoint else None], earlier["tensors"]
+    whole = bool(checkpoint)
+    if ckpt := run_dir if whole else settings["ckpt"]:  # a run that goes on has all of earlier stages itself
+        try:
+            earlier = artifact.load(ckpt, model=model, manifest=manifest, run_id=run_id if whole else None)
+        except artifact.Damaged as error:
+            if not whole:
+                raise
+            run.CONSOLE.print(f"{error}; the run goes on from its checkpoint", soft_wrap=True, markup=False)
+            whole, ckpt = False, settings["ckpt"]
+            earlier = artifact.load(ckpt, model=model, manifest=manifest) if ckpt else None
+    if ckpt:
+        lineage, inherited = earlier["stages"][: -1 if whole else None], earlier["tensors"]
         manifest["lora"] = earlier["lora"]
         if settings["stage"]["llm"] == "lora" and earlier["lora"] not in (None, settings["stage"]["lora"]):
             raise ValueError(
@@ -67,11 +79,15 @@ def train(cfg: Any) -> None:
     module = build.build_module(settings, model)
     stage = settings["stage"]
     manifest |= {
+        "run": identity,
         "lora": stage["lora"] if stage["llm"] == "lora" else manifest.get("lora"),
         "stages": [*lineage, {"name": stage["name"], "run": str(run_dir), "options": choices}],
         "code": run.provenance(),
     }
     data = build.build_data(settings, model, run_dir)
+    manifest["data"] = data.fingerprints()
+    if checkpoint and not resume.allows_other_data(cfg):
+        build.check_rows(data_of(checkpoint[0]), manifest["data"], f"'resume.allow=[data]' or a new run with {ckpt=!s}")
     run.print_parts(run.count_parameters(model), choices, stage)
     checks = settings["preflight"]
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
@@ -80,7 +96,7 @@ def train(cfg: Any) -> None:
     watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]
     trainer = build.build_trainer(settings, run_dir, watchers)
     if first:
-        build.write_config(run_dir, settings, choices)  # from here on the directory is taken
+        build.write_config(run_dir, settings, choices, run_id)  # from here on the directory is taken
         run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vlm-state-")  # for the key that marks configs as one's own
 
 from jaxtyping import install_import_hook
 

@@ -44,6 +44,8 @@ def manifest_of(model: Composed, **changes: Any) -> dict[str, Any]:
         "chat_template": "chatml",
         "num_image_tokens": 4,
         "lora": None,
+        "stages": [],
+        "code": {"git": None, "packages": {}},
         **changes,
     }
 

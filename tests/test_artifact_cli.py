@@ -161,7 +161,17 @@ def test_show(instructed: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def write(run: Path, tensors: dict[str, Tensor], **manifest: Any) -> Path:
-    artifact.save(run / "artifact", tensors=tensors, manifest=manifest, step=1)
+    connector = {"_target_": "vlm.connectors.mlp.MLP", **manifest.pop("connector", {})}
+    least = {
+        "parts": {"connector": connector, "encoder": {}},
+        "bases": {part: {"fingerprint": "0"} for part in ("encoder", "llm")},
+        "quantization": "none",
+        "num_image_tokens": 4,
+        "lora": None,
+        "stages": [{"name": "align", "run": "a", "options": {}}],
+        "code": {"git": None, "packages": {}},
+    }
+    artifact.save(run / "artifact", tensors=tensors, manifest={**least, **manifest}, step=1)
     return run
 
 
@@ -179,8 +189,8 @@ def test_differences_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "llm.c": torch.ones(4),
         "connector.e": torch.ones(3),
     }
-    first = write(tmp_path / "1", one, parts={"connector": {"depth": 2}}, stages=[{"name": "align"}])
-    second = write(tmp_path / "2", two, parts={"connector": {"depth": 3}}, stages=[{"name": "align"}])
+    first = write(tmp_path / "1", one, connector={"depth": 2})
+    second = write(tmp_path / "2", two, connector={"depth": 3})
     assert differences(first, second) == {
         "fields": {"parts.connector.depth": (2, 3)},
         "only": [["encoder.d"], []],

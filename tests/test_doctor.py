@@ -256,7 +256,8 @@ def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int],
     model, manifest = build.build_model(settings)
     names = [name for name, _ in model.named_parameters() if name.startswith("connector.")]
     tensors = gather(model, names)
-    artifact.save(tmp_path / "run" / "artifact", tensors=tensors, manifest=manifest | {"lora": None}, step=1)
+    rest = {"lora": None, "stages": [], "code": {"packages": {}}}
+    artifact.save(tmp_path / "run" / "artifact", tensors=tensors, manifest=manifest | rest, step=1)
     OmegaConf.save(OmegaConf.create(settings), tmp_path / "run" / "config.yaml")
     few = f"data.annotations={planted / 'val.json'}"  # as train too: no long row
     arguments = [*options(planted), few, "connector=mlp", f"ckpt={tmp_path / 'run'}", "doctor.score=true"]

@@ -24,6 +24,7 @@ RANK = {
     "options": 3,
     "sharding": 3,
     "artifact": 4,
+    "trust": 4,
     "module": 4,
     "run": 5,
     "callbacks": 6,

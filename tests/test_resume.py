@@ -264,7 +264,8 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
     assert "train/loss" in (again / "csv" / "from_step_4" / "metrics.csv").read_text()
     (tmp_path / "1.tar").unlink()
     assert train(f"resume={again}", "trainer.max_steps=8", "resume.allow=[trainer.max_steps]") == 2
-    assert re.search(r"the training data has \d+ samples, and had \d+ when this run was saved", told())
+    assert "the rows of the train split are not those that this run was trained with (fingerprint" in (error := told())
+    assert "restore them, or use 'resume.allow=[data]' or a new run with ckpt=" in error
 
 
 def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:

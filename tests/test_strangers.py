@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 from torch import nn
 
 from tests.parts import make_module, make_trainer
+from tests.test_artifact_cli import call as artifact_program
+from tests.test_cli import QUICK, call, evaluate, told, train
 from tests.test_module import WHOLE, loader
-from vlm import artifact, files, run
+from vlm import artifact, build, files, run, trust
 from vlm.callbacks.metrics_file import MetricsFile
 from vlm.callbacks.save import Save
+from vlm.cli.doctor import doctor
+from vlm.connectors.mlp import MLP
 from vlm.evaluation.runner import write_samples
 from vlm.options import KINDS, bind
+
+__all__ = ["told"]  # a fixture
 
 
 @pytest.fixture
@@ -134,3 +144,168 @@ def test_a_part_of_the_users_own_package(monkeypatch: pytest.MonkeyPatch) -> Non
         bind("connector", {"_target_": "mypkg.Other"})
     with pytest.raises(ValueError, match=r"vlm\.llms\.base\.LanguageModel is abstract and cannot be made"):
         bind("llm", {"_target_": "vlm.llms.base.LanguageModel"})
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as its author has it, before it is changed and sent."""
+    folder = tmp_path_factory.mktemp("sent") / "run"
+    lora = "stage.lora.target_modules=[q_proj,v_proj]"
+    assert train(*QUICK, "stage=instruct", lora, "checkpoint.best=val/loss", f"run_dir={folder}") == 0
+    return folder
+
+
+def change(run_dir: Path, key: str, value: Any, *, file: str = "config.yaml") -> None:
+    """Write another value into a file of a run."""
+    path = run_dir / file
+    content = yaml.safe_load(path.read_text())
+    *groups, last = key.split("/")
+    inner = content
+    for group in groups:
+        inner = inner[int(group) if isinstance(inner, list) else group]
+    inner[last] = value
+    path.write_text(yaml.safe_dump(content) if path.suffix == ".yaml" else json.dumps(content))
+
+
+PROGRAMS: dict[str, Any] = {
+    "resume": lambda run, out: train(f"resume={run}"),
+    "eval": lambda run, out: evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2", "batch_size=2"),
+    "merge": lambda run, out: artifact_program("merge", run, out / "merged"),
+    "doctor": lambda run, out: call(
+        doctor, "doctor", *QUICK, "data.num_train=4", "data.num_val=4", f"ckpt={run}", "doctor.score=true",
+        "doctor.languages=false", f"doctor.out={out / 'report'}", "run_dir=x",
+    ),
+}  # fmt: skip
+CANARY = "the user's secret"
+OF_MODEL = {
+    "connector/_target_": ("vlm.artifact.write_json", "connector._target_=vlm.artifact.write_json"),
+    "stage/objective/_target_": ("torch.hub.load", "stage.objective._target_=torch.hub.load"),
+    "model/_target_": ("mypkg.Model", "model._target_=mypkg.Model"),
+    "llm/pretrained": ("{home}", "llm.pretrained={home}"),
+    "encoder/name": ("local-dir:{home}", "encoder.name=local-dir:{home}"),
+    "llm/package": ("antigravity", "llm.package=antigravity"),
+    "llm/attention": ("stranger/kernel", "llm.attention=stranger/kernel"),
+    "stage/lora/target_modules": ("(q+)+_proj$", "stage.lora.target_modules=(q+)+_proj$"),
+}
+OF_DATA = {
+    "data": (
+        {"_target_": "vlm.data.sources.instruct.Instruct", "annotations": "{home}/a.json", "images": None},
+        "data.annotations={home}/a.json",
+    ),
+    "data/filter": ("../notes.txt", "data.filter=../notes.txt"),
+    "data/replay_annotations": ("{home}/notes.txt", "data.replay_annotations={home}/notes.txt"),
+}
+OF_RUN = {
+    "logger": ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "{home}"}, "logger.save_dir={home}"),
+    "callbacks/x": (
+        {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "home"}, "callbacks.x.dirpath=home"
+    ),
+    "callbacks/y": ({"_target_": "vlm.cli.launch.wait_for", "command": ["id"]}, "callbacks.y._target_=vlm.cli.launch"),
+    "trainer/strategy": ({"_target_": "torch.save"}, "trainer.strategy._target_=torch.save"),
+    "ckpt": ("{home}", "ckpt={home}"),
+}  # fmt: skip
+ATTACKS = [
+    *((program, key, *attack) for program in PROGRAMS for key, attack in OF_MODEL.items()),
+    *((program, key, *attack) for program in ("resume", "eval") for key, attack in OF_DATA.items()),
+    *(("resume", key, *attack) for key, attack in OF_RUN.items()),
+]
+
+
+@pytest.mark.parametrize(("program", "key", "value", "named"), ATTACKS, ids=[f"{a[0]}-{a[1]}" for a in ATTACKS])
+def test_a_stored_config_reaches_nothing_beyond_this_code(
+    program: str, key: str, value: Any, named: str, sent: Path, victim: Path, tmp_path: Path, told: Any
+) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    home = str(victim.parent)
+    change(run_dir, key, json.loads(json.dumps(value).replace("{home}", home)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert PROGRAMS[program](run_dir, tmp_path) == 2
+    error = told()
+    assert "config.yaml was not written by your own programs here, or was changed since" in error
+    assert named.replace("{home}", home) in error
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_the_user_says_again_counts(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    """A path and a package of one's own; an unchanged copy needs no word."""
+    file = tmp_path / "captions.jsonl"
+    for number in range(12):
+        Image.new("RGB", (40, 30), (20 * number, 99, 200)).save(tmp_path / f"{number}.png")
+    rows = [{"image": f"{number}.png", "caption": f"color number {number}"} for number in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own, copy = tmp_path / "own", tmp_path / "elsewhere" / "copy"
+    again = [f"data.annotations={file}", f"data.images={tmp_path}"]
+    data = ["data=captions", *again, "data.val_fraction=0.4"]
+    options = ["trainer=cpu", "num_samples=4", "batch_size=2"]
+    assert train(*QUICK, *data, f"run_dir={own}") == 0
+    shutil.copytree(own, copy)
+    assert evaluate(f"ckpt={copy}", *options) == 0
+    change(copy, "seed", 1)
+    assert evaluate(f"ckpt={copy}", *options, f"out={tmp_path / 'out'}") == 2
+    assert f"({' '.join(again)})" in told()
+    assert evaluate(f"ckpt={copy}", *options, *again, f"out={tmp_path / 'out'}") == 0
+    assert train(f"resume={copy}", "resume.allow=[seed]") == 2
+    assert f"({' '.join(again)})" in told()
+    assert train(f"resume={copy}", *again) == 0
+
+    monkeypatch.setitem(sys.modules, "mypkg", SimpleNamespace(MLP=MLP))  # type: ignore[arg-type]
+    other = shutil.copytree(sent, tmp_path / "other")
+    change(other, "connector/_target_", "mypkg.MLP")
+    settings, _ = build.read_config(other, given={"connector._target_": "mypkg.MLP"})
+    assert settings["connector"]["_target_"] == "mypkg.MLP"
+    (other / "config.yaml").write_text(trust.signed((other / "config.yaml").read_text()))
+    assert build.read_config(other)[0] == settings, "the user's own run"
+
+
+def test_trust_in_a_models_code_is_not_taken_from_a_file(sent: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    for part in ("llm", "encoder"):
+        change(run_dir, f"{part}/trust_remote_code", True)
+    settings, _ = build.read_config(run_dir)
+    assert (settings["llm"]["trust_remote_code"], settings["encoder"]["trust_remote_code"]) == (False, False)
+    settings, _ = build.read_config(run_dir, given={"llm.trust_remote_code": True})
+    assert (settings["llm"]["trust_remote_code"], settings["encoder"]["trust_remote_code"]) == (True, False)
+
+
+def test_a_stored_expression_is_text(sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", CANARY)
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    for key in ("data/system_prompt", "cwd", "stage/name"):
+        change(run_dir, key, "${oc.env:SECRET}")
+    change(run_dir, "choices/debug", None)
+    assert evaluate(f"ckpt={run_dir}", "trainer=cpu", "num_samples=2", "batch_size=2") == 0
+    (run_dir / "metrics.json").unlink()
+    assert train(f"resume={run_dir}", "answers.num_samples=3") == 0
+    assert [path for path in run_dir.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()] == []
+    assert "system_prompt: ${oc.env:SECRET}" in (run_dir / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"connector": "mlp,linear"}, "the choice connector='mlp,linear', which names no option"),
+        ({"connector": "../../x"}, "the choice connector='../../x', which names no option"),
+        ({"llm": "${oc.env:HOME}"}, "the choice llm='${oc.env:HOME}', which names no option"),
+        ({"connector": "mlp hydra.run.dir=/x"}, "which names no option"),
+        ({"connector": 5}, "the choice connector=5, which names no option"),
+    ],
+)
+def test_a_stored_choice_is_an_options_name(
+    choices: dict[str, Any], said: str, sent: Path, tmp_path: Path, told: Any
+) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    change(run_dir, "choices", choices)
+    assert train(f"resume={run_dir}") == 2
+    assert said in told()
+
+
+def test_a_stored_choice_is_none_of_hydra(sent: Path) -> None:
+    content, own = trust.stored_config(sent)
+    assert own
+    honest = trust.group_choices(content)
+    assert honest["connector"] == "mlp"
+    evil = ("hydra", "hydra/callbacks", "hydra.searchpath", "+hydra.callbacks.a", "~a", "connector@hydra.callbacks")
+    found = trust.group_choices({"choices": {**content["choices"], **dict.fromkeys(evil, "mlp")}})
+    assert found == honest

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -27,17 +28,33 @@ from torch import Tensor, nn
 
 from vlm import files
 from vlm.optim import lora_names, match_buffers
-from vlm.options import defaults
+from vlm.options import defaults, known, typed
+from vlm.options import parameters as options_of
 
 FORMAT_VERSION = 2
 SAMPLE = 1024  # values a tensor that enter its fingerprint
 # What a configuration says beside facts of the architecture: where the weights lie, how they are kept and run, and what
 # the manifest names elsewhere.
+MAX_MANIFEST = 2**26  # bytes; the names of a million tensors
+FIELDS: dict[str, Any] = {  # of a manifest, with the type of each that this code reads
+    "parts": {"connector": {"_target_": str}, "encoder": dict},
+    "bases": {"encoder": {"fingerprint": str}, "llm": {"fingerprint": str}},
+    "quantization": str,
+    "num_image_tokens": int,
+    "lora": (dict, type(None)),
+    "stages": [{"name": str, "run": str, "options": dict}],
+    "code": {"packages": dict},
+    "tensors": [str],
+}
 NO_FACTS = {
     *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
     *("transformers_version", "architectures", "dtype", "use_cache", "quantization_config"),
     *("image_size", "layer", "mean", "std", "interpolation", "resize"),
 }
+
+
+class Damaged(ValueError):
+    """An artifact that is not whole: a file of it is missing, cut, or changed by a disk."""
 
 
 class SaveError(ValueError):
@@ -102,6 +119,8 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
+        if run := manifest.get("run"):
+            facts["run"] = run["id"]
         files.create(aside(weights)).close()
         save_file(dict(tensors), aside(weights), metadata=facts)
         write(aside(described), _json(content))
@@ -161,21 +180,43 @@ def _json(content: Any) -> str:
 def read_manifest(run: str | Path) -> dict[str, Any]:
     """The manifest of a run directory, brought to this format version; the file stays as it is.
 
-    Raises ValueError where it is none, or is of a later format.
+    Raises ValueError where there is none, a field is missing or of the wrong type, or it is of a later format.
     """
     path = Path(run) / "artifact" / "manifest.json"
-    if not path.is_file():
-        raise ValueError(f"ckpt={run} is no run directory: it has no artifact/manifest.json")
+    if not path.exists():
+        raise Damaged(f"ckpt={run} is no run directory: it has no artifact/manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest: {error}") from error
+        manifest = json.loads(files.read(path, max_bytes=MAX_MANIFEST))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Damaged(f"{path} is not a manifest: {error}; take another ckpt=") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}, this code reads 1 to {FORMAT_VERSION}; update the code")
-    for later in MIGRATIONS[version - 1 :]:
-        later(manifest)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            known_to = f"this code reads 1 to {FORMAT_VERSION}"
+            raise ValueError(f"{path} has format version {version}, {known_to}; update the code")
+        raise Damaged(f"{path} is not a manifest: its format_version is {version!r:.40}; take another ckpt=")
+    try:
+        for later in MIGRATIONS[version - 1 :]:
+            later(manifest)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is not whole ({type(error).__name__}: {error}); take another ckpt=") from error
+    if misfit := _misfit(manifest, FIELDS, ""):
+        raise Damaged(f"{path} is not whole: {misfit}; take another ckpt=")
     return manifest
+
+
+def _misfit(value: Any, kind: Any, field: str) -> str | None:
+    """The first field that is missing or not of its type, in words."""
+    if isinstance(kind, list) and isinstance(value, list):
+        found = (_misfit(each, kind[0], f"{field}[{number}]") for number, each in enumerate(value))
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        missing = [f"it has no {field}.{key}".replace(" .", " ") for key in kind if key not in value]
+        if missing:
+            return missing[0]
+        found = (_misfit(value[key], each, f"{field}.{key}".lstrip(".")) for key, each in kind.items())
+    else:
+        return None if isinstance(kind, type | tuple) and isinstance(value, kind) else f"its {field} is {value!r:.40}"
+    return next(filter(None, found), None)
 
 
 def _from_1_to_2(manifest: dict[str, Any]) -> None:
@@ -201,46 +242,100 @@ MIGRATIONS = (_from_1_to_2,)  # each from the format version of its place, count
 def open_weights(run: str | Path) -> Iterator[Any]:
     """The weights file of a run directory. Raises ValueError where it cannot be read."""
     file = Path(run) / "artifact" / "weights.safetensors"
+    if not file.is_file():
+        raise Damaged(f"{file} is missing or not a regular file; take another ckpt=")
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}); take another ckpt=") from error
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{file} cannot be read ({error}); take another ckpt=") from error
 
 
-def load(run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def load(
+    run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any], run_id: str | None = None
+) -> dict[str, Any]:
     """Put a run's trained tensors into `model`, which `manifest` describes, and return the run's own manifest.
 
     An adapter of the LLM is added where the run has one. Raises ValueError naming the first field in which the two
-    manifests' bases differ, or the tensors that do not fit.
+    manifests' bases differ, or the tensors that do not fit, and where the artifact is not of the run with `run_id`.
+    Where it is Damaged, the model is as it was.
     """
     theirs = read_manifest(run)
+    if None not in (run_id, found := (theirs.get("run") or {}).get("id")) and found != run_id:
+        raise ValueError(
+            f"ckpt={run} has the artifact of another run: manifest.json is of run {found!r:.40} and config.yaml of run "
+            f"{run_id!r:.40}; take both from one run"
+        )
     # Before the fingerprint, which it changes.
     _compare("llm.quantization", theirs["quantization"], manifest["quantization"], run)
     usual = defaults(manifest["parts"]["connector"]["_target_"])
     for trained, here in zip(_comparable(theirs, usual), _comparable(manifest, usual), strict=True):
         for field in trained:
             _compare(field, trained[field], here[field], run)
+    tensors = _whole_tensors(run, theirs)
     if theirs["lora"] and not lora_names(model.llm):  # type: ignore[arg-type]
-        model.llm.add_lora(**theirs["lora"])  # type: ignore[operator,union-attr]
+        _add_adapter(run, model.llm, theirs["lora"], tensors)
     parameters = dict(model.named_parameters())
-    with open_weights(run) as file:
-        stored = set(file.keys())
-        if stored != set(theirs["tensors"]) or not stored <= set(parameters):
-            odd = sorted(stored ^ set(theirs["tensors"])) or sorted(stored - set(parameters))
-            raise ValueError(f"ckpt={run} does not fit this model: {len(odd)} tensors differ, first {odd[0]!r}")
-        tensors = {name: file.get_tensor(name) for name in sorted(stored)}
-        said, found = (file.metadata() or {}).get("checksum"), checksum(tensors)
-        if said not in (None, found):
-            raise ValueError(f"ckpt={run} is damaged: its weights' checksum is {found}, not {said}; take another ckpt=")
-        for name, tensor in tensors.items():
-            target = parameters[name]
-            if tensor.shape != target.shape:
-                raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
-            # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
-            target.data = tensor.to(target.device, copy=True)
+    if odd := sorted(set(tensors) - set(parameters)):
+        raise ValueError(f"ckpt={run} does not fit this model: {len(odd)} tensors differ, first {odd[0]!r:.80}")
+    for name, tensor in tensors.items():
+        target = parameters[name]
+        if tensor.shape != target.shape:
+            raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
+        # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
+        target.data = tensor.to(target.device, copy=True)
     match_buffers(model)
     return theirs
+
+
+def _whole_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a run. Raises ValueError, naming what is wrong, unless they are those that its manifest is of."""
+    with open_weights(run) as file:
+        stored, facts = set(file.keys()), file.metadata() or {}
+        ours, theirs = (manifest.get("run") or {}).get("id"), facts.get("run")
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"ckpt={run} has the weights of another run: weights.safetensors is of run {theirs!r:.40} and "
+                f"manifest.json of run {ours!r:.40}; take both files from one run"
+            )
+        if odd := sorted(stored ^ set(manifest["tensors"])):
+            raise Damaged(f"ckpt={run} does not fit its manifest: {len(odd)} tensors differ, first {odd[0]!r:.80}")
+        tensors = {name: file.get_tensor(name) for name in sorted(stored)}
+    said, found = facts.get("checksum"), checksum(tensors)
+    if said not in (None, found):
+        raise Damaged(f"ckpt={run} is damaged: its weights' checksum is {found}, not {said:.40}; take another ckpt=")
+    for name, tensor in tensors.items():
+        if num := num_not_finite(tensor):
+            raise Damaged(
+                f"ckpt={run} is damaged: {num:,} of the {tensor.numel():,} values of {name} are NaN or infinite; "
+                "take another ckpt="
+            )
+    return tensors
+
+
+def num_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    return 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor)).sum())
+
+
+def _add_adapter(run: str | Path, llm: Any, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give the LLM the adapter of a run, beside the modules that its tensors name.
+
+    So no pattern of a manifest, which may have been written to match for ever, is matched, and no adapter is made that
+    the weights are not of.
+    """
+    found = [re.fullmatch(r"llm\.model\.(.+)\.lora_(embedding_)?A\.default(\.weight)?", name) for name in tensors]
+    modules = sorted(match[1] for match in found if match)
+    ranks = {tensors[match[0]].shape[0] for match in found if match}
+    if ranks != {options.get("r")}:
+        said = f"{options.get('r')!r:.40}"
+        raise Damaged(
+            f"ckpt={run} has an adapter with r={said}, and tensors of rank {sorted(ranks)}; take another ckpt="
+        )
+    taken = {key: value for key, value in options.items() if key != "target_modules"} | {"target_modules": modules}
+    known("lora", taken, options_of(llm.add_lora))
+    typed("lora", taken, llm.add_lora)
+    llm.add_lora(**taken)
 
 
 def _comparable(manifest: Mapping[str, Any], usual: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from vlm import trust
 from vlm.artifact import aside, identity, put, short_hash, write
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
@@ -56,31 +57,72 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
-def write_config(run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> None:
-    """config.yaml: the resolved settings, which option each group had, and the folder that relative paths are from."""
+def write_config(
+    run_dir: Path, settings: Mapping[str, Any], choices: Mapping[str, str | None], run_id: str | None = None
+) -> None:
+    """config.yaml: the resolved settings, which option each group had, and the folder that relative paths are from.
+
+    `run_id` is what the run's checkpoints and artifact carry too.
+    """
     file = run_dir / "config.yaml"
-    content = OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd()})
-    write(aside(file), OmegaConf.to_yaml(content))
+    content = OmegaConf.create({**settings, "choices": dict(choices), "cwd": os.getcwd(), "run_id": run_id})
+    write(aside(file), trust.signed(OmegaConf.to_yaml(content)))
     put(file)
 
 
-def read_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """The settings and choices of a run. Raises ValueError where the directory holds none."""
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
-    settings: Any = OmegaConf.to_container(OmegaConf.load(file))
-    settings.pop("cwd", None)
+def read_config(
+    run_dir: Path, *, given: Mapping[str, Any] | None = None, sections: Iterable[str] = (*trust.MODEL, "data")
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """The settings and choices of a run, to build its model and data from, with those that the user has `given`.
+
+    Raises ValueError where the directory holds none, or where those of `sections`, which alone are to be used, are
+    somebody else's and reach beyond this code.
+    """
+    settings, choices, is_own = stored_config(run_dir)
+    for key, value in (given or {}).items():
+        *groups, last = key.split(".")
+        inner = settings
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    if not is_own:
+        settings = trust.restrict(settings, run_dir=run_dir, sections=tuple(sections), said=given or ())
+    return settings, choices
+
+
+def given(cfg: DictConfig, sections: Iterable[str]) -> dict[str, Any]:
+    """The values in some sections of a config, each under its key in full."""
+    found: Any = {section: OmegaConf.to_container(cfg[section], resolve=True) for section in sections}
+    return {key: value for key, value in trust.leaves(found) if key not in found}
+
+
+def names_rows(keys: Iterable[str]) -> bool:
+    """Whether some of the keys say which rows there are, not only how they are loaded."""
+    loader = {f"data.{key}" for key in parameters(VLMDataModule)} - {"data.filter"}
+    return any(key.startswith("data.") and key not in loader for key in keys)
+
+
+def stored_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None], bool]:
+    """The settings and choices of a run as they are stored, and whether the user's own programs wrote them here."""
+    settings, is_own = trust.stored_config(run_dir)
+    for key in ("cwd", "run_id"):
+        settings.pop(key, None)
     if (merged := run_dir / "llm").is_dir():  # it goes where its run goes
         settings["llm"]["pretrained"] = str(merged.absolute())
-    return settings, settings.pop("choices", {})
+    return settings, settings.pop("choices"), is_own
+
+
+def run_id(run_dir: Path) -> str | None:
+    """What tells a run from all others; None for one of an earlier version."""
+    found = trust.stored_config(run_dir)[0].get("run_id")
+    return found if isinstance(found, str) else None
 
 
 def enter_folder_of(run_dir: Path) -> None:
-    """Go where a run was started, if that is here, so that the relative paths in its config mean what they meant."""
-    stored: Any = OmegaConf.load(run_dir / "config.yaml")
+    """Go where the user's own run was started, if that is here, so that its relative paths mean what they meant."""
+    stored, is_own = trust.stored_config(run_dir)
     folder = stored.get("cwd")
-    if folder and Path(folder).is_dir():
+    if is_own and folder and Path(folder).is_dir():
         os.chdir(folder)
 
 
@@ -254,6 +296,16 @@ def build_data(cfg: Mapping[str, Any], model: Any, run_dir: Path | None) -> VLMD
     llm, template = model.llm, cfg["llm"]["chat_template"]
     data.connect(spec=spec, tokenizer=llm.tokenizer, chat_template=template, max_answers=llm.max_answers)
     return data
+
+
+def check_rows(before: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
+    """Raise ValueError where a split that both name has other rows than those of before."""
+    for split, found in now.items():
+        if before.get(split, found) != found:
+            raise ValueError(
+                f"the rows of the {split} split are not those that this run was trained with (fingerprint {found}, "
+                f"then {before[split]}): annotations were edited or put in another order; restore them, or use {remedy}"
+            )
 
 
 def build_module(cfg: Mapping[str, Any], model: Model) -> VLMModule:

@@ -16,8 +16,9 @@ def create(file: Path, mode: str = "w") -> IO[Any]:
     """
     file.unlink(missing_ok=True)
     number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}  # half a surrogate, as JSON writes it
-    return open(number, mode, **text)
+    if "b" in mode:
+        return open(number, mode)
+    return open(number, mode, encoding="utf-8", errors="backslashreplace")  # half a surrogate, as JSON writes it
 
 
 def append(file: Path) -> IO[str]:

@@ -98,6 +98,7 @@ def _constructor(name: str, target: Any) -> Callable[..., Any]:
     stored config does, which must not, `vlm.trust` looks at.
     """
     kind = kind_of(name)
+    assert kind is not None, name
     folders = " or ".join(folder.rstrip(".") for folder in kind.folders)
     wanted = f"name a class of {folders}, or one that is derived from {kind.base}"
     if not isinstance(target, str) or "." not in target.strip("."):
@@ -113,9 +114,10 @@ def _constructor(name: str, target: Any) -> Callable[..., Any]:
     return found
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of classes that an option's group takes."""
-    return KINDS[max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len)]
+def kind_of(name: str) -> Kind | None:
+    """The kind of classes that an option's group takes; None where it takes none."""
+    group = max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len, default=None)
+    return None if group is None else KINDS[group]
 
 
 def _derived(found: type, base: str) -> bool:

@@ -55,6 +55,12 @@ def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
     return lock
 
 
+def identity(run_id: str, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> dict[str, Any]:
+    """What artifact and checkpoints carry to tell their run: an id that no other has, and what it is by name."""
+    groups = ("stage", "encoder", "connector", "llm", "data")
+    return {"id": run_id, "seed": settings["seed"], **{group: choices.get(group) for group in groups}}
+
+
 def finished(run_dir: Path) -> bool:
     """Whether a run went to its end. One that a signal stopped also has figures, but not those of the answers."""
     file = run_dir / "metrics.json"

@@ -122,7 +122,8 @@ class Save(pl.Callback):
             trainer.strategy.barrier()  # the first rank to end would take the others with it
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rng": self._rng_of_ranks, "best": (self.best, self._best_value)}
+        identity = {key: self.manifest.get(key) for key in ("run", "data")}
+        return {"rng": self._rng_of_ranks, "best": (self.best, self._best_value), **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rng, (name, value) = state_dict["rng"], state_dict["best"]
@@ -204,23 +205,31 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
+def newest_checkpoint(run_dir: Path, run: Mapping[str, Any] | None = None) -> tuple[Path, int] | None:
     """The newest checkpoint that is whole, and its step; None where a run has saved none yet.
 
     Those that are not whole make way for it: they are renamed, or the next save would give it up for them. Raises
-    ValueError where there are some and none is whole.
+    ValueError where there are some and none is whole, or where one is not of the run with the identity `run`.
     """
     file = run_dir / "checkpoints" / LAST
     found = sorted(file.parent.glob("last*.ckpt"), key=lambda path: (len(path.name), path.name))
     damaged = []
     for path in found:
         try:
+            if not path.is_file():
+                raise OSError("it is not a regular file")
             if part := zipfile.ZipFile(path).testzip():  # reads all of it, which torch.load takes as it is
                 raise OSError(f"wrong checksum of {part}")
-            step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            step, theirs = content["global_step"], _saved(content).get("run")
+            for name, tensor in content["state_dict"].items():
+                if num := artifact.num_not_finite(tensor):
+                    raise OSError(f"{num:,} of the {tensor.numel():,} values of {name} are NaN or infinite")
         except Exception as error:  # a file cut off anywhere makes the reader trip over anything
             damaged.append((path, " ".join(str(error).split())[:80]))
             continue
+        if run and theirs and run["id"] != theirs["id"]:
+            _refuse(path, theirs, run)
         for broken, reason in damaged:
             aside = broken.with_name(f"damaged-{broken.name}")
             CONSOLE.print(
@@ -236,6 +245,25 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
             f"none of the {len(found)} checkpoints in {file.parent} can be read; start a new run with ckpt={run_dir}"
         )
     return None
+
+
+def data_of(checkpoint: Path) -> dict[str, str]:
+    """The fingerprints of the data that a checkpoint's run read; none where it is of an earlier version."""
+    return _saved(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)).get("data") or {}
+
+
+def _saved(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What this callback has put into a checkpoint."""
+    return checkpoint["callbacks"].get(Save.__name__, {})
+
+
+def _refuse(path: Path, theirs: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming in what the run of a checkpoint is another."""
+    odd = [f"its {key} is {theirs.get(key)}, here it is {run[key]}" for key in run if theirs.get(key) != run[key]]
+    raise ValueError(
+        f"{path} is of another run: {', '.join(map(artifact.files.printable, odd))}; put the run's own checkpoint "
+        f"there, or start a new run with ckpt={path.parents[1]}"
+    )
 
 
 def _numbered(file: Path, number: int) -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 from vlm.cli.entry import fail, quiet
 
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
-OPTIONS: dict[str, tuple[str, ...]] = {"show": (), "diff": (), "merge": ("dtype",)}
+AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
+OPTIONS: dict[str, tuple[str, ...]] = {"show": (), "diff": (), "merge": ("dtype", *AGAIN)}
 DTYPES = ("float32", "bfloat16")
 NUM_LARGEST = 8
 
@@ -192,7 +193,11 @@ def main() -> None:
         else:
             from vlm.cli.artifact_merge import merge
 
-            merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"))  # type: ignore[arg-type]
+            said = {key: value for key, value in options.items() if key in AGAIN}
+            given = {
+                key: value == "true" if key.endswith("trust_remote_code") else value for key, value in said.items()
+            }
+            merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"), given=given)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         fail(str(error))
 

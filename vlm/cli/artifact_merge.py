@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +11,29 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlm import artifact, build, run
+from vlm import artifact, build, run, trust
 from vlm.sharding import gather
 
 TOLERANCE = 1e-4  # of the largest logit; float32 rounds otherwise once two matrices are one
 
 
-def merge(ckpt: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+def merge(
+    ckpt: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    given: Mapping[str, Any] | None = None,
+) -> None:
     """Write `out/llm`, the LLM with all that was trained in it, and around it a run directory without an adapter.
+
+    `given` are options of the run's parts that the user has said again, as one from elsewhere may not decide them.
 
     Raises ValueError where there is nothing to merge, or what comes out would answer otherwise.
     """
     ckpt, out = ckpt.absolute(), out.absolute()
     manifest = artifact.read_manifest(ckpt)
-    settings, choices = build.read_config(ckpt)
+    settings, choices = build.read_config(ckpt, given=given, sections=trust.MODEL)
+    run_id = build.run_id(ckpt)
     if not any(name.startswith("llm.") for name in manifest["tensors"]):
         raise ValueError(f"ckpt={ckpt} has trained nothing in its llm, so there is nothing to merge; use it as it is")
     if manifest["quantization"] != "none":
@@ -61,10 +71,11 @@ def merge(ckpt: Path, out: Path, *, dtype: Literal["float32", "bfloat16"] = "flo
             manifest={**manifest, "bases": bases, "lora": None, "stages": stages, "code": run.provenance()},
             step=manifest["step"],
         )
-        build.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices)
+        build.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices, run_id)
         folder.rename(out)
+    llm_option = trust.group_choices({"choices": choices}).get("llm", "hf")
     run.CONSOLE.print(
-        f"Merged run: {out}\nA next stage: python train.py ckpt={out} llm={choices['llm']} llm.weights=pretrained "
+        f"Merged run: {out}\nA next stage: python train.py ckpt={out} llm={llm_option} llm.weights=pretrained "
         f"llm.package=null llm.pretrained={out / 'llm'}",
         soft_wrap=True,
         markup=False,
@@ -75,7 +86,7 @@ def _model(ckpt: Path, settings: dict[str, Any]) -> Any:
     """The trained model in float32 on the CPU."""
     exact = {**settings["trainer"], "accelerator": "cpu", "precision": "32-true"}
     model, manifest = build.build_model({**settings, "trainer": exact})
-    artifact.load(ckpt, model=model, manifest=manifest)
+    artifact.load(ckpt, model=model, manifest=manifest, run_id=build.run_id(ckpt))
     return model.eval()  # an adapter comes with its dropout
 
 

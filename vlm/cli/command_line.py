@@ -16,6 +16,10 @@ from vlm.cli.overrides import for_shell, holds_path, override, written
 CONF = Path(__file__).parents[2] / "conf"
 FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
 SWEEP = ("-m", "--multirun")
+# What a run from elsewhere may not decide: where weights lie, whose classes are made, whether to trust their code.
+SAID_AGAIN = re.compile(
+    r"(encoder|connector|llm)\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
+)
 REQUIRED = ("encoder", "connector", "llm", "model", "data", "stage", "trainer")  # groups of which a run has one option
 OPTIONAL = ("logger", "callbacks")  # groups of which a run has any number of options
 
@@ -25,7 +29,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     flags = [argument for argument in arguments if argument in SWEEP]
     words = [re.sub(r"^plan=", "plan.show=", argument) for argument in arguments if argument not in SWEEP]
     if config_name == "eval":
-        words = [re.sub(r"^data\.", "++data.", argument) for argument in words]  # the run's data has keys of its own
+        # The run's data has keys of its own, and where weights lie may have to be said again.
+        words = [f"++{word}" if word.startswith("data.") or SAID_AGAIN.match(word) else word for word in words]
         refuse_parts(words)
     words = [quote_path(argument, sweep=bool(flags)) for argument in words]
     words = [each for argument in words for each in _group_option(argument)]
@@ -107,7 +112,8 @@ def refuse_parts(arguments: Sequence[str]) -> None:
                 f"eval.py evaluates on the run's own data, so {argument} cannot be given; change options of that data "
                 "by data.<key>=, such as data.val_annotations=<file>"
             )
-        if group in (*REQUIRED, *OPTIONAL, "experiment", "debug") and group not in ("data", "trainer"):
+        takes = group in ("data", "trainer") or SAID_AGAIN.match(argument.lstrip("+"))
+        if group in (*REQUIRED, *OPTIONAL, "experiment", "debug") and not takes:
             raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
 
 

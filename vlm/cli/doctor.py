@@ -92,7 +92,7 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
     if Path(options.out).exists():
         raise ValueError(f"doctor.out={options.out} exists already; choose another folder")
     if settings["ckpt"]:
-        settings |= _parts_of(settings["ckpt"])
+        settings |= _parts_of(settings["ckpt"], settings)
     build.check(settings)
     settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
     return settings, options
@@ -107,13 +107,21 @@ def _bar() -> Any:
     return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
 
 
-def _parts_of(run_dir: str) -> dict[str, Any]:
-    """The parts that a run has trained; its data, trainer and seed stay what the command line says."""
-    from vlm import artifact, build
+def _parts_of(run_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The parts that a run has trained; its data, trainer and seed stay what the command line says.
+
+    So does what a run from elsewhere may not decide, such as where weights lie, if the command line says it.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from vlm import artifact, build, trust
+    from vlm.cli.command_line import SAID_AGAIN
 
     artifact.read_manifest(run_dir)
-    theirs, _ = build.read_config(Path(run_dir))
-    return {part: theirs[part] for part in ("encoder", "connector", "llm", "model", "stage")}
+    said = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task if SAID_AGAIN.match(word)]
+    given = {key: value for key, value in trust.leaves(settings) if key in said}
+    theirs, _ = build.read_config(Path(run_dir), given=given, sections=trust.MODEL)
+    return {part: theirs[part] for part in trust.MODEL}
 
 
 def _model(settings: dict[str, Any], *, weights: bool) -> Any:

@@ -106,21 +106,18 @@ def resuming(arguments: list[str]) -> list[str]:
     Those let Hydra know every key of the run; what the run was configured with is read from its config.yaml later.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
 
     from vlm.cli.overrides import override
+    from vlm.trust import group_choices, stored_config
 
     given = [argument for argument in arguments if argument.startswith("resume=")]
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
     if not given or given[-1] == "resume=null":
         return kept
     run_dir = str(OverridesParser.create().parse_override(given[-1]).value())
-    file = Path(run_dir, "config.yaml")
-    stored: Any = OmegaConf.load(file) if file.is_file() else {}
-    choices = stored.get("choices", {})
+    choices = group_choices(stored_config(run_dir)[0])
     settled = {argument.partition("=")[0] for argument in kept}
-    groups = [(group, option) for group, option in choices.items() if option and "/" not in group]
-    options = [f"{group}={option}" for group, option in groups if group not in settled]
+    options = [f"{group}={option}" for group, option in choices.items() if group not in settled]
     return [*kept, *options, *(override(key, run_dir) for key in ("resume.run", "run_dir"))]
 
 

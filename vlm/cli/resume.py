@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from vlm import build
+from vlm import build, trust
+from vlm.trust import within
 
 # These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
 FREE = (
@@ -24,7 +25,7 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
 
     Raises ValueError, naming the keys, where more is changed than `resume.allow` says.
     """
-    before, choices = build.read_config(run_dir)
+    before, choices, is_own = build.stored_config(run_dir)
     if (run_dir / "llm").is_dir():
         raise ValueError(f"{run_dir} is a merged run, which has ended; start a next stage from it with ckpt={run_dir}")
     if before["trainer"].get("overfit_batches"):
@@ -39,8 +40,13 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
             f"'resume.allow=[{','.join(refused)}]', or start a new run from its artefact with ckpt={run_dir}"
         )
     moved = {key: str(run_dir) if value == before["run_dir"] else value for key, value in after["logger"].items()}
+    after |= {"logger": moved, "run_dir": str(run_dir)}
+    if not is_own:
+        composed: Any = OmegaConf.to_container(cfg, resolve=True)
+        sections = (*trust.GROUPS, "checkpoint", "ckpt")
+        after = trust.restrict(after, run_dir=run_dir, sections=sections, said=_said(cfg, choices), composed=composed)
     build.enter_folder_of(run_dir)
-    return {**after, "logger": moved, "run_dir": str(run_dir)}, choices
+    return after, choices
 
 
 def _overridden(
@@ -64,6 +70,19 @@ def _overridden(
     return changed, choices
 
 
+def allows_other_data(cfg: DictConfig) -> bool:
+    """Whether some option of the data may be changed on the way, and so its rows."""
+    return any(within(key, ["data"]) for key in cfg.resume.allow)
+
+
+def _said(cfg: DictConfig, before: Mapping[str, str | None]) -> list[str]:
+    """The keys that the command line gives, but for the choices that `resume=` itself has repeated."""
+    hydra = HydraConfig.get()
+    overrides = OverridesParser.create().parse_overrides(hydra.overrides.task)
+    keys = [override.key_or_group for override in overrides]
+    return [key for key in keys if key not in before or hydra.runtime.choices[key] != before[key]]
+
+
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -75,8 +94,3 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def within(key: str, beginnings: Any) -> bool:
-    """Whether a key is one of some, or below it."""
-    return any(key == beginning or key.startswith(f"{beginning}.") for beginning in beginnings)

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlm.data.fingerprint import hashed
 from vlm.data.paths import likely_path, no_path
 from vlm.data.quote import quoted
 
@@ -40,6 +41,10 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def fingerprint(self) -> str:
+        """A hash of all values in their order."""
+        return hashed(self._buffer, *self._ends[-1:])
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]

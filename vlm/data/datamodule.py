@@ -15,6 +15,7 @@ from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import collate
 from vlm.data.filter import filtered
+from vlm.data.fingerprint import fingerprint
 from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.reading import Reading, applied
@@ -145,6 +146,10 @@ class VLMDataModule(pl.LightningDataModule):
             numbers = self.trainer.strategy.reduce(states, reduce_op="max").bincount(minlength=len(STATES)).tolist()
             found |= {f"{split}/num_{state}": n for state, n in zip(STATES[1:], numbers[1:], strict=True) if n}
         return found
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's rows."""
+        return {split: fingerprint(source) for split, source in self.splits.items()}
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
         """Read some samples of each split as training will, and stop where it could not."""

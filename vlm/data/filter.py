@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.files import read_inside
+from vlm.data.fingerprint import fingerprint, hashed
 from vlm.data.judge import read
 from vlm.data.reading import current
 from vlm.schema import BadSample, Sample, Source, Split
@@ -37,6 +38,10 @@ class Filtered:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    def fingerprint(self) -> str:
+        """A hash of the source's, and of which of its samples these are."""
+        return hashed(fingerprint(self.source), *self.kept)
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.kept[index]]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vlm.data.annotations import Records, Row, existing_file, existing_folder, read_csv, read_json, read_jsonl
 from vlm.data.conversations import caption_messages
+from vlm.data.fingerprint import hashed
 from vlm.data.images import load_image
 from vlm.data.split import check_split, image_key, in_split
 from vlm.ranges import RatioBelowOne
@@ -65,6 +66,10 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def fingerprint(self) -> str:
+        """A hash of all captions and what they are of."""
+        return hashed(self.prompt, self._records.fingerprint())
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.outline(index)

@@ -11,6 +11,7 @@ import numpy as np
 
 from vlm.data.annotations import existing_folder
 from vlm.data.conversations import Malformed, RecordReader, caption_messages, turns_record
+from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image
 from vlm.data.images import BadImage, decode_image
 from vlm.data.split import check_split, digest, held_out
@@ -90,6 +91,12 @@ class HuggingFace:
         except BadSample as error:
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
         return replace(sample, images=images)
+
+    def fingerprint(self) -> str:
+        """A hash of all texts, and of which of the table's rows these are."""
+        starts = range(0, len(self._table), 10_000)
+        parts = (self._table[start : start + 10_000].column(self.text_column).to_pylist() for start in starts)
+        return hashed(self._rows.tobytes(), *parts)
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not decoded."""

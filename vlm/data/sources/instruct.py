@@ -12,6 +12,7 @@ from jaxtyping import UInt64
 
 from vlm.data.annotations import Row, existing_file, existing_folder
 from vlm.data.conversations import Malformed, RecordReader
+from vlm.data.fingerprint import hashed, hashed_file
 from vlm.data.image_names import is_data_url, open_image, short_name
 from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
@@ -77,6 +78,10 @@ class Instruct:
             return replace(sample, images=[open_image(name, root=self.images or Path()) for name in names])
         except BadSample as error:
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
+
+    def fingerprint(self) -> str:
+        """A hash of the whole file, and of which of its records these are."""
+        return hashed(hashed_file(self._records.file), self._rows.tobytes())
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from vlm.data.fingerprint import fingerprint, hashed
 from vlm.ranges import Range, Samples
 from vlm.schema import BadSample, Sample, Source, Split
 
@@ -65,6 +66,10 @@ class Mixture:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def fingerprint(self) -> str:
+        """A hash of the sources'."""
+        return hashed(*(f"{name} {fingerprint(source)}" for name, source in self.sources.items()))
 
     def __getitem__(self, index: int) -> Sample:
         return self._read(index, lambda source, inside: source[inside])

@@ -28,6 +28,7 @@ from vlm.data.conversations import (
     turns_record,
 )
 from vlm.data.files import check_bytes
+from vlm.data.fingerprint import SAMPLES, hashed, row_text
 from vlm.data.images import decode_image
 from vlm.data.quote import quoted
 from vlm.data.reading import current
@@ -93,6 +94,11 @@ class WebDataset:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def fingerprint(self) -> str:
+        """A hash of all keys and where their members lie, and of some texts."""
+        texts = (row_text(self.outline, index) for index in range(0, len(self), -(-len(self) // SAMPLES)))
+        return hashed(self._keys.fingerprint(), self._shard.tobytes(), self._members.tobytes(), *texts)
 
     def __getitem__(self, index: int) -> Sample:
         sample, pictures = self._read(index)
