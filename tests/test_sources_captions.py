@@ -117,11 +117,16 @@ def test_spellings_of_one_image_stay_on_one_side(images: Path, tmp_path: Path) -
         (
             "a.csv",
             "0.png,A dot\n",
-            r"a\.csv' has no column 'image' in its first line \(0\.png, A dot\); write image,cap",
+            r"a\.csv' has no column 'image' in its first line \('0\.png', 'A dot'\); write image,cap",
         ),
         ("a.csv", "\ufeff \n", r"a\.csv' is an empty file; set data\.annotations="),
         ("a.csv", 'image,caption\n0.png,x\n0.png,"un\nclosed', r"a\.csv' line 3 is not CSV"),
-        ("a.txt", "x", r"a\.txt' ends in '\.txt'; give a \.json, \.jsonl or \.csv file"),
+        ("a.txt", "x", r"a\.txt' has no column 'image' in its first line \('x'\); write image,caption there, or name"),
+        (
+            "a.xml",
+            "x",
+            r"a\.xml' ends in '\.xml'; give a \.json, \.jsonl, \.ndjson, \.csv, \.tsv, \.txt or \.token file",
+        ),
     ],
 )
 def test_caption_files_that_cannot_be_read(images: Path, tmp_path: Path, name: str, content: Any, message: str) -> None:
@@ -161,7 +166,7 @@ def test_caption_files_that_are_not_there_or_not_text(images: Path, tmp_path: Pa
         (
             "a.json",
             {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"id": 5, "image_id": 2, "caption": "x"}]},
-            "'5' names image_id 2, which is not in 'images'; add that image",
+            "'5' names image_id '2', which is not in 'images'; add that image",
         ),
         (
             "a.json",

@@ -62,8 +62,11 @@ def test_what_lacks_its_other_half_is_named_and_counted(tree: Path) -> None:
     source = folder(tree)
     assert len(source) == 3
     assert source.left_out == {"text files without an image": 1}
-    assert refusal(source, 0) == "sample '2.jpeg' has no '2.txt' beside it; write its caption there"
-    assert refusal(source, 1) == "sample 'a/0.png' has no text as its caption; write one or remove the sample"
+    assert refusal(source, 0) == "sample '2.jpeg' has no '2.txt' or .caption beside it; write its caption there"
+    assert (
+        refusal(source, 1)
+        == "sample 'a/0.png' has an empty file '0.txt' beside it; write its caption there or remove the image"
+    )
     assert refusal(source, 2).startswith("sample 'a/b/1.PNG' cannot be used: text 'a/b/1.txt' is not UTF-8 (")
 
 

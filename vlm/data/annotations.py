@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +92,7 @@ def read_json(file: Path) -> dict[str, Any] | list[Row]:
 
     Raises `ValueError` naming file and line where the text is not JSON.
     """
-    text = _text(file)
+    text = text_of(file)
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -112,7 +110,7 @@ def read_json(file: Path) -> dict[str, Any] | list[Row]:
 
 def read_jsonl(file: Path) -> Iterator[Row]:
     """One JSON value a line, empty lines left out. Raises `ValueError` naming file and line where one is not JSON."""
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(text_of(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -122,34 +120,6 @@ def read_jsonl(file: Path) -> Iterator[Row]:
         except (RecursionError, ValueError) as error:
             raise ValueError(f"'{file}' line {number} is JSON that cannot be read ({error}); simplify it") from error
         yield to_row(f"{file.name}:{number}", record)
-
-
-def read_csv(file: Path, *, columns: tuple[str, ...]) -> Iterator[Row]:
-    """Comma-separated rows under a header that has at least `columns`. Raises `ValueError` where it has not."""
-    reader = csv.reader(StringIO(_text(file), newline=""), skipinitialspace=True, strict=True)
-    line = 1
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise ValueError(
-                f"'{file}' has no column '{missing[0]}' in its first line ({', '.join(header) or 'empty'}); "
-                f"write {','.join(columns)} there"
-            )
-        line = reader.line_num + 1
-        for values in reader:
-            place, line = f"{file.name}:{line}", reader.line_num + 1
-            problem = (
-                ""
-                if len(values) == len(header)
-                else (
-                    f"has {len(values)} fields under a header of {len(header)}; put quotes around a caption with commas"
-                )
-            )
-            if values:
-                yield Row(place, dict(zip(header, values, strict=False)), problem)
-    except csv.Error as error:
-        raise ValueError(f"'{file}' line {line} is not CSV ({error}); correct that line") from error
 
 
 def to_row(place: str, record: Any) -> Row:
@@ -166,7 +136,8 @@ def not_json(file: Path, line: int, error: Exception) -> ValueError:
     return ValueError(f"'{file}' line {line} is not JSON ({getattr(error, 'msg', error)}); correct that line")
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """The text of a UTF-8 file. Raises `ValueError` naming the line that is not."""
     data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")

@@ -1,20 +1,49 @@
-"""Pictures with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), or JSONL / CSV of `image, caption`."""
+"""Images with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), Karpathy's, or rows of image and caption."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm.data.annotations import Records, Row, existing_file, existing_folder, read_csv, read_json, read_jsonl
-from vlm.data.conversations import caption_messages
+from vlm.data.annotations import (
+    Records,
+    Row,
+    check_suffix,
+    existing_file,
+    existing_folder,
+    read_json,
+    read_jsonl,
+    text_of,
+)
+from vlm.data.conversations import Malformed, RecordReader, as_text, caption_messages, check_columns, renamed
 from vlm.data.fingerprint import hashed
-from vlm.data.images import load_image
+from vlm.data.image_names import open_image, short_name
+from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, image_key, in_split
+from vlm.data.tables import read_table
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadKind, BadSample, Sample, Split
+
+# How files name an image and what is said of it; the first of each is ours.
+IMAGE_KEYS = (
+    "image",
+    "file_name",
+    "filename",
+    "image_name",
+    "image_path",
+    "img_path",
+    "img",
+    "file",
+    "filepath",
+    "path",
+)
+CAPTION_KEYS = ("caption", "captions", "text", "comment", "sentence", "sentences", "description")
+LINES = (".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv", ".txt", ".token")
+KARPATHY = {"train": "train", "restval": "train", "val": "val"}  # the 30,000 of COCO's validation that all train with
 
 
 class Caption(NamedTuple):
@@ -48,7 +77,7 @@ class CaptionedImages:
         self.images, self.prompt = images, prompt
         by_image: dict[str, list[Caption]] = {}
         for caption in captions:
-            key = image_key(caption.image, root=images.absolute()) if caption.image else caption.id
+            key = image_key(short_name(caption.image), root=images.absolute()) if caption.image else caption.id
             by_image.setdefault(key, []).append(caption)
         groups = [
             group
@@ -72,29 +101,40 @@ class CaptionedImages:
         return hashed(self.prompt, self._records.fingerprint())
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self.outline(index)
+        sample, image = self._read(index)
         try:
-            return replace(sample, images=[load_image(sample.meta["image"], root=self.images)])
+            return replace(sample, images=[open_image(image, root=self.images)])
         except BadSample as error:
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
     def outline(self, index: int) -> Sample:
         """The sample without its image, which is not opened."""
+        return self._read(index)[0]
+
+    def _read(self, index: int) -> tuple[Sample, str]:
+        """The sample without its image, and the image's name."""
         captions = [Caption(*values) for values in self._records[index]]
         for caption in captions:
             if caption.problem:
                 raise BadSample(f"sample '{caption.id}' {caption.problem}", caption.kind)
         first = captions[0]
-        meta = {"image": first.image}
+        meta = {"image": short_name(first.image)}
         if self._with_references:
             meta["references"] = json.dumps([caption.text for caption in captions], ensure_ascii=False)
-        return Sample(id=first.id, images=[], messages=caption_messages(self.prompt, first.text), meta=meta)
+        messages = caption_messages(self.prompt, first.text)
+        return Sample(id=first.id, images=[], messages=messages, meta=meta), first.image
 
 
 class Captions(CaptionedImages):
     """A file of captions. Without `val_annotations` images are held out by name; with it, each file is as it is.
 
-    `left_out` counts COCO images that have none.
+    The file is COCO's; Karpathy's (Karpathy and Fei-Fei 2015, arXiv:1412.2306), whose own splits are kept; LLaVA's
+    conversations of one question and answer, the answer being the caption; or rows of an image and its caption or list
+    of captions, as JSON, JSON lines, or a table (see `read_table`). `columns` renames keys and columns: theirs -> image
+    or caption, or -> None for one to ignore.
+
+    `left_out` counts images that have no caption, and those of Karpathy's test split. Raises `ValueError` where images
+    of COCO share an id.
     """
 
     def __init__(
@@ -106,82 +146,155 @@ class Captions(CaptionedImages):
         val_annotations: str | Path | None = None,
         val_fraction: RatioBelowOne = 0.05,
         prompt: str = "Describe the image.",
+        columns: Mapping[str, str | None] | None = None,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
+        check_columns(columns, known=("image", "caption"))
         root = existing_folder(images, option="images")
         if split == "val" and val_annotations is not None:
             file = existing_file(val_annotations, option="val_annotations")
         else:
             file = existing_file(annotations, option="annotations")
-        captions, num_without = _read(file)
-        self.left_out = {"images without a caption": num_without}
+        captions, self.left_out, is_split = _read(file, split, columns or {})
         if not captions:
-            raise ValueError(f"'{file}' holds 0 captions; set data.annotations= to a file that has some")
-        share = val_fraction if val_annotations is None else None
+            whose = f" of the split {split}" if is_split else ""
+            raise ValueError(f"'{file}' holds 0 captions{whose}; set data.annotations= to a file that has some")
+        share = val_fraction if val_annotations is None and not is_split else None
         super().__init__(captions, split=split, images=root, where=file, val_fraction=share, prompt=prompt)
 
 
-def _read(file: Path) -> tuple[list[Caption], int]:
-    """The file's captions, and how many of its images have none."""
-    if file.suffix == ".jsonl":
-        return [caption for row in read_jsonl(file) for caption in _of_row(row)], 0
-    if file.suffix == ".csv":
-        return [caption for row in read_csv(file, columns=("image", "caption")) for caption in _of_row(row)], 0
-    if file.suffix != ".json":
-        raise ValueError(f"'{file}' ends in '{file.suffix}'; give a .json, .jsonl or .csv file")
-    document = read_json(file)
+def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[list[Caption], dict[str, int], bool]:
+    """The file's captions, what of it they leave out, and whether they are those of `split` alone."""
+    check_suffix(file, (".json", *LINES, *TABLES))
+    suffix, left_out = file.suffix.lower(), {"images without a caption": 0}
+    if suffix in TABLES and (text := text_of(file)).lstrip()[:1] not in ("{", "["):
+        rows = read_table(file, text, names=(IMAGE_KEYS, CAPTION_KEYS), columns=columns)
+        return [caption for row in rows for caption in _of_row(row, {})], left_out, False
+    document = list(read_jsonl(file)) if suffix in LINES else read_json(file)
     if isinstance(document, list):
-        return [caption for row in document for caption in _of_row(row)], 0
+        return [caption for row in document for caption in _of_row(row, columns)], left_out, False
+    entries = document.get("images")
+    if isinstance(entries, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in entries):
+        splits = [KARPATHY.get(str(entry.get("split"))) if isinstance(entry, dict) else split for entry in entries]
+        left_out["images of the test split"] = splits.count(None)
+        mine = [index for index, its_split in enumerate(splits) if its_split == split]
+        return [caption for index in mine for caption in _of_karpathy(file, index, entries[index])], left_out, True
     for name in ("images", "annotations"):
         if not isinstance(document.get(name), list):
             raise ValueError(
-                f"'{file}' has no list '{name}' beside its {', '.join(map(repr, document)) or 'nothing'}; give COCO "
-                "captions, or a list of objects with image and caption"
+                f"'{file}' has no list '{name}' beside its {named(document)}; give COCO captions, or a list of objects "
+                "with image and caption"
             )
     captioned = {str(entry.get("image_id")) for entry in document["annotations"] if isinstance(entry, dict)}
     num_without = sum(isinstance(entry, dict) and str(entry.get("id")) not in captioned for entry in document["images"])
-    return list(_of_coco(document, file)), num_without
+    return list(_of_coco(document, file)), {"images without a caption": num_without}, False
 
 
-def _of_row(row: Row) -> Iterator[Caption]:
-    """The captions of one row: `caption` is a text or a list of them."""
-    image, problem = _image_name(row.record, "image", row.problem)
-    texts = row.record.get("caption")
+def _of_row(row: Row, columns: Mapping[str, str | None]) -> Iterator[Caption]:
+    """The captions of one row: a text or a list of them, or the answer of a conversation of two turns."""
+    try:
+        record = renamed(row.record, columns)
+        if not row.problem and ("conversations" in record or "messages" in record):
+            yield _of_conversation(row.place, record)
+            return
+        image_key, caption_key = _key(record, IMAGE_KEYS), _key(record, CAPTION_KEYS)
+    except Malformed as error:
+        yield Caption(row.place, "", "", str(error), error.kind)
+        return
+    image, problem = _image_name(record, image_key, row.problem)
+    yield from _of_texts(row.place, image, record.get(caption_key), problem)
+
+
+def _of_texts(place: str, image: str, texts: Any, problem: str = "") -> Iterator[Caption]:
     texts = texts if isinstance(texts, list) else [texts]
     if not texts:
-        yield _empty(row.place, image, problem, "has 0 captions; write one or remove the sample")
+        yield _empty(place, image, problem, "has 0 captions; write one or remove the sample")
     for number, text in enumerate(texts):
-        yield caption_of(f"{row.place}#{number}" if number else row.place, image, text, problem)
+        yield caption_of(f"{place}#{number}" if number else place, image, text, problem)
+
+
+def _of_conversation(place: str, record: Mapping[str, Any]) -> Caption:
+    """The answer as the caption, as in LLaVA's file for its first stage."""
+    messages, images = RecordReader().conversation(record)
+    if len(messages) != 2 or len(images) != 1:
+        raise Malformed(
+            f"has {len(messages)} turns and {len(images)} images where a caption has a question, its answer and one "
+            "image; read the file by data=instruct"
+        )
+    return caption_of(place, images[0], "".join(piece["text"] for piece in messages[1]["content"]))
+
+
+def _of_karpathy(file: Path, index: int, entry: Any) -> Iterator[Caption]:
+    place = f"{file.name}[images][{index}]"
+    if not isinstance(entry, dict):
+        yield Caption(place, "", "", "is not an object; write it as {...}")
+        return
+    image, problem = _image_name(entry, "filename", "")
+    folder = entry.get("filepath")
+    image = f"{folder}/{image}" if image and isinstance(folder, str) and folder else image
+    sentences = entry.get("sentences")
+    texts = [each.get("raw") if isinstance(each, dict) else each for each in sentences or []]
+    yield from _of_texts(place, image, texts, problem)
 
 
 def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
-    entries = {str(entry["id"]): entry for entry in document["images"] if isinstance(entry, dict) and "id" in entry}
+    entries: dict[str, dict[str, Any]] = {}
+    for entry in document["images"]:
+        if isinstance(entry, dict) and "id" in entry:
+            other = entries.setdefault(str(entry["id"]), entry)
+            if other.get("file_name") != entry.get("file_name"):
+                raise ValueError(
+                    f"'{file}' has two images of id {quoted(entry['id'])}, {quoted(other.get('file_name'))} and "
+                    f"{quoted(entry.get('file_name'))}, so that a caption may be of either; give each an id of its own "
+                    "(files that were joined have to be numbered anew)"
+                )
+    names: set[str] = set()
     for index, annotation in enumerate(document["annotations"]):
         place = f"{file.name}[annotations][{index}]"
         if not isinstance(annotation, dict):
             yield Caption(place, "", "", "is not an object; write it as {...}")
             continue
-        name = str(annotation.get("id", place))
+        given = as_text(annotation.get("id"))
+        name = given if given and given not in names else place
+        names.add(name)
         wanted = str(annotation.get("image_id"))
         if wanted not in entries:
-            yield Caption(name, "", "", f"names image_id {wanted}, which is not in 'images'; add that image")
+            yield Caption(name, "", "", f"names image_id {quoted(wanted)}, which is not in 'images'; add that image")
             continue
         image, problem = _image_name(entries[wanted], "file_name", "")
-        yield caption_of(name, image, annotation.get("caption"), problem)
+        yield from _of_texts(name, image, annotation.get("caption"), problem)
 
 
-def _image_name(record: dict[str, Any], key: str, problem: str) -> tuple[str, str]:
+def _key(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The key of these under which the record has something; ours where it is there."""
+    if names[0] in record:
+        return names[0]
+    given = [name for name in names if record.get(name) not in (None, "", [])]
+    if len(given) > 1:
+        raise Malformed(
+            f"has no '{names[0]}' but '{given[0]}' and '{given[1]}' too; say which it is by "
+            f"data.columns={{{given[0]}: {names[0]}}}"
+        )
+    return given[0] if given else names[0]
+
+
+def _image_name(record: Mapping[str, Any], key: str, problem: str) -> tuple[str, str]:
     name = record.get(key)
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]
     if isinstance(name, str) and name:
         return name, problem
-    return "", problem or f"has no image name under '{key}'; write the file's path there"
+    found = "" if name in (None, "") else f" but {quoted(name)}"
+    return "", problem or f"has no image name under '{key}'{found}; write the file's path there"
 
 
-def caption_of(name: str, image: str, text: Any, problem: str = "") -> Caption:
+def caption_of(name: str, image: str, value: Any, problem: str = "") -> Caption:
     """A caption, or the problem that it has no text."""
-    if isinstance(text, str) and text.strip():
-        return Caption(name, image, text.strip(), problem)
-    return _empty(name, image, problem, "has no text as its caption; write one or remove the sample")
+    text = (as_text(value) or "").strip()
+    if text:
+        return Caption(name, image, text, problem)
+    found = "" if value is None or isinstance(value, str) else f" but {quoted(value)}"
+    return _empty(name, image, problem, f"has no text as its caption{found}; write one or remove the sample")
 
 
 def _empty(name: str, image: str, problem: str, says: str) -> Caption:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlm.data.annotations import existing_folder
@@ -14,6 +14,7 @@ from vlm.data.split import check_split
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Split
 
+TEXTS = (".txt", ".caption")  # .caption is the default of kohya's scripts
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -43,16 +44,21 @@ class ImageFolder(CaptionedImages):
         else:
             folder = existing_folder(root, option="root")
         names = sorted(_names(folder))
-        texts = {name for name in names if name.lower().endswith(".txt")}
+        texts: dict[str, list[str]] = {}  # by path without ending
+        for name in names:
+            if name.lower().endswith(TEXTS):
+                texts.setdefault(os.path.splitext(name)[0], []).append(name)
         images = [name for name in names if name.lower().endswith(SUFFIXES)]
         if not images:
             raise ValueError(
                 f"'{folder}' holds 0 images among {len(names)} files; set data.root= to the folder of images"
             )
-        beside = {image: os.path.splitext(image)[0] + ".txt" for image in images}
-        self.left_out = {"text files without an image": len(texts - set(beside.values()))}
+        stems = {image: os.path.splitext(image)[0] for image in images}
+        taken = set(stems.values())
+        num_alone = sum(len(found) for stem, found in texts.items() if stem not in taken)
+        self.left_out = {"text files without an image": num_alone}
         captions = [
-            caption for image, text in beside.items() for caption in _captions(folder, image, text, text in texts)
+            caption for image, stem in stems.items() for caption in _captions(folder, image, stem, texts.get(stem, []))
         ]
         share = val_fraction if val_root is None else None
         super().__init__(captions, split=split, images=folder, where=folder, val_fraction=share, prompt=prompt)
@@ -76,11 +82,18 @@ def _names(folder: Path) -> Iterator[str]:
                     yield inside + entry.name
 
 
-def _captions(folder: Path, image: str, text: str, exists: bool) -> list[Caption]:
-    if not exists:
-        return [Caption(image, image, "", f"has no '{os.path.basename(text)}' beside it; write its caption there")]
+def _captions(folder: Path, image: str, stem: str, texts: Sequence[str]) -> list[Caption]:
+    names = [f"'{os.path.basename(text)}'" for text in texts]
+    if not texts:
+        says = f"has no '{os.path.basename(stem)}.txt' or .caption beside it; write its caption there"
+        return [Caption(image, image, "", says)]
+    if len(texts) > 1:
+        return [Caption(image, image, "", f"has {' and '.join(names)} beside it; keep one of them")]
     try:
-        lines = [line for line in read_text(text, root=folder).split("\n") if line.strip()]
+        lines = [line for line in read_text(texts[0], root=folder).split("\n") if line.strip()]
     except BadSample as error:
         return [Caption(image, image, "", f"cannot be used: {error}")]
-    return [caption_of(f"{image}#{i}" if i else image, image, line) for i, line in enumerate(lines or [""])]
+    if not lines:
+        says = f"has an empty file {names[0]} beside it; write its caption there or remove the image"
+        return [Caption(image, image, "", says, "empty_text")]
+    return [caption_of(f"{image}#{i}" if i else image, image, line) for i, line in enumerate(lines)]
