@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tarfile
 from io import BytesIO
@@ -109,6 +110,25 @@ def test_texts_and_pictures_of_a_shard_have_limits(tmp_path: Path) -> None:
         assert answer(made[0]) == "Dot 0."
 
 
+def test_names_that_begin_at_the_folder_and_turns_in_a_list(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>Red?"}, {"from": "bot", "value": "Yes."}]
+    members = {"./a.png": png(1), "./a.json": json.dumps(talk), "./b.png": png(2), "./b.txt": "Blue.", "b.txt.bak": "x"}
+    made = source(shard(tmp_path / "0.tar", members), role_map={"bot": "assistant"})
+    assert [(sample.id, answer(sample)) for sample in samples(made)] == [("0.tar/a", "Yes."), ("0.tar/b", "Blue.")]
+    assert made[0].messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Red?"}]
+    assert made.num_ignored == 1
+
+
+def test_a_json_with_other_keys(tmp_path: Path) -> None:
+    members = {"a.png": png(1), "a.json": {"legend": 7}, "b.png": png(2), "b.json": {"question": "?", "answer": "!"}}
+    members |= {"c.png": png(3), "c.json": {"caption": "C", "question": "?", "answer": "!"}}
+    members |= {"d.png": png(4), "d.json": {"caption": ["C", "D"]}}
+    made = source(shard(tmp_path / "0.tar", members), columns={"legend": "caption"})
+    assert [answer(made[index]) for index in range(2)] == ["7", "!"]
+    assert refusal(made, 2).startswith("sample '0.tar/c' has the key 'caption', which is not read ('C'); rename or")
+    assert refusal(made, 3).startswith("sample '0.tar/d' has no text in its json but a list of 2; write a caption or")
+
+
 def test_an_epoch_is_shuffled_within_a_few_shards(tmp_path: Path) -> None:
     for number in range(9):
         captions(tmp_path / f"{number}.tar", *range(10 * number, 10 * number + 10))
@@ -170,7 +190,8 @@ def test_a_picture_that_cannot_be_decoded(tmp_path: Path) -> None:
         (lambda data: data[:2048], "breaks off at byte 2,048 of 2,048, where a header or the end mark is due"),
         (lambda data: data[:2048] + b"x" * 512 + data[2560:], "breaks off at byte 2,048 of 10,240"),  # a header
         (lambda data: b"x" * 512 + data[512:], "is not a whole, plain tar"),
-        (lambda data: b"", "is not a whole, plain tar"),
+        (lambda data: b"", "is an empty file; copy it again"),
+        (gzip.compress, "is packed by gzip, so that no sample can be read alone; gunzip it"),
     ],
 )
 def test_a_shard_that_is_cut_or_broken(tmp_path: Path, damage: Any, message: str) -> None:

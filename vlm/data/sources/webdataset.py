@@ -252,17 +252,23 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
                 raw.seek(archive.offset)
                 end = raw.read(BLOCK)
     except (tarfile.TarError, OSError) as error:
-        with open(file, "rb") as raw:
-            if raw.read(len(GZIP)) == GZIP:
-                raise ValueError(
-                    f"shard '{file}' is packed by gzip, so that no sample can be read alone; gunzip it"
-                ) from error
-        raise ValueError(f"shard '{file}' is not a whole, plain tar ({error}); copy or unpack it again") from error
+        raise ValueError(f"shard '{file}' {_no_tar(file, error)}") from error
     if end != bytes(BLOCK):
         raise ValueError(
             f"shard '{file}' breaks off at byte {archive.offset:,} of {file.stat().st_size:,}, where a header or the "
             "end mark is due; copy it again or leave it out of data.shards="
         )
+
+
+def _no_tar(file: Path, error: Exception) -> str:
+    """What a file is that cannot be read as a tar."""
+    with suppress(OSError), open(file, "rb") as raw:
+        head = raw.read(len(GZIP))
+        if not head:
+            return "is an empty file; copy it again"
+        if head == GZIP:
+            return "is packed by gzip, so that no sample can be read alone; gunzip it"
+    return f"is not a whole, plain tar ({error}); copy or unpack it again"
 
 
 def _record(data: bytes, kind: str) -> dict[str, Any]:
