@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -85,6 +86,57 @@ def test_the_layout_of_the_cauldron(captions: Any, tmp_path: Path) -> None:
     assert refusal(made, 3) == "sample 'train/3' has 0 turns of a conversation; add a user turn and its answer"
 
 
+def test_lists_labels_and_numbers_as_captions(tmp_path: Path) -> None:
+    texts = [["A.", "B."], ["C."], [], None, ["D.", "E.", "F."]]
+    table({"image": [png(i) for i in range(5)], "text": texts}).save_to_disk(tmp_path / "lists")
+    train = source(tmp_path / "lists")
+    assert [train[index].id for index in (0, 1, 2, 5)] == ["train/0", "train/0#1", "train/1", "train/4"]
+    assert [answer(train[index]) for index in (0, 1, 2, 5, 6, 7)] == ["A.", "B.", "C.", "D.", "E.", "F."]
+    assert train[7].images[0].getpixel((0, 0)) == (4, 0, 0)
+    assert refusal(train, 3) == (
+        "sample 'train/2' has an empty list in column 'text'; write a caption or remove the row"
+    )
+    assert refusal(train, 4) == "sample 'train/3' has no text in column 'text'; write one or remove the row"
+    assert len(train) == 8
+    val = source(tmp_path / "lists", split="val", val_split="train")
+    assert len(val) == 5
+    assert (answer(val[4]), json.loads(val[4].meta["references"])) == ("D.", ["D.", "E.", "F."])
+    assert val[1].meta == {}
+
+    labels = table({"image": [png(0), png(1)], "text": [1, 0]})
+    labels.cast_column("text", datasets.ClassLabel(names=["cat", "dog"])).save_to_disk(tmp_path / "labels")
+    assert [answer(sample) for sample in samples(source(tmp_path / "labels"))] == ["dog", "cat"]
+    labels.save_to_disk(tmp_path / "numbers")
+    assert [answer(sample) for sample in samples(source(tmp_path / "numbers"))] == ["1", "0"]
+    table({"image": [png(0)], "text": [{"en": "A"}]}).save_to_disk(tmp_path / "objects")
+    assert refusal(source(tmp_path / "objects")) == (
+        "sample 'train/0' has no text in column 'text' but an object of 'en'; write one or remove the row"
+    )
+
+
+def test_columns_of_questions_and_answers(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"image": [png(1), None], "query": ["Red?", "Hi"], "response": ["Yes.", "Hey"]}
+    columns |= {"history": [[["A?", "B."]], None], "system": ["S.", None], "note": ["x", "y"]}
+    table(columns).save_to_disk(tmp_path / "disk")
+    one, two = samples(source(tmp_path / "disk"))
+    assert [message["role"] for message in one.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert one.messages[1]["content"] == [{"type": "image"}, {"type": "text", "text": "A?"}]
+    assert (answer(one), answer(two), len(one.images), len(two.images)) == ("Yes.", "Hey", 1, 0)
+
+
+def test_turns_with_roles_of_their_own_a_system_text_and_a_null_image(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "<image>Red?"}, {"role": "bot", "content": "Yes."}]
+    columns: dict[str, list[Any]] = {"images": [[png(1)], [None]], "messages": [turns] * 2, "system": ["S.", ""]}
+    table(columns, images=True).save_to_disk(tmp_path / "disk")
+    options = {"image_column": "images", "messages_column": "messages"}
+    made = source(tmp_path / "disk", **options, role_map={"bot": "assistant"}, image_first=True)
+    assert [message["role"] for message in made[0].messages] == ["system", "user", "assistant"]
+    assert made[0].messages[1]["content"] == [{"type": "image"}, {"type": "text", "text": "\nRed?"}]
+    assert refusal(made, 1).startswith("sample 'train/1' holds 0 images but its text has 1 image placeholder; add or")
+    plain = source(tmp_path / "disk", **options)
+    assert refusal(plain, 0).startswith("sample 'train/0' has 'bot' as 'role' of turn 2; choose one of user, human")
+
+
 def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
     bad = {"bytes": png(0)["bytes"][:45], "path": None}
     table({"image": [png(0), None, bad], "text": [" ", "x", "x"]}).save_to_disk(tmp_path / "disk")
@@ -105,7 +157,7 @@ def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
     [
         ({"path": None}, r"data\.path=None and data\.name=None are neither given; set data\.path="),
         ({"name": "x/y"}, r"are both given; set"),
-        ({"text_column": "caption"}, r"no column 'caption', only image, text, of; set data\.image_column="),
+        ({"text_column": "caption"}, r"no column 'caption', only 'image', 'text', 'of'; set data\.image_column="),
         ({"val_split": "test", "split": "val"}, r"has no split 'test', only train; set data\.train_split= or"),
         ({"split": "val"}, r"none of the 12 rows of 'train' falls into val with val_fraction 0\.0; set"),
     ],

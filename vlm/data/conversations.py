@@ -32,6 +32,7 @@ _TURNS = ("conversations", "messages")
 _PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
 _BESIDE_PAIR = {"query": {"history"}, "instruction": {"input", "history"}, "question": {"history"}}
 _IMAGES = ("image", "images")
+PAIR_KEYS = (*(key for pair in _PAIRS for key in pair), "input", "history")
 RECORD_KEYS = (*_TURNS, *(key for pair in _PAIRS for key in pair), "input", "history", *_IMAGES, "system", "caption")
 
 # Keys that say where a record or a turn is from, and nothing of what is to be learned.
@@ -145,6 +146,11 @@ class RecordReader:
         messages = _one_system(draft.messages)
         _check_turns(messages)
         return Talk(messages, _match(messages, listed, draft.own, null=_has_null(record)))
+
+
+def has_pair(keys: Collection[str]) -> bool:
+    """Whether a question and its answer are among the keys of records."""
+    return any(set(pair) <= set(keys) for pair in _PAIRS)
 
 
 def check_columns(columns: Mapping[str, str | None] | None, *, known: Collection[str]) -> None:

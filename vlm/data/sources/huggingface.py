@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,19 @@ from typing import Any
 import numpy as np
 
 from vlm.data.annotations import existing_folder
-from vlm.data.conversations import Malformed, RecordReader, caption_messages, turns_record
+from vlm.data.conversations import (
+    PAIR_KEYS,
+    Malformed,
+    RecordReader,
+    as_text,
+    caption_messages,
+    has_pair,
+    turns_record,
+)
 from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image
 from vlm.data.images import BadImage, decode_image
+from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, digest, held_out
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
@@ -22,9 +32,11 @@ from vlm.schema import BadSample, Sample, Split
 class HuggingFace:
     """A sample per row: its caption in `text_column`, or its turns in `messages_column` where that is named.
 
-    `image_column` holds an image or a list of them. Turns are chat messages, LLaVA's, or the_cauldron's. Exactly one of
-    `path` (a folder of `save_to_disk`, or of .parquet or .arrow files, which `datasets` copies into its cache) and
-    `name` (a dataset on the hub; only then the network is used) is given.
+    `image_column` holds an image or a list of them. Of a list of captions each is a sample of train, and the first one
+    of val; a class label is its name. A table without `text_column` may have columns such as `question` and `answer`
+    (see `RecordReader`). A column `system` beside turns opens each conversation. Turns are chat messages, LLaVA's, or
+    the_cauldron's. Exactly one of `path` (a folder of `save_to_disk`, or of .parquet or .arrow files, which `datasets`
+    copies into its cache) and `name` (a dataset on the hub; only then the network is used) is given.
 
     With `val_split` each split is taken as it is. Without it the split is by a hash of `group_column`, so that rows
     that share its value, such as an image's id, stay together; without that, by a hash of the row's number, each alone.
@@ -60,14 +72,22 @@ class HuggingFace:
         self.text_column, self.is_messages = messages_column or text_column, messages_column is not None
         self.split_name = val_split if split == "val" and val_split is not None else train_split
         self._table = _load(self.root if name is None else name, config, split=self.split_name)
-        for column in filter(None, (image_column, self.text_column, group_column)):
+        names = self._table.column_names
+        self._is_talk = self.is_messages
+        self._texts = [self.text_column, *(["system"] if self.is_messages and "system" in names else [])]
+        if not self.is_messages and text_column not in names and has_pair(names):
+            self._is_talk, self._texts = True, [name for name in (*PAIR_KEYS, "system") if name in names]
+        for column in filter(None, (image_column, *self._texts, group_column)):
             if column not in self._table.column_names:
                 raise ValueError(
-                    f"the table has no column '{column}', only {', '.join(self._table.column_names)}; set "
+                    f"the table has no column '{column}', only {named(names, at_most=20)}; set "
                     "data.image_column=, data.text_column= or data.messages_column="
                 )
         # Arrow tables give the bytes of a picture as they are stored; `datasets` would decode them, unchecked.
-        self._table = self._table.select_columns([image_column, self.text_column, *filter(None, [group_column])])
+        self._table = self._table.select_columns(
+            list(dict.fromkeys([image_column, *self._texts, *filter(None, [group_column])]))
+        )
+        self._labels = getattr(self._table.features[self._texts[0]], "names", None)  # of a column of class labels
         self._table = self._table.with_format("arrow")
         num = len(self._table)
         self._rows = np.arange(num)
@@ -80,6 +100,12 @@ class HuggingFace:
                 f"none of the {num} rows of '{self.split_name}' falls into {split} with val_fraction {val_fraction}; "
                 "set data.val_fraction= to another share, or data.val_split= to a split of its own"
             )
+        self._is_val = split == "val"
+        self._captions = np.zeros(len(self._rows), dtype=np.int64)  # which of its row's captions a sample has
+        if not self._is_val and not self._is_talk and (lengths := _lengths(self._table, self.text_column)) is not None:
+            numbers = np.maximum(lengths[self._rows], 1)
+            starts = np.repeat(np.cumsum(numbers) - numbers, numbers)
+            self._rows, self._captions = np.repeat(self._rows, numbers), np.arange(numbers.sum()) - starts
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -95,7 +121,9 @@ class HuggingFace:
     def fingerprint(self) -> str:
         """A hash of all texts, and of which of the table's rows these are."""
         starts = range(0, len(self._table), 10_000)
-        parts = (self._table[start : start + 10_000].column(self.text_column).to_pylist() for start in starts)
+        parts = (
+            self._table[start : start + 10_000].column(column).to_pylist() for column in self._texts for start in starts
+        )
         return hashed(self._rows.tobytes(), *parts)
 
     def outline(self, index: int) -> Sample:
@@ -106,23 +134,44 @@ class HuggingFace:
         """The sample without its images, and these as Arrow scalars, whose bytes nobody has copied yet."""
         row = int(self._rows[index])
         table = self._table[row : row + 1]
-        picture, text = table.column(self.image_column)[0], table.column(self.text_column)[0].as_py()
-        pictures = _pictures(picture)
-        name = f"{self.split_name}/{row}"
-        if self.is_messages:
-            try:
-                messages, own = self.reader.conversation(turns_record(text), num_images=len(pictures))
+        record = {column: table.column(column)[0].as_py() for column in self._texts}
+        pictures = _pictures(table.column(self.image_column)[0])
+        number = int(self._captions[index])
+        name = f"{self.split_name}/{row}" + (f"#{number}" if number else "")
+        meta: dict[str, str] = {}
+        try:
+            if self._is_talk:
+                if self.is_messages:
+                    record = {**turns_record(record[self.text_column]), "system": record.get("system")}
+                messages, own = self.reader.conversation(record, num_images=len(pictures))
                 pictures = pictures or own
-            except Malformed as error:
-                raise BadSample(f"sample '{name}' {error}", error.kind) from error
-        elif not isinstance(text, str) or not text.strip():
-            says = f"has no text in column '{self.text_column}'; write one or remove the row"
-            raise BadSample(f"sample '{name}' {says}", "empty_text")
-        elif len(pictures) != 1:
-            raise BadSample(f"sample '{name}' has {len(pictures)} images for 1 caption; give it one")
-        else:
-            messages = caption_messages(self.prompt, text.strip())
-        return Sample(id=name, images=[], messages=messages), pictures
+            else:
+                captions = self._captions_of(record[self.text_column])
+                if len(pictures) != 1:
+                    raise Malformed(f"has {len(pictures)} images for 1 caption; give it one")
+                messages = caption_messages(self.prompt, captions[number])
+                if self._is_val and len(captions) > 1:
+                    meta["references"] = json.dumps(captions, ensure_ascii=False)
+        except Malformed as error:
+            raise BadSample(f"sample '{name}' {error}", error.kind) from error
+        return Sample(id=name, images=[], messages=messages, meta=meta), pictures
+
+    def _captions_of(self, cell: Any) -> list[str]:
+        """A cell as captions. Raises `Malformed` where one is no text."""
+        captions = []
+        for value in cell if isinstance(cell, list) else [cell]:
+            labels = self._labels or ()
+            text = labels[value] if isinstance(value, int) and 0 <= value < len(labels) else as_text(value)
+            if text is None or not text.strip():
+                found = "" if value is None or isinstance(value, str) else f" but {quoted(value)}"
+                says = f"has no text in column '{self.text_column}'{found}; write one or remove the row"
+                raise Malformed(says, "empty_text")
+            captions.append(text.strip())
+        if not captions:
+            raise Malformed(
+                f"has an empty list in column '{self.text_column}'; write a caption or remove the row", "empty_text"
+            )
+        return captions
 
     def _image(self, picture: Any, number: int) -> Any:
         value = picture if isinstance(picture, str) else picture.as_py()
@@ -138,7 +187,20 @@ def _pictures(value: Any) -> list[Any]:
     """A cell of the image column as a list of scalars: null is none."""
     if not value.is_valid:
         return []
-    return list(value) if hasattr(value, "values") and not hasattr(value, "keys") else [value]
+    is_list = hasattr(value, "values") and not hasattr(value, "keys")
+    return [item for item in (value if is_list else [value]) if item.is_valid]
+
+
+def _lengths(table: Any, column: str) -> Any:
+    """How many items each cell of a column of lists has; None for a column of others."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    batch = 10_000  # rows, so that a table larger than memory can be read
+    chunks = [table[start : start + batch].column(column) for start in range(0, len(table), batch)]
+    if not chunks or not (pa.types.is_list(chunks[0].type) or pa.types.is_large_list(chunks[0].type)):
+        return None
+    return np.concatenate([pc.fill_null(pc.list_value_length(chunk), 0).to_numpy() for chunk in chunks])
 
 
 def _load(place: str | Path, config: str | None, *, split: str) -> Any:
