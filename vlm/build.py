@@ -26,7 +26,7 @@ from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import Model
 from vlm.module import VLMModule
-from vlm.optim import check_rates, check_states, check_steps, set_trainable
+from vlm.optim import check_rates, check_states, check_steps, round_frozen, set_trainable
 from vlm.options import _constructor, bind, bind_class, known, parameters, typed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
@@ -231,18 +231,18 @@ def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
 
 def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The model on its pretrained bases, and the manifest that says which they are."""
-    bf16 = "bf16" in precision(cfg)
+    bf16, stage = "bf16" in precision(cfg), cfg["stage"]
+    # What trains is loaded in float32, so that no value of it is rounded; an adapter's LLM is frozen itself.
+    rounded = bf16 and stage["llm"] in ("frozen", "lora")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         options, tiles = split_tiles(cfg["encoder"])
         encoder = bind("encoder", options)().requires_grad_(False)
-        llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if bf16 else "float32"})().requires_grad_(False)
+        llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if rounded else "float32"})().requires_grad_(False)
     llm.check_length(_of_loader(cfg, "max_length"))
     if _of_loader(cfg, "packing") and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
     bases = {"encoder": identity(encoder, options), "llm": identity(llm, cfg["llm"])}
-    if bf16:
-        encoder.to(torch.bfloat16)
     torch.manual_seed(cfg["seed"])
     derived = {
         "vision_width": encoder.width,
@@ -252,6 +252,8 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
     }
     connector = bind("connector", cfg["connector"], derived)()
     model = bind("model", cfg["model"], {"encoder": encoder, "connector": connector, "llm": llm})()
+    if bf16:
+        round_frozen(model, stage)
     manifest = {
         "parts": {
             "connector": dict(cfg["connector"]),

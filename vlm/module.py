@@ -61,6 +61,16 @@ class VLMModule(pl.LightningModule):
         self._ids: list[str] = []
         self.figures: dict[str, Any] = {}  # of the last step; Lightning's also hold what earlier ones had
         self.validated_step = -1  # the optimiser steps behind the validation figures
+        self.train()
+
+    def train(self, mode: bool = True) -> VLMModule:
+        """Training mode for what trains alone: what is frozen drops nothing out."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FullyShard):

@@ -83,8 +83,21 @@ class HFEncoder(nn.Module):
         else:
             self.tower = _pretrained(type(skeleton), pretrained, config)
         self._blocks_name = _truncate(self.tower, depth=architecture.num_hidden_layers, keep=max(self._layers))
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.tower.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    def train(self, mode: bool = True) -> HFEncoder:
+        """Training mode, which drops nothing out: the tower's modules stay in evaluation mode.
+
+        Transformers recomputes a block where the block itself, its submodules aside, is in training mode.
+        """
+        super().train(mode)
+        self.tower.eval()
+        for block in self.blocks():
+            block.training = mode and self.gradient_checkpointing
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks that are run, in order."""

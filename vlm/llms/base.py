@@ -20,8 +20,8 @@ from vlm.ranges import Length, Name, Range, RatioBelowOne
 class LanguageModel(nn.Module, ABC):
     """The contract's common half; `forward` and `layers` are the subclass's.
 
-    The model's own modules and state-dict keys stay as they are. It is in evaluation mode and its dropout rates are
-    zero: it is frozen, or learns through an adapter that has a dropout of its own.
+    The model's own modules and state-dict keys stay as they are. It is always in evaluation mode and its dropout rates
+    are zero; an adapter has a mode and a dropout of its own.
 
     Args:
         pretrained: hub id or local folder of the weights (safetensors).
@@ -73,6 +73,14 @@ class LanguageModel(nn.Module, ABC):
         self.model.eval()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Training mode, which is that of the adapter's layers alone."""
+        super().train(mode)
+        self.model.eval()
+        for layer in self._adapted().values():
+            layer.train(mode)
+        return self
 
     @property
     def width(self) -> int:
@@ -152,20 +160,19 @@ class LanguageModel(nn.Module, ABC):
 
     def merge_lora(self) -> None:
         """Add the adapter to the matrices that it stands beside, and take it away."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        adapted = [(name, module) for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
-        for name, module in adapted:
+        for name, module in self._adapted().items():
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, module.get_base_layer())
 
+    def _adapted(self) -> dict[str, Any]:
+        """The layers of PEFT that stand in the place of those that they adapt, by name."""
+        return {name: module for name, module in self.model.named_modules() if hasattr(module, "base_layer")}
+
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Within it the LLM is what it was before `add_lora`; one without an adapter stays as it is."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        layers = self._adapted().values()
         trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for layer in layers:
             layer.enable_adapters(False)

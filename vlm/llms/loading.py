@@ -38,8 +38,10 @@ def make(
         architecture = _without_dropout(AutoConfig.for_model(facts.pop("model_type"), **facts))
     with torch.device(device):
         model = auto_class.from_config(
-            architecture, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
+            architecture, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust
         )
+    for parameter in model.parameters():  # drawn in float32, they are the same numbers in every precision
+        parameter.data = parameter.data.to(dtype)
     if config is not None and config.get("tie_word_embeddings") is False:
         _untie(model)
     return model
