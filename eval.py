@@ -17,6 +17,7 @@ def evaluate(cfg: Any) -> None:
     from vlm import artifact, build, files, run
     from vlm.artifact import write_json
     from vlm.cli.overrides import absolute_paths
+    from vlm.evaluation.looking import check_comparison
     from vlm.evaluation.runner import answer, score, write_samples
 
     run_dir = Path(cfg.ckpt).absolute()
@@ -44,6 +45,8 @@ def evaluate(cfg: Any) -> None:
     if not build.names_rows(asked):
         rows = {"val": data.fingerprints()["val"]}
         build.check_rows(manifest.get("data") or {}, rows, "name them again with data.annotations= or its like")
+    if remark := check_comparison(data):
+        run.CONSOLE.print(remark, markup=False, soft_wrap=True)
     trainer = build.build_trainer(settings, run_dir, [])
     trainer.validate(module, datamodule=data, verbose=False)
     with trainer.precision_plugin.forward_context():

@@ -27,6 +27,7 @@ def train(cfg: Any) -> None:
     from vlm.callbacks.throughput import Throughput
     from vlm.cli import launch, plan, recipe, resume
     from vlm.data.preflight import render
+    from vlm.evaluation.looking import check_comparison
     from vlm.evaluation.runner import answer, score, write_samples
     from vlm.module import Ended
 
@@ -91,6 +92,8 @@ def train(cfg: Any) -> None:
     run.print_parts(run.count_parameters(model), choices, stage)
     checks = settings["preflight"]
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
+    if remark := check_comparison(data, best=settings["checkpoint"].get("best")):
+        run.CONSOLE.print(remark, markup=False, soft_wrap=True)
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]

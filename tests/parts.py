@@ -101,8 +101,12 @@ def make_rows(
     images: Sequence[Tensor] | None = None,
     num_tokens: int = NUM_TOKENS,
     first_id: int = 0,
+    layouts: Sequence[Sequence[tuple[int, ...]]] | None = None,
 ) -> list[Row]:
-    """Rows of (prompt, answer): the answer is supervised; `IMAGE` in the prompt takes the next of `images`."""
+    """Rows of (prompt, answer): the answer is supervised; `IMAGE` in the prompt takes the next of `images`.
+
+    `layouts` are those of all images, where they are tiled: one `IMAGE` is one tile.
+    """
     left = list(images if images is not None else pictures(sum(prompt.count(IMAGE) for prompt, _ in rows)))
     made = []
     for number, (prompt, answer) in enumerate(rows):
@@ -118,7 +122,8 @@ def make_rows(
         encoded = Encoded(input_ids=ids, image_mask=mask, images_before=before, labels=labels, text="")
         messages: list[Message] = [{"role": "user", "content": [{"type": "image"}] * seen}]
         sample = Sample(id=f"sample/{first_id + number}", images=[], messages=messages)
-        made.append(Row([sample], [encoded], [left.pop(0) for _ in range(seen)]))
+        of_row = list(layouts[number]) if layouts is not None else [(1,)] * seen
+        made.append(Row([sample], [encoded], [left.pop(0) for _ in range(seen)], of_row))
     assert not left, "more images than places"
     return made
 

@@ -417,3 +417,37 @@ def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
     held, left = map(float, ended.stdout.split())
     assert held > 150
     assert (left > 0.9 * held) == kept
+
+
+@pytest.mark.parametrize("kind", ["text alone", "one picture"])
+def test_a_validation_without_two_pictures_is_said_before_the_first_step(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It trains and is evaluated to the end, without a visual gain."""
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
+    pictured = [{"from": "human", "value": "<image>\nHow?"}, turns[1]]
+    records = [{"id": str(number), "conversations": turns} for number in range(8)]
+    if kind == "one picture":
+        records = [{"id": str(number), "image": "a.png", "conversations": pictured} for number in range(8)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["data=instruct", f"data.annotations={tmp_path}/data.json", f"data.images={tmp_path}"]
+    words += [f"data.val_annotations={tmp_path}/data.json", "data.num_workers=0"]
+    run = tmp_path / "run"
+    assert train(*QUICK, *words, f"run_dir={run}") == 0
+    said = capfd.readouterr().out
+    remark = "There will be no val/visual_gain: no batch of the validation samples has two different images"
+    assert remark in said
+    assert said.index(remark) < said.index("step 1/2")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert "val/loss" in metrics
+    assert not {"val/visual_gain", "val/loss_shuffled", "val/loss_blank"} & metrics.keys()
+    assert metrics.get("val/num_not_compared", 0) == (2 if kind == "one picture" else 0)
+    assert evaluate(f"ckpt={run}", "num_samples=2", "batch_size=2", "trainer=cpu") == 0
+    assert remark in capfd.readouterr().out
+    refused = tmp_path / "refused"
+    assert train(*QUICK, *words, f"run_dir={refused}", "checkpoint.best=val/visual_gain") == 2
+    assert (
+        "checkpoint.best=val/visual_gain needs a visual gain, but no batch of the validation" in capfd.readouterr().err
+    )
+    assert not (refused / "metrics.jsonl").exists()

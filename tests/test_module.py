@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tests.parts import IMAGE, SPEC, make_batch, make_module, make_trainer, pictures, tiny_llm, tiny_model
 from vlm import artifact
 from vlm.callbacks.save import Save
-from vlm.evaluation.looking import blank, shuffled, with_images
+from vlm.evaluation.looking import compared, num_with_images, select, swapped
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
@@ -168,8 +168,13 @@ def test_the_best_artefact_does_not_stand_for_the_last(tmp_path: Path) -> None:
             assert file.metadata()["step"] == "2"
 
 
-def text_of(images: list[Tensor], per_row: list[int]) -> Batch:
-    return make_batch(*(([11] + [IMAGE] * num, [21]) for num in per_row), images=images)
+def text_of(images: list[Tensor], per_row: list[int], layouts: Any = None) -> Batch:
+    return make_batch(*(([11] + [IMAGE] * num, [21]) for num in per_row), images=images, layouts=layouts)
+
+
+def sources(batch: Batch, pixels: Tensor) -> list[int]:
+    """Of each place, whose pixels it has now."""
+    return [[int(torch.equal(new, old)) for old in batch.pixels].index(1) for new in pixels]
 
 
 @pytest.mark.parametrize(
@@ -188,26 +193,65 @@ def text_of(images: list[Tensor], per_row: list[int]) -> Batch:
 def test_shuffled_gives_every_row_another_picture(per_row: list[int], looks: list[int]) -> None:
     palette = pictures(6)
     batch = text_of([palette[look] for look in looks], per_row)
-    other = shuffled(batch)
-    assert other is not None
+    pixels, rows = swapped(batch)
+    assert rows == [row for row, num in enumerate(per_row) if num]
     owner = [row for row, num in enumerate(per_row) for _ in range(num)]
-    source = [[int(torch.equal(new, old)) for old in batch.pixels].index(1) for new in other.pixels]
-    for place, came_from in enumerate(source):
+    for place, came_from in enumerate(sources(batch, pixels)):
         assert looks[came_from] != looks[place]
         if len(set(looks)) == len(looks):
             assert owner[came_from] != owner[place]
     key = lambda pixels: sorted(image.sum().item() for image in pixels)  # noqa: E731
-    assert key(other.pixels) == key(batch.pixels), "the same pictures, each as often"
-    assert torch.equal(other.input_ids, batch.input_ids)
+    assert key(pixels) == key(batch.pixels), "the same pictures, each as often"
+    parts, _ = compared(batch)
+    assert parts.keys() == {"correct", "shuffled", "blank"}
+    assert torch.equal(parts["shuffled"].pixels, pixels)
+    assert not parts["blank"].pixels.any()
 
 
-def test_shuffled_leaves_as_few_as_it_can() -> None:
+def test_rows_that_keep_their_picture_are_left_out() -> None:
     """Three captions of one picture and another picture: one swap each way is all that there is."""
     palette = pictures(2)
     batch = text_of([palette[look] for look in (0, 0, 0, 1)], [1, 1, 1, 1])
-    other = shuffled(batch)
-    assert other is not None
-    assert sum(torch.equal(new, old) for new, old in zip(other.pixels, batch.pixels, strict=True)) == 2
+    pixels, rows = swapped(batch)
+    assert sum(torch.equal(new, old) for new, old in zip(pixels, batch.pixels, strict=True)) == 2
+    assert len(rows) == 2
+    assert 3 in rows
+    parts, _ = compared(batch)
+    assert parts["correct"].ids == [f"sample/{row}" for row in rows]
+    for one, other in zip(parts["correct"].pixels, parts["shuffled"].pixels, strict=True):
+        assert not torch.equal(one, other)
+
+
+NEXT = (1, 3, 3, 3, 3)  # a thumbnail and four rows of three tiles
+TILED: list[tuple[list[list[tuple[int, ...]]], list[list[int]], list[int]]] = [
+    # layouts of the rows' images; each row's places in the end; the rows that can be compared
+    ([[NEXT], [(1,)]], [[*range(13)], [13]], []),
+    ([[NEXT], [(1,)], [(1,)]], [[*range(13)], [14], [13]], [1, 2]),
+    ([[NEXT], [(1,)], [NEXT], [(1,)]], [[*range(14, 27)], [27], [*range(13)], [13]], [0, 1, 2, 3]),
+    ([[(1, 2, 2)], [(1, 4)], [(1, 2, 2)]], [[*range(10, 15)], [*range(5, 10)], [*range(5)]], [0, 2]),
+    ([[(1, 2), (1,)], [(1,), (1, 2)]], [[5, 6, 7, 4], [3, 0, 1, 2]], [0, 1]),
+    ([[(1, 2), (1,)], [(1, 2)]], [[4, 5, 6, 3], [0, 1, 2]], [1]),
+]
+
+
+@pytest.mark.parametrize(("layouts", "places", "rows"), TILED, ids=str)
+def test_tiled_images_are_swapped_whole_between_places_of_one_layout(layouts: Any, places: Any, rows: Any) -> None:
+    """Of a row of 13 tiles beside one of 1 tile nothing can be swapped; a row counts once all of its images are."""
+    per_row = [sum(map(sum, images)) for images in layouts]
+    batch = text_of(pictures(sum(per_row)), per_row, layouts)
+    pixels, found = swapped(batch)
+    assert found == rows
+    assert sources(batch, pixels) == [place for row in places for place in row]
+    parts, _ = compared(batch)
+    for name in ("correct", "shuffled") if rows else ():
+        kept = [place for row in rows for place in (places[row] if name == "shuffled" else own(per_row, row))]
+        assert torch.equal(parts[name].pixels, batch.pixels[kept])
+        assert parts[name].num_images.tolist() == [per_row[row] for row in rows]
+        assert parts[name].layouts == [layouts[row] for row in rows]
+
+
+def own(per_row: list[int], row: int) -> range:
+    return range(sum(per_row[:row]), sum(per_row[: row + 1]))
 
 
 @pytest.mark.parametrize(
@@ -215,21 +259,39 @@ def test_shuffled_leaves_as_few_as_it_can() -> None:
     [([1], [0]), ([0, 1], [0]), ([2], [0, 1]), ([1, 1, 1], [0, 0, 0]), ([0, 0], [])],
     ids=["one", "one and a text", "one row", "one picture", "none"],
 )
-def test_shuffled_is_none_where_there_is_no_other_picture(per_row: list[int], looks: list[int]) -> None:
+def test_nothing_is_compared_where_there_is_no_other_picture(per_row: list[int], looks: list[int]) -> None:
     palette = pictures(2)
-    assert shuffled(text_of([palette[look] for look in looks], per_row)) is None
+    assert compared(text_of([palette[look] for look in looks], per_row)) == ({}, [])
 
 
-def test_with_images_drops_the_rows_of_text() -> None:
+def test_selected_rows_have_their_images_and_samples() -> None:
     mixed = make_batch(([10], [20, 21]), *ROWS[:2], ([17, 18], [33]), images=IMAGES[:2])
-    rows = with_images(mixed)
-    assert rows is not None
-    assert rows.ids == ["sample/1", "sample/2"]
+    rows = select(mixed, [1, 2])
+    assert rows.ids == [sample.id for sample in rows.samples] == ["sample/1", "sample/2"]
     assert rows.targets.tolist() == [21, 22, 23]
     assert rows.num_images.tolist() == [1, 1]
-    assert with_images(make_batch(([10], [20]))) is None
-    assert with_images(WHOLE) is WHOLE
-    assert not blank(mixed).pixels.any()
+    assert rows.sample_index.unique().tolist() == [0, 1]
+    assert torch.equal(rows.sample_index >= 0, rows.attention_mask)
+    last = select(mixed, [3])
+    assert last.sample_index.unique().tolist() == [-1, 0]
+    assert torch.equal(last.sample_index >= 0, last.attention_mask)
+    assert (last.ids, last.targets.tolist(), len(last.pixels)) == (["sample/3"], [33], 0)
+    assert num_with_images(mixed) == 2
+
+
+def test_a_row_that_nothing_can_be_swapped_with_counts_in_the_loss_alone(tmp_path: Path) -> None:
+    """13 tiles beside two single images: the gain is that of the two, and the row is counted."""
+    model = tiny_model()
+    prompts = [([11, *[IMAGE] * num], [answer]) for num, answer in ((13, 21), (1, 22), (1, 23))]
+    batch = make_batch(*prompts, layouts=[[NEXT], [(1,)], [(1,)]])
+    pair = make_batch(*prompts[1:], images=list(batch.pixels[13:]))
+    swap = replace(pair, pixels=pair.pixels.flip(0))
+    metrics = make_trainer(tmp_path).validate(make_module(model), loader([batch]), verbose=False)[0]
+    assert metrics["val/num_not_compared"] == 1
+    assert metrics["val/loss"] == pytest.approx(mean_loss(model, batch), abs=1e-5)
+    gain = mean_loss(model, swap) - mean_loss(model, pair)
+    assert abs(gain) > 1e-3
+    assert metrics["val/visual_gain"] == pytest.approx(gain, abs=1e-5)
 
 
 def test_validation_by_hand(tmp_path: Path) -> None:
@@ -265,9 +327,13 @@ def test_rows_of_text_do_not_move_the_gain(tmp_path: Path) -> None:
     assert mixed["val/loss"] != alone["val/loss"]
 
 
-def test_validation_without_two_pictures_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least two different images in a batch"):
-        make_trainer(tmp_path).validate(make_module(), loader([make_batch(ROWS[0])]), verbose=False)
+@pytest.mark.parametrize("rows", [[ROWS[0]], [([17, 18], [33, 34]), ([19], [35])]], ids=["one picture", "text"])
+def test_validation_without_two_pictures_has_its_loss_alone(rows: Any, tmp_path: Path) -> None:
+    batch = make_batch(*rows)
+    found = make_trainer(tmp_path).validate(make_module(model := tiny_model()), loader([batch]), verbose=False)[0]
+    assert found.pop("val/loss") == pytest.approx(mean_loss(model, batch), abs=1e-5)
+    assert found.keys() <= {"val/num_not_compared", "val/visual_rms", "val/embed_rms"}
+    assert found.get("val/num_not_compared", 0) == num_with_images(batch)
 
 
 def test_the_schedule_spans_the_steps_of_the_run(tmp_path: Path) -> None:

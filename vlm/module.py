@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vlm.evaluation.looking import CONDITIONS, with_images
+from vlm.evaluation.looking import CONDITIONS, compared, num_with_images
 from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.ranges import Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput
@@ -156,9 +156,10 @@ class VLMModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._seen: dict[tuple[str, str], Tensor] = {}  # of a condition, the sum and the count of a loss
+        self._not_compared = 0  # rows with images that nothing could take the place of
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """The same rows with their own images, with others' and with blank ones."""
+        """All rows, then those that can be compared with their own images, with others' and with blank ones."""
         output = self.objective(self.model, batch)
         self._see("loss", output)
         for name in (name for name in output.sums if name.startswith("loss/")):  # of each source of a mixture
@@ -166,35 +167,34 @@ class VLMModule(pl.LightningModule):
         if batch_index == 0:
             for name, value in self.model.diagnostics(batch).items():
                 self.log(f"val/{name}", value, batch_size=1)
-        pictured = with_images(batch)
-        changed = {name: change(pictured) for name, change in CONDITIONS.items()} if pictured is not None else {}
-        comparable = bool(changed) and None not in changed.values()
+        pairs, rows = compared(batch)
+        self._not_compared += num_with_images(batch) - len(rows)
         # Where the model is sliced, all ranks must run it equally often, also one that has nothing to compare.
-        compared, partly = self._over_ranks([comparable, comparable and pictured is not batch])
-        if compared:
-            same = self.objective(self.model, pictured or batch) if partly else output
-            self._see("correct", same, counts=comparable)
+        some, partly = self._over_ranks([bool(rows), 0 < len(rows) < len(batch.num_images)])
+        if some:
             for name in CONDITIONS:
-                self._see(name, self.objective(self.model, changed.get(name) or batch), counts=comparable)
+                again = name != "correct" or partly
+                same = self.objective(self.model, pairs.get(name, batch)) if again else output
+                self._see(name, same, counts=bool(rows))
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._over_ranks([value for pair in self._seen.values() for value in pair])
+        """Log the means; without two images to swap there is no visual gain."""
+        *sums, left_out = self._over_ranks(
+            [*(value for pair in self._seen.values() for value in pair), self._not_compared]
+        )
         means = {key: a / b for key, a, b in zip(self._seen, sums[::2], sums[1::2], strict=True) if b}
-        if not any(condition == "correct" for condition, _ in means):
-            raise ValueError("validation needs at least two different images in a batch to measure the visual gain")
 
         def total(condition: str) -> float:
             return sum(mean for (name, _), mean in means.items() if name == condition)
 
-        self.log_dict({f"val/{name}": mean for (condition, name), mean in means.items() if condition == "source"})
-        self.log_dict(
-            {
-                "val/loss": total("loss"),
-                "val/loss_shuffled": total("shuffled"),
-                "val/loss_blank": total("blank"),
-                "val/visual_gain": total("shuffled") - total("correct"),
-            }
-        )
+        figures = {f"val/{name}": mean for (condition, name), mean in means.items() if condition == "source"}
+        figures["val/loss"] = total("loss")
+        if any(condition == "correct" for condition, _ in means):
+            figures |= {f"val/loss_{name}": total(name) for name in ("shuffled", "blank")}
+            figures["val/visual_gain"] = total("shuffled") - total("correct")
+        if left_out:
+            figures["val/num_not_compared"] = left_out
+        self.log_dict(figures)
         self.validated_step = self.global_step
 
     def _see(self, condition: str, output: LossOutput, *, counts: bool = True) -> None:

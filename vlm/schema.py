@@ -126,6 +126,7 @@ class Batch:
     labels: Int[Tensor, "b t"]  # the token itself where it is supervised, else IGNORE
     sample_index: Int[Tensor, "b t"]  # which of `samples` the token belongs to, -1 for padding
     num_images: Int[Tensor, " b"]  # tiles, where images are tiled
+    layouts: list[list[tuple[int, ...]]]  # of each row's images, how many tiles stand in each row of tiles
     ids: list[str]  # of the samples
     samples: list[Sample]  # without their pictures
     sources: tuple[str, ...] = ()  # what samples' meta["source"] can be, in a mixture

@@ -61,10 +61,9 @@ class Progress(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
             seen = trainer.callback_metrics
-            loss, gain = seen["val/loss"], seen["val/visual_gain"]
-            forgot = f", text/forgetting {seen['text/forgetting']:.3f}" if "text/forgetting" in seen else ""
-            figures = f"val/loss {loss:.3f}, val/visual_gain {gain:.3f}{forgot} nats/token"
-            CONSOLE.print(f"step {trainer.global_step}: {figures}")
+            shown = [name for name in ("val/loss", "val/visual_gain", "text/forgetting") if name in seen]
+            figures = ", ".join(f"{name} {seen[name]:.3f}" for name in shown)
+            CONSOLE.print(f"step {trainer.global_step}: {figures} nats/token")
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero:

@@ -131,8 +131,9 @@ class Save(pl.Callback):
             self._best_value = value
 
     def _figure(self, trainer: pl.Trainer) -> float:
+        """The larger the better; a validation without the figure is never the best."""
         assert self.best is not None
-        return BETTER[self.best] * float(trainer.callback_metrics[self.best])
+        return BETTER[self.best] * float(trainer.callback_metrics.get(self.best, -BETTER[self.best] * float("inf")))
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step

@@ -20,7 +20,7 @@ from vlm.data.batching import EvenBatches
 from vlm.data.collate import collate
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.rows import Rows
-from vlm.evaluation.looking import shuffled
+from vlm.evaluation.looking import compared
 from vlm.objectives.language_modeling import SummedCrossEntropy
 from vlm.schema import Batch, Split
 
@@ -64,15 +64,13 @@ class _Agreement(pl.LightningModule):
         self.model, self.advance = model, advance
 
     def predict_step(self, batch: Batch, batch_index: int) -> list[float]:
-        other = shuffled(batch)
+        pairs, rows = compared(batch)
         self.advance(len(batch.ids))
-        if other is None:
-            return [float("nan")] * len(batch.ids)
-        gains = sample_losses(self.model, other) - sample_losses(self.model, batch)  # S
-        changed = (other.pixels != batch.pixels).flatten(1).any(1).float()  # N
-        row = torch.repeat_interleave(torch.arange(len(batch.ids), device=changed.device), batch.num_images)
-        unchanged = torch.zeros_like(gains).index_add_(0, row, changed) == 0
-        return gains.masked_fill(unchanged, float("nan")).tolist()
+        found = torch.full([len(batch.ids)], float("nan"))
+        if rows:
+            gains = sample_losses(self.model, pairs["shuffled"]) - sample_losses(self.model, pairs["correct"])
+            found[rows] = gains.cpu()
+        return found.tolist()
 
 
 def sample_losses(model: Any, batch: Batch) -> Tensor:

@@ -22,13 +22,15 @@ class Row:
     samples: list[Sample]  # without their pictures
     encoded: list[Encoded]
     pixels: list[Tensor]  # each [3, H, W], of an image or a tile
+    layouts: list[tuple[int, ...]]  # of each image, how many tiles stand in each row of tiles
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
     """The row of one sample."""
     made = [spec.transform(image) for image in sample.images]
     tiles = [tile for pixels in made for tile in (pixels if pixels.ndim == 4 else [pixels])]
-    return Row([replace(sample, images=[])], [encoded], tiles)
+    layouts = [tuple(spec.tile_rows(size)) if spec.tile_rows else (1,) for size in sample.sizes]
+    return Row([replace(sample, images=[])], [encoded], tiles, layouts)
 
 
 def join(rows: Sequence[Row]) -> Row:
@@ -37,6 +39,7 @@ def join(rows: Sequence[Row]) -> Row:
         samples=list(chain.from_iterable(row.samples for row in rows)),
         encoded=list(chain.from_iterable(row.encoded for row in rows)),
         pixels=list(chain.from_iterable(row.pixels for row in rows)),
+        layouts=list(chain.from_iterable(row.layouts for row in rows)),
     )
 
 
@@ -74,6 +77,7 @@ def collate(
         labels=padded("labels", IGNORE),
         sample_index=padded("sample_index", -1),
         num_images=torch.tensor([len(row.pixels) for row in rows]),
+        layouts=[row.layouts for row in rows],
         ids=[sample.id for sample in samples],
         samples=samples,
         sources=tuple(sources),

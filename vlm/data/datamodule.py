@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
-from vlm.data.collate import collate
+from vlm.data.collate import Row, collate
 from vlm.data.filter import filtered
 from vlm.data.fingerprint import fingerprint
 from vlm.data.judge import Judge
@@ -183,8 +183,13 @@ class VLMDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         rank, num_ranks = self._rank()
         indices = self.val_indices(self.num_val_samples)
-        size = max(2, self.batch_size)
-        return self._loader("val", EvenBatches(indices, batch_size=size, rank=rank, num_ranks=num_ranks))
+        return self._loader("val", EvenBatches(indices, batch_size=self._val_size, rank=rank, num_ranks=num_ranks))
+
+    def val_batches(self) -> Iterator[Batch]:
+        """The validation batches of a single process, read in this one as they are asked for."""
+        collated = self._collated("val")
+        for batch in EvenBatches(self.val_indices(self.num_val_samples), batch_size=self._val_size):
+            yield collated([self._rows["val"][indices] for indices in batch])
 
     def val_indices(self, limit: int | None) -> list[int]:
         """Up to `limit` held-out samples, spread evenly over the split."""
@@ -238,14 +243,23 @@ class VLMDataModule(pl.LightningDataModule):
 
     def _loader(self, split: Split, batches: Sampler[Any]) -> DataLoader[Batch]:
         dataset: Any = self._rows[split]  # collation makes batches of its rows
-        sources = getattr(self.splits[split], "names", ())
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             multiprocessing_context=WorkerContext() if self.num_workers else None,
-            collate_fn=partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources),
+            collate_fn=self._collated(split),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or a loader would draw from the one that dropout draws from
         )
+
+    def _collated(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
+        """What makes a batch of a split's rows."""
+        sources = getattr(self.splits[split], "names", ())
+        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources)
+
+    @property
+    def _val_size(self) -> int:
+        """Rows of a validation batch: at least two, to swap their images."""
+        return max(2, self.batch_size)
