@@ -68,6 +68,32 @@ def test_rows_of_a_group_stay_on_one_side(captions: Any, tmp_path: Path) -> None
     assert len(source(tmp_path / "both", val_split="test", val_fraction=0.4)) == 12
 
 
+def test_one_picture_is_never_on_both_sides(captions: Any, tmp_path: Path) -> None:
+    """Eight pictures, each of them in several rows; the first rows of two hold two pictures and so join them."""
+    num = 48
+    pictures = [[png(row % 8)] if row > 1 else [png(row), png(row + 2)] for row in range(num)]
+    chat = [[{"user": f"q{row}", "assistant": "a"}] for row in range(num)]
+    table({"images": pictures, "texts": chat}, images=True).save_to_disk(tmp_path / "several")
+    table({"image": [png(row % 8) for row in range(num)], "text": ["x"] * num}).save_to_disk(tmp_path / "one")
+    big = BytesIO()
+    Image.effect_noise((200, 200), 64).save(big, "PNG")
+    assert len(big.getvalue()) > 3 * 4096  # of which parts are looked at
+    alike = {"bytes": big.getvalue(), "path": None}
+    table({"image": [alike] * num, "text": ["x"] * num}).save_to_disk(tmp_path / "alike")
+
+    def reds(name: str, split: str, **options: Any) -> list[list[int]]:
+        made = source(tmp_path / name, split=split, val_fraction=0.4, **options)
+        return [[image.getpixel((0, 0))[0] for image in sample.images] for sample in samples(made)]
+
+    chats = {"image_column": "images", "messages_column": "texts"}
+    for name, options in (("one", {}), ("several", chats)):
+        train, val = (reds(name, split, **options) for split in ("train", "val"))
+        assert len(train) + len(val) == num
+        assert not {red for row in train for red in row} & {red for row in val for red in row}
+    with pytest.raises(ValueError, match="none of the 48 rows of 'train' falls into"):
+        [reds("alike", split) for split in ("train", "val")]
+
+
 def test_the_layout_of_the_cauldron(captions: Any, tmp_path: Path) -> None:
     turns = [
         {"user": "Same?", "assistant": "No.", "source": "x"},

@@ -143,6 +143,19 @@ def test_an_epoch_is_shuffled_within_a_few_shards(tmp_path: Path) -> None:
     assert list(order) != list(made.order(0, seed=2))
 
 
+def test_one_picture_is_never_on_both_sides(tmp_path: Path) -> None:
+    for number in (0, 1):  # each of eight pictures under six keys, in two shards
+        members = {f"{n}.{kind}": png(n % 8) if kind == "png" else "x" for n in range(24) for kind in ("png", "txt")}
+        shard(tmp_path / f"{number}.tar", members)
+    found = {}
+    for split in ("train", "val"):
+        made = samples(source(tmp_path / "{0..1}.tar", split=split, val_fraction=0.4))
+        found[split] = [sample.images[0].getpixel((0, 0))[0] for sample in made]
+    assert len(found["train"]) + len(found["val"]) == 48
+    assert found["val"]
+    assert not set(found["train"]) & set(found["val"])
+
+
 def test_split_by_key_or_by_shards(tmp_path: Path) -> None:
     captions(tmp_path / "0.tar", *range(20))
     captions(tmp_path / "1.tar", 20, 21)

@@ -24,9 +24,11 @@ from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image
 from vlm.data.images import BadImage, decode_image
 from vlm.data.quote import named, quoted
-from vlm.data.split import check_split, digest, held_out
+from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
+
+BATCH = 256  # rows whose images are looked at together
 
 
 class HuggingFace:
@@ -38,8 +40,9 @@ class HuggingFace:
     the_cauldron's. Exactly one of `path` (a folder of `save_to_disk`, or of .parquet or .arrow files, which `datasets`
     copies into its cache) and `name` (a dataset on the hub; only then the network is used) is given.
 
-    With `val_split` each split is taken as it is. Without it the split is by a hash of `group_column`, so that rows
-    that share its value, such as an image's id, stay together; without that, by a hash of the row's number, each alone.
+    With `val_split` each split is taken as it is. Without it rows that share an image, by the bytes of its file, stay
+    on one side, or with `group_column` those that share its value, such as a patient's id; rows without an image are
+    split by their number.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class HuggingFace:
         num = len(self._table)
         self._rows = np.arange(num)
         if val_split is None:
-            keys = map(str, self._table.with_format(None)[group_column]) if group_column else map(str, range(num))
+            keys = map(str, self._table.with_format(None)[group_column]) if group_column else self._contents()
             is_val = held_out(np.fromiter((digest(key) for key in keys), np.uint64, num), val_fraction=val_fraction)
             self._rows = np.flatnonzero(is_val == (split == "val"))
         if not len(self._rows):
@@ -106,6 +109,15 @@ class HuggingFace:
             numbers = np.maximum(lengths[self._rows], 1)
             starts = np.repeat(np.cumsum(numbers) - numbers, numbers)
             self._rows, self._captions = np.repeat(self._rows, numbers), np.arange(numbers.sum()) - starts
+
+    def _contents(self) -> list[str]:
+        """A key for every row, the same for rows that share an image."""
+        names: list[list[str]] = []
+        for first in range(0, len(self._table), BATCH):
+            column = self._table[first : first + BATCH].column(self.image_column)
+            for row, cell in enumerate(column, start=first):
+                names.append([_content(picture) for picture in _pictures(cell)] or [f"row {row}"])
+        return group_keys(names)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -181,6 +193,16 @@ class HuggingFace:
         if isinstance(path, str):
             return open_image(path, root=self.root)
         raise BadImage(f"image {number} is neither bytes nor a path; set data.image_column= to a column of images")
+
+
+def _content(picture: Any) -> str:
+    """What a picture is told from others by: its bytes, else its path. Nothing is decoded, and little is copied."""
+    parts = [picture.get("bytes"), picture.get("path")] if hasattr(picture, "keys") else [picture]
+    found = [part for part in parts if hasattr(part, "as_buffer") and part.is_valid]
+    if not found:
+        return "nothing"
+    buffer = found[0].as_buffer()
+    return content_key(buffer.size, lambda start, size: buffer.slice(start, size).to_pybytes())
 
 
 def _pictures(value: Any) -> list[Any]:

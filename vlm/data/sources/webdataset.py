@@ -8,9 +8,10 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from vlm.data.fingerprint import SAMPLES, hashed, row_text
 from vlm.data.images import decode_image
 from vlm.data.quote import quoted
 from vlm.data.reading import current
-from vlm.data.split import check_split, digest, held_out
+from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split
 
@@ -78,7 +79,8 @@ class WebDataset:
         num_found = len(samples)
         self.num_ignored = sum(member.kind < 0 for _, _, members in samples for member in members)
         if val_shards is None:
-            digests = np.array([digest(f"{self.shards[n].name}/{key}") for n, key, _ in samples], dtype=np.uint64)
+            keys = group_keys(list(self._contents(samples)))
+            digests = np.fromiter(map(digest, keys), dtype=np.uint64, count=len(keys))
             mine = held_out(digests, val_fraction=val_fraction) == (split == "val")
             samples = [sample for sample, keep in zip(samples, mine, strict=True) if keep]
         if not samples:
@@ -91,6 +93,19 @@ class WebDataset:
         self._shard = np.array([number for number, _, _ in samples], dtype=np.int32)
         self._first = np.cumsum([0, *(len(members) for _, _, members in samples)])
         self._members = np.array([member for _, _, members in samples for member in members], dtype=np.int64)
+
+    def _contents(self, samples: Sequence[tuple[int, str, list[_Member]]]) -> Iterator[list[str]]:
+        """What each sample is split by: the contents of its images, or shard and key where it has none."""
+        for number, of_shard in itertools.groupby(samples, key=lambda sample: sample[0]):
+            with open(self.shards[number], "rb") as file:
+
+                def read(start: int, size: int, offset: int, handle: int = file.fileno()) -> bytes:
+                    return os.pread(handle, size, offset + start)
+
+                for _, key, members in of_shard:
+                    images = [m for m in members if m.kind == KINDS.index("image")]
+                    keys = [content_key(m.size, partial(read, offset=m.offset)) for m in images]
+                    yield keys or [f"{self.shards[number].name}/{key}"]
 
     def __len__(self) -> int:
         return len(self._keys)
