@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlm.cli.doctor_report import spread, write
 from vlm.cli.doctor_score import sample_losses, scores
-from vlm.data.checkup import Checkup, Entry, Reader, hash_answer
+from vlm.data.checkup import Checkup, Entry, Reader, hash_answer, plainness
 from vlm.data.collate import collate, make_row
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.duplicates import Look, Looks, closest, look
@@ -44,7 +44,7 @@ def picture(seed: int) -> Image.Image:
 def looks(steps: list[int], colours: list[int] | None = None) -> Looks:
     made = Looks()
     for number, each in enumerate(steps):
-        made.append(Look(number, each, bytes([colours[number] if colours else 0] * 48)))
+        made.append(Look(number, each, bytes([colours[number] if colours else 0] * 48), bytes(288)))
     return made
 
 
@@ -90,16 +90,79 @@ def test_a_copy_of_another_size_and_format_is_near_and_another_picture_is_not() 
     assert look(picture(3)) == look(picture(3))
 
 
+def xray(number: int) -> Image.Image:
+    """Pictures of one layout and little contrast: what tells them apart are a few gray levels here and there."""
+    layout = np.random.default_rng(999).normal(size=(8, 9)) * 12
+    own = np.random.default_rng(number).normal(size=(8, 9)) * 3
+    cells = Image.fromarray(np.clip(120 + layout + own, 0, 255).astype(np.uint8))
+    return cells.resize((180, 160), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def test_pictures_of_one_layout_take_a_second_look() -> None:
+    originals, copies = Looks(), Looks()
+    for number in range(40):
+        data = io.BytesIO()
+        xray(number).resize((120, 107)).save(data, "JPEG", quality=90)
+        originals.append(look(xray(number)))
+        copies.append(look(Image.open(data).convert("RGB")))
+    by_hash = closest(originals, originals, before=np.arange(40), similarity=-1.0)
+    assert (by_hash >= 0).sum() > 5
+    assert (closest(originals, originals, before=np.arange(40)) >= 0).sum() == 0
+    assert closest(copies, originals, similarity=0.99).tolist() == list(range(40))
+    assert (closest(copies, originals, similarity=1.0) == -1).all()
+    assert closest(originals, originals, similarity=1.0).tolist() == list(range(40))  # equal pixels
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (Image.new("RGB", (40, 30), (200, 10, 90)), "is of nearly one color"),
+        (Image.fromarray(np.asarray(picture(1)) // 16), "is very dark: nothing in it is brighter than 15 of 255"),
+        (picture(1), ""),
+        (Image.new("RGB", (2, 1), (0, 0, 0)), "is very dark: nothing in it is brighter than 0 of 255"),
+    ],
+)
+def test_pictures_that_show_nothing(image: Image.Image, says: str) -> None:
+    assert plainness(image) == says
+
+
+def test_contradictions_are_of_one_image_and_one_question() -> None:
+    def told(*samples: tuple[int, str, str]) -> list[tuple[int, tuple[str, int] | None]]:
+        source = [Sample(str(n), [picture(image)], [say("user", None, question), say("assistant", answer)])
+                  for n, (image, question, answer) in enumerate(samples)]  # fmt: skip
+        splits = {"train": Checkup(reader(source)[n] for n in range(len(source))), "val": Checkup([])}
+        found = find(splits, {"train": source, "val": []}, None)  # type: ignore[dict-item,arg-type]
+        return [(finding.index, finding.like) for finding in found if finding.kind == "contradiction"]
+
+    first = (1, "Is it a dog?", "Yes.")
+    assert told(first, (1, "is it a dog", "no"), first) == [(1, ("train", 0))]
+    assert told(first, (2, "Is it a dog?", "No."), (1, "Is it a cat?", "No."), (1, "Is it a dog?", "yes")) == []
+    assert told((1, "What?", "One two three four"), (1, "What?", "Four three two one")) == []
+
+
+def test_one_long_text_does_not_spoil_a_histogram() -> None:
+    lengths = [*range(100, 364), 19_000]
+    histogram = spread(lengths)["histogram"]
+    assert (histogram["edges"][0], histogram["edges"][-1], histogram["beyond"]) == (100, 361, 3)
+    assert sum(histogram["counts"]) == 262
+    assert min(histogram["counts"]) > 15
+    assert spread(lengths)["max"] == 19_000
+    assert spread(range(100, 364))["histogram"]["beyond"] == 0
+    assert spread([7, 7])["histogram"]["counts"] == [2]
+
+
 def test_the_memory_holds_hashes_alone() -> None:
     entries = (Entry(f"s{n}", looks=(look(picture(n)),), answers=(n,), tokens=n) for n in range(8))
     checkup = Checkup(entries)
     kept = {**vars(checkup), **vars(checkup.looks)}
     kinds = {name: type(value) for name, value in kept.items()}
-    assert {kinds.pop(name) for name in ("ids", "problems", "languages", "looks")} == {
+    assert {kinds.pop(name) for name in ("ids", "problems", "plain", "languages", "looks")} == {
         list, dict, type(checkup.languages), Looks
     }  # fmt: skip
     assert set(kinds.values()) == {array}
-    assert sum(value.itemsize * len(value) for value in kept.values() if isinstance(value, array)) == 8 * (64 + 9 * 8)
+    assert sum(value.itemsize * len(value) for value in kept.values() if isinstance(value, array)) == 8 * (
+        64 + 288 + 9 * 8
+    )
 
 
 def sample(*turns: str, images: int = 0, marks: int = 0) -> Sample:
@@ -109,9 +172,13 @@ def sample(*turns: str, images: int = 0, marks: int = 0) -> Sample:
 
 
 def read(source: object, max_length: int = 999) -> Entry:
+    return reader(source, max_length)[0]
+
+
+def reader(source: object, max_length: int = 999) -> Reader:
     text = TextEncoder(tokenizer=byte_tokenizer(), num_image_tokens=2, max_length=max_length, chat_template="chatml")
     spec = VisualSpec(num_tokens=2, image_size=(2, 2), transform=lambda image: torch.zeros(3, 2, 2))
-    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)[0]  # type: ignore[arg-type]
+    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

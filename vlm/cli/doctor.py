@@ -18,6 +18,7 @@ class Options:
     against: Name | None
     languages: bool
     score: bool
+    similarity: Annotated[float, Range(0, 1)]
     num_low_scores: Annotated[int, Range(0, 10**6)]
     filter_kinds: list[str]
 
@@ -26,6 +27,7 @@ def doctor(cfg: Any) -> None:
     """Read both splits, report what was found, and write the files."""
     from functools import partial
 
+    from rich.text import Text
     from torch.utils.data import DataLoader, Dataset
 
     from vlm import artifact, build, run
@@ -33,10 +35,11 @@ def doctor(cfg: Any) -> None:
     from vlm.cli.doctor_score import scores
     from vlm.data.checkup import Checkup, Folder, Reader
     from vlm.data.findings import find, lowest_scores
+    from vlm.data.reading import applied
     from vlm.schema import BAD_KINDS
     from vlm.text.language import identifier
 
-    settings, options = _settings(cfg)
+    settings, options, parts = _settings(cfg)
     language = identifier() if options.languages else None
     benchmark = Folder(options.against) if options.against else None
     model = _model(settings, weights=options.score)
@@ -50,13 +53,13 @@ def doctor(cfg: Any) -> None:
         loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
         return bar.track(loader, total=len(loader), description=what)
 
-    with bar:
+    with bar, applied(data.reading):
         readers = {split: Reader(source=s, judge=data.judge, language=language) for split, s in data.splits.items()}
         checkups = {split: Checkup(read(reader, f"reading {split}")) for split, reader in readers.items()}
         if benchmark is not None:
             benchmark.keep(read(benchmark, "reading the benchmark"))
-        findings = find(checkups, data.splits, benchmark)
-        report = doctor_report.summary(settings, model.connector.num_tokens, checkups, data.splits, benchmark)
+        findings = find(checkups, data.splits, benchmark, similarity=options.similarity)
+        report = doctor_report.summary(parts, model.connector.num_tokens, checkups, data.splits, benchmark)
         if options.score:
             for split, checkup in checkups.items():
                 indices = sorted({*checkup.owners})
@@ -67,17 +70,25 @@ def doctor(cfg: Any) -> None:
 
     out, kinds = Path(options.out), {*BAD_KINDS, *options.filter_kinds}
     doctor_report.print_tables(report, findings, kinds)
-    doctor_report.write(out, report, findings, data.splits)
+    with applied(data.reading):
+        doctor_report.write(out, report, findings, data.splits)
     if settings["data"].get("filter") is None:
-        artifact.write_json(out / "filter.json", doctor_report.filter_of(checkups, findings, kinds))
-        told = f"Leave these samples out: data.filter={out / 'filter.json'}"
+        chosen = doctor_report.filter_of(checkups, findings, kinds)
+        artifact.write_json(out / "filter.json", chosen)
+        told = [*doctor_report.left_out(chosen, findings, kinds)]
+        told.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
     else:
-        told = "No filter.json: the samples came through data.filter; run without it for a new one"
-    run.CONSOLE.print(f"{told}\nReport: {out / 'report.html'}", soft_wrap=True, markup=False)
+        told = ["No filter.json: the samples came through data.filter; run without it for a new one"]
+    run.CONSOLE.print(Text("\n".join([*told, f"Report: {out / 'report.html'}"])), soft_wrap=True)
 
 
-def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
-    """The config without its section `doctor`, and that. Raises ValueError for what cannot be done, before any work."""
+def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
+    """The config without its section `doctor`, that, and the option of each part as a user types it.
+
+    Raises ValueError for what cannot be done, before any work.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
     from vlm import build
     from vlm.data.findings import KINDS
     from vlm.options import bind_class, unknown_key
@@ -91,11 +102,18 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options]:
         raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
     if Path(options.out).exists():
         raise ValueError(f"doctor.out={options.out} exists already; choose another folder")
+    choices = dict(HydraConfig.get().runtime.choices)
     if settings["ckpt"]:
-        settings |= _parts_of(settings["ckpt"], settings)
+        theirs, choices = _parts_of(settings["ckpt"], settings)
+        settings |= theirs
     build.check(settings)
     settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
-    return settings, options
+    parts = ("encoder", "connector", "llm")
+    return settings, options, {part: choices.get(part) or _class_name(settings[part]) for part in parts}
+
+
+def _class_name(options: dict[str, Any]) -> str:
+    return str(options["_target_"]).rpartition(".")[2]
 
 
 def _bar() -> Any:
@@ -103,12 +121,12 @@ def _bar() -> Any:
 
     from vlm.run import CONSOLE
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
 
 
-def _parts_of(run_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The parts that a run has trained; its data, trainer and seed stay what the command line says.
+def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parts that a run has trained, and the options that it chose; its data, trainer and seed are the user's.
 
     So does what a run from elsewhere may not decide, such as where weights lie, if the command line says it.
     """
@@ -120,8 +138,8 @@ def _parts_of(run_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     artifact.read_manifest(run_dir)
     said = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task if SAID_AGAIN.match(word)]
     given = {key: value for key, value in trust.leaves(settings) if key in said}
-    theirs, _ = build.read_config(Path(run_dir), given=given, sections=trust.MODEL)
-    return {part: theirs[part] for part in trust.MODEL}
+    theirs, choices = build.read_config(Path(run_dir), given=given, sections=trust.MODEL)
+    return {part: theirs[part] for part in trust.MODEL}, choices
 
 
 def _model(settings: dict[str, Any], *, weights: bool) -> Any:

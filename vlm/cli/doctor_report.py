@@ -15,16 +15,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from vlm.artifact import write_json
 from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
+from vlm.data.images import to_rgb
+from vlm.data.judge import printable
 from vlm.run import CONSOLE
 from vlm.schema import Source, Split
 
 SHOWN = 24  # findings of a kind in report.html; report.json has all
 THUMBNAIL = 160  # pixels of its longer side
 BINS, ANSWERS, LANGUAGES = 12, 10, 12
+HIGH = 99  # percent of the values that a histogram shows where the others lie far out
 LENGTHS = ("tokens", "visual_tokens", "characters")
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
@@ -40,16 +44,18 @@ td + td, th + th { text-align: right } .note { color: #666; margin: 0 0 .6rem }
 
 
 def summary(
-    settings: Mapping[str, Any],
+    parts: Mapping[str, str],
     num_tokens: int,
     checkups: Mapping[Split, Checkup],
     sources: Mapping[Split, Source],
     benchmark: Folder | None,
 ) -> dict[str, Any]:
-    """The report without its findings: lengths, languages and frequent answers of each split."""
+    """The report without its findings: lengths, languages and frequent answers of each split.
+
+    `parts` has the option of each part.
+    """
     return {
-        "parts": {part: settings[part].get("pretrained") or settings[part]["_target_"] for part in ("encoder", "llm")}
-        | {"connector": settings["connector"]["_target_"]},
+        "parts": dict(parts),
         "visual_tokens_per_image": num_tokens,
         "against": benchmark
         and {"folder": str(benchmark.root), "images": len(benchmark), "unreadable": benchmark.num_unreadable},
@@ -66,17 +72,25 @@ def summary(
 
 
 def spread(values: ArrayLike) -> dict[str, Any]:
-    """Mean, median, 95th percentile, extremes and a histogram, NaN left out; empty where nothing is left."""
+    """Mean, median, 95th percentile, extremes and a histogram, NaN left out; empty where nothing is left.
+
+    The histogram ends at a high percentile where the highest value lies beyond twice its range; `beyond` counts what it
+    leaves out, or one text of 19,000 tokens would put all others into its first bar.
+    """
     numbers = np.asarray(values, dtype=float)
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
         return {}
     low, high = float(numbers.min()), float(numbers.max())
-    counts, edges = np.histogram(numbers, bins=BINS if low < high else 1, range=(low, high if low < high else low + 1))
+    last = float(np.percentile(numbers, HIGH, method="lower"))
+    last = last if low < last and high - low > 2 * (last - low) else high
+    shown = numbers[numbers <= last]
+    counts, edges = np.histogram(shown, bins=BINS if low < last else 1, range=(low, last if low < last else low + 1))
     p50, p95 = np.percentile(numbers, [50, 95]).tolist()
     figures = {"mean": float(numbers.mean()), "p50": p50, "p95": p95}
     figures |= {"min": low, "max": high}
-    return {**figures, "histogram": {"edges": edges.tolist(), "counts": counts.tolist()}}
+    histogram = {"edges": edges.tolist(), "counts": counts.tolist(), "beyond": len(numbers) - len(shown)}
+    return {**figures, "histogram": histogram}
 
 
 def filter_of(
@@ -89,6 +103,18 @@ def filter_of(
         ids = [checkup.ids[index] for index in indices]
         result[str(split)] = {"num_samples": len(checkup), "indices": indices, "ids": ids}
     return result
+
+
+def left_out(chosen: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], kinds: Collection[str]) -> list[str]:
+    """For each split how much of it a filter leaves out, and for which findings."""
+    lines = []
+    for split, part in chosen.items():
+        if num := len(part["indices"]):
+            counts = Counter(finding.kind for finding in findings if finding.split == split and finding.kind in kinds)
+            why = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
+            share = f"{100 * num / part['num_samples']:.0f} %"
+            lines.append(f"filter.json leaves out {share} of {split}, {num:,} of {part['num_samples']:,} ({why})")
+    return lines
 
 
 def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: Collection[str]) -> None:
@@ -114,14 +140,14 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
     for split, part in splits.items():
         for name in (*LENGTHS, "score"):
             if part.get(name):
-                digits = "+,.3f" if name == "score" else ",.0f"
+                digits = "+z,.3f" if name == "score" else ",.0f"
                 figures = (format(part[name][figure], digits) for figure in ("mean", "p50", "p95", "max"))
                 table.add_row(split, name.replace("_", " "), *figures)
     CONSOLE.print(table)
     for split, part in splits.items():
         for name, total in _tops(part).items():
             shown = ", ".join(f"{what} {count:,}" for what, count in total)
-            CONSOLE.print(f"{split} {name}: {shown}", markup=False, highlight=False)
+            CONSOLE.print(Text(printable(f"{split} {name}: {shown}")))
 
 
 def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> None:
@@ -142,7 +168,8 @@ def _read(checkup: Checkup, name: str) -> np.ndarray:
 
 
 def _tops(part: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
-    languages = list(part["languages"].items())[:LANGUAGES]
+    languages = [("too short to tell" if name == "short" else name, n) for name, n in part["languages"].items()]
+    languages = languages[:LANGUAGES]
     answers = [(f"'{entry['answer'][:60]}'", entry["count"]) for entry in part["answers"]]
     return {name: rows for name, rows in (("languages", languages), ("most frequent answers", answers)) if rows}
 
@@ -183,10 +210,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _histogram(name: str, figures: Mapping[str, Any]) -> str:
-    digits = "+.2f" if name == "score" else ",.0f"
+    digits = "+z.2f" if name == "score" else ",.0f"
     told = ", ".join(f"{key} {format(figures[key], digits)}" for key in ("mean", "p50", "p95", "max"))
     edges, counts = figures["histogram"]["edges"], figures["histogram"]["counts"]
-    bars = _bars([(format(edge, digits), count) for edge, count in zip(edges, counts, strict=False)])
+    rows = [(format(edge, digits), count) for edge, count in zip(edges, counts, strict=False)]
+    if beyond := figures["histogram"]["beyond"]:
+        rows.append((f"beyond {format(edges[-1], digits)}", beyond))
+    bars = _bars(rows)
     return f"<div><h3>{name.replace('_', ' ')}</h3><p class=note>{told}</p>{bars}</div>"
 
 
@@ -207,9 +237,10 @@ def _card(finding: Finding, sources: Mapping[Split, Source]) -> str:
     for number, (split, index) in enumerate(places):
         try:
             sample = sources[split][index]
+            shown = [to_rgb(image, name="") for image in sample.images[:4] if isinstance(image, Image.Image)]
         except ValueError:  # the finding says so
             continue
-        pictures += "".join(_thumbnail(image) for image in sample.images[:4])
+        pictures += "".join(map(_thumbnail, shown))
         if not number:
             text = " ⏎ ".join(f"{message['role']}: {text_of(message)}" for message in sample.messages)
     text = text if len(text) <= 300 else text[:300] + "…"

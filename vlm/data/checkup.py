@@ -7,11 +7,13 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from vlm.data.duplicates import Look, Looks, digest, look
@@ -20,6 +22,9 @@ from vlm.data.judge import Judge
 from vlm.schema import BadSample, Message, Sample, Source
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+DARK = 24  # of 255: values of 12 bits in a file of 16 come out as 15 at most
+ONE_COLOR = 8  # levels of 256 between the darkest and the brightest of a channel, 0.1 % of the pixels aside
+SHORT_ANSWER = 3  # words: of longer texts, two that differ may both be right
 # A word is a run of letters or digits, or two characters of a script that puts no space between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{1,2}|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
@@ -36,6 +41,8 @@ class Entry(NamedTuple):
     text: int = 0  # hash of the conversation
     characters: int = 0
     answers: tuple[int, ...] = ()  # hashes of the answers
+    claims: tuple[tuple[int, int], ...] = ()  # of short answers: hash of images and question, hash of the answer
+    plain: str = ""  # what is odd about a picture that shows next to nothing
     language: str | None = None
     tokens: int = 0  # visual ones included
     visual_tokens: int = 0
@@ -64,9 +71,12 @@ class Reader(Dataset[Entry]):
         except BadSample as error:
             return Entry(id=sample.id, kind=error.kind, message=str(error))
         looks = tuple(look(image) for image in sample.images)
+        picture = digest(repr([each.pixels for each in looks]).encode()) if looks else 0
         return entry._replace(
             looks=looks,
-            picture=digest(repr([each.pixels for each in looks]).encode()) if looks else 0,
+            picture=picture,
+            claims=tuple(_claims(sample, picture)) if looks else (),
+            plain=next(filter(None, map(plainness, sample.images)), ""),
             name=digest(sample.meta.get("image", sample.id).encode("utf-8", "replace")),
             text=digest(repr(sample.messages).encode()),
             answers=tuple({hash_answer(answer): None for answer in answers}),
@@ -130,8 +140,9 @@ class Folder(Dataset[Look | None]):
 class Checkup:
     """What is kept of the samples of one split: hashes and lengths in arrays, never a picture or a text.
 
-    It is made from the entries in the order of the split. `owners[n]` is the sample that look n belongs to, and
-    `answerers[n]` the one that gives answer n. Looks and answers are of sound samples alone.
+    It is made from the entries in the order of the split. `owners[n]` is the sample that look n belongs to,
+    `answerers[n]` the one that gives answer n, and `claimants[n]` the one that gives answer `claims[n]` to
+    `questions[n]` about its images. Looks and answers are of sound samples alone.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -140,6 +151,8 @@ class Checkup:
         self.looks, self.owners = Looks(), array("Q")
         self.pictures, self.names, self.texts = array("Q"), array("Q"), array("Q")
         self.answers, self.answerers = array("Q"), array("Q")
+        self.questions, self.claims, self.claimants = array("Q"), array("Q"), array("Q")
+        self.plain: dict[int, str] = {}  # what is odd about a sample's picture
         self.characters, self.tokens, self.visual_tokens = array("Q"), array("Q"), array("Q")
         self.languages: Counter[str] = Counter()
         for entry in entries:
@@ -171,8 +184,36 @@ class Checkup:
         for answer in entry.answers:
             self.answers.append(answer)
             self.answerers.append(index)
+        for question, answer in entry.claims:
+            self.questions.append(question)
+            self.claims.append(answer)
+            self.claimants.append(index)
+        if entry.plain:
+            self.plain[index] = entry.plain
         if entry.language is not None:
             self.languages[entry.language] += 1
+
+
+def plainness(image: Image.Image) -> str:
+    """What a picture lacks that shows next to nothing; empty where it shows something."""
+    histogram = np.array(image.histogram()).reshape(3, 256).cumsum(1) / (image.width * image.height)
+    darkest, brightest = ([int(np.searchsorted(channel, at)) for channel in histogram] for at in (0.001, 0.999))
+    if max(brightest) < DARK:
+        return f"is very dark: nothing in it is brighter than {max(brightest)} of 255"
+    if max(high - low for low, high in zip(darkest, brightest, strict=True)) < ONE_COLOR:
+        return "is of nearly one color"
+    return ""
+
+
+def _claims(sample: Sample, picture: int) -> Iterator[tuple[int, int]]:
+    """Of each short answer the hash of the images and its question, and that of the answer."""
+    question = ""
+    for message in sample.messages:
+        text = text_of(message)
+        if message["role"] == "user":
+            question = text
+        elif message["role"] == "assistant" and len(words(text)) <= SHORT_ANSWER:
+            yield digest(f"{picture} {' '.join(words(question))}".encode()), hash_answer(text)
 
 
 def text_of(message: Message) -> str:

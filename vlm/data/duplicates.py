@@ -12,7 +12,10 @@ from PIL import Image
 
 DISTANCE = 3  # bits of 64 in which the hashes of near duplicates may differ
 CELLS, COLOUR = 4, 16  # and the levels of 256 by which the colours of the 4 x 4 cells of near duplicates may differ
-MARGIN = 2  # grey levels that count as a step: plain areas of a photograph differ by less once it is a JPEG again
+SIMILARITY = 0.99  # the least correlation of what near duplicates show, in 16 x 18 gray cells
+CONTENT = (16, 18)
+CONTRAST = 32  # gray levels of standard deviation from which on a step is one of MARGIN; below it takes less
+MARGIN = 2  # gray levels that count as a step: plain areas of a photograph differ by less once it is a JPEG again
 BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # of 4 bands, 3 changed bits leave one as it is
 
 
@@ -21,14 +24,15 @@ class Look(NamedTuple):
 
     pixels: int  # hash of its size and pixels, 64 bits
     steps: int  # difference hash: is each cell of 9 x 8 darker than its right neighbour? 64 bits
-    colours: bytes  # the mean colours of 4 x 4 cells: plain drawings share their steps
+    colours: bytes  # the mean colors of 4 x 4 cells: plain drawings share their steps
+    content: bytes  # 16 x 18 gray cells, int8, their mean 0 and their standard deviation 32: X-rays share much else
 
 
 class Looks:
-    """The looks of many pictures, 64 bytes each."""
+    """The looks of many pictures, 352 bytes each."""
 
     def __init__(self) -> None:
-        self._pixels, self._steps, self._colours = array("Q"), array("Q"), array("B")
+        self._pixels, self._steps, self._colours, self._content = array("Q"), array("Q"), array("B"), array("b")
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -37,6 +41,7 @@ class Looks:
         self._pixels.append(look.pixels)
         self._steps.append(look.steps)
         self._colours.frombytes(look.colours)
+        self._content.frombytes(look.content)
 
     def take(self, indices: NDArray[np.int64]) -> Looks:
         """The looks at these indices."""
@@ -44,6 +49,7 @@ class Looks:
         taken._pixels.extend(self.pixels[indices].tolist())
         taken._steps.extend(self.steps[indices].tolist())
         taken._colours.extend(self.colours[indices].flatten().tolist())
+        taken._content.frombytes(self.content[indices].tobytes())
         return taken
 
     @property
@@ -58,13 +64,31 @@ class Looks:
     def colours(self) -> NDArray[np.int16]:
         return np.array(self._colours, dtype=np.int16).reshape(len(self), CELLS * CELLS * 3)
 
+    @property
+    def content(self) -> NDArray[np.int8]:
+        return np.array(self._content, dtype=np.int8).reshape(len(self), CONTENT[0] * CONTENT[1])
+
 
 def look(image: Image.Image) -> Look:
     """The look of an RGB picture."""
-    grey = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
-    steps = np.packbits(grey[:, 1:] - grey[:, :-1] > MARGIN).tobytes()
+    gray = np.asarray(image.resize((72, 64), Image.Resampling.BOX).convert("L"), dtype=np.float32)  # 64 72
+    margin = MARGIN * min(1.0, max(0.125, float(gray.std()) / CONTRAST))
+    steps = np.packbits(np.diff(_cells(gray, 8, 9)) > margin)
+    content = _cells(gray, *CONTENT)
+    content = (content - content.mean()) * (32 / max(0.5, float(content.std())))
     colours = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
-    return Look(digest(f"{image.size}".encode() + image.tobytes()), int.from_bytes(steps, "big"), colours)
+    return Look(
+        digest(f"{image.size}".encode() + image.tobytes()),
+        int.from_bytes(steps.tobytes(), "big"),
+        colours,
+        np.clip(np.rint(content), -127, 127).astype(np.int8).tobytes(),
+    )
+
+
+def _cells(gray: NDArray[np.float32], rows: int, cols: int) -> NDArray[np.float32]:
+    """The means of rows x cols cells."""
+    height, width = gray.shape
+    return gray.reshape(rows, height // rows, cols, width // cols).mean((1, 3))
 
 
 def digest(data: bytes) -> int:
@@ -72,13 +96,19 @@ def digest(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
-def closest(queries: Looks, references: Looks, before: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+def closest(
+    queries: Looks, references: Looks, before: NDArray[np.int64] | None = None, *, similarity: float = SIMILARITY
+) -> NDArray[np.int64]:
     """For each query the reference that differs from it in the fewest bits, the earliest of them; -1 if none is near.
 
+    Near are hashes of few different bits, and then a second look: alike colors, and contents that correlate by
+    `similarity` or more; two pictures without contrast have the same content. Equal pictures are near whatever it is.
     With `before`, query q is compared with the references in front of number `before[q]` alone.
     """
     wanted, known = queries.steps, references.steps
     wanted_colours, known_colours = queries.colours, references.colours
+    wanted_content, known_content = _normalized(queries.content), _normalized(references.content)
+    same = queries.pixels, references.pixels
     limits = np.full(len(wanted), len(known)) if before is None else before
     found = np.full(len(wanted), -1)
     least = np.full(len(wanted), DISTANCE + 1)
@@ -93,9 +123,18 @@ def closest(queries: Looks, references: Looks, before: NDArray[np.int64] | None 
             distances = np.bitwise_count(known[near] ^ wanted[query])
             near, distances = near[distances <= DISTANCE], distances[distances <= DISTANCE]
             alike = np.abs(known_colours[near] - wanted_colours[query]).max(1, initial=0) <= COLOUR
+            correlation = known_content[near] @ wanted_content[query]
+            flat = ~known_content[near].any(1) & ~wanted_content[query].any()
+            alike &= (correlation >= similarity) | flat | (same[1][near] == same[0][query])
             near, distances = near[alike], distances[alike]
             if len(near):
                 best = int(distances.argmin())
                 if (distances[best], near[best]) < (least[query], found[query]):
                     least[query], found[query] = distances[best], near[best]
     return found
+
+
+def _normalized(content: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Rows of length 1, or of zeros where a picture has no contrast."""
+    rows = content.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)

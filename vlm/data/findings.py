@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
-from vlm.data.duplicates import Looks, closest
+from vlm.data.duplicates import SIMILARITY, Looks, closest
 from vlm.schema import Source, Split
 
 # What each kind says; those of the first five are refused by training too.
@@ -24,6 +24,8 @@ KINDS = {
     "near_duplicate": "nearly the image of an earlier sample",
     "shared_with_val": "a training image that is also, or nearly, in val",
     "in_benchmark": "a training image that is also, or nearly, in the benchmark",
+    "contradiction": "another short answer than an earlier sample gives to the same question about the same image",
+    "plain_image": "an image that is nearly one color, or very dark",
     "long_text": "more characters than 1,000 and than 20 times the median",
     "repeated_answer": "an answer of 3 words or more that at least 5 samples and 5 % of the split give",
     "low_score": "the answer fits another image nearly as well, or better",
@@ -44,18 +46,29 @@ class Finding:
     like: tuple[Split, int] | None = None
 
 
-def find(checkups: Mapping[Split, Checkup], sources: Mapping[Split, Source], benchmark: Folder | None) -> list[Finding]:
-    """Every finding but the scores, by split, kind and index; the sources are asked again for answers that repeat."""
+def find(
+    checkups: Mapping[Split, Checkup],
+    sources: Mapping[Split, Source],
+    benchmark: Folder | None,
+    *,
+    similarity: float = SIMILARITY,
+) -> list[Finding]:
+    """Every finding but the scores, by split, kind and index; the sources are asked again for answers that repeat.
+
+    `similarity` is that of `closest`.
+    """
     found: list[Finding] = []
     for split, checkup in checkups.items():
         found += _bad(split, checkup)
         repeats = list(_duplicates(split, checkup))
         found += repeats
-        found += _near_duplicates(split, checkup, leave={finding.index for finding in repeats})
+        found += _near_duplicates(split, checkup, {finding.index for finding in repeats}, similarity)
         if split == "train":
-            found += _shared(checkup, checkups["val"])
+            found += _shared(checkup, checkups["val"], similarity)
             if benchmark is not None:
-                found += _in_benchmark(checkup, benchmark)
+                found += _in_benchmark(checkup, benchmark, similarity)
+        found += _contradictions(split, checkup)
+        found += _plain_images(split, checkup)
         found += _long_text(split, checkup)
         found += _repeated_answers(split, checkup, sources[split])
     return found
@@ -76,7 +89,7 @@ def lowest_scores(split: Split, checkup: Checkup, scores: NDArray[np.float64], n
     return [
         _finding(
             split, checkup, index, "low_score",
-            f"loses {scores[index]:+.3f} nats per token with another sample's image; check that its image is its own",
+            f"loses {scores[index]:+z.3f} nats per token with another sample's image; check that its image is its own",
         )
         for index in order[:num]
     ]  # fmt: skip
@@ -109,12 +122,12 @@ def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
             yield _finding(split, checkup, index, "duplicate", says, like=(split, first))
 
 
-def _near_duplicates(split: Split, checkup: Checkup, leave: set[int]) -> Iterator[Finding]:
+def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity: float) -> Iterator[Finding]:
     """Of each picture its first place only, compared with the pictures of earlier samples."""
     first = np.sort(np.unique(checkup.looks.pixels, return_index=True)[1])
     owners = np.array(checkup.owners, dtype=np.int64)[first]
     looks = checkup.looks.take(first)
-    near = closest(looks, looks, before=np.searchsorted(owners, owners))
+    near = closest(looks, looks, before=np.searchsorted(owners, owners), similarity=similarity)
     told = set(leave)
     for owner, match in zip(owners.tolist(), near.tolist(), strict=True):
         if match >= 0 and owner not in told:
@@ -124,23 +137,23 @@ def _near_duplicates(split: Split, checkup: Checkup, leave: set[int]) -> Iterato
             yield _finding(split, checkup, owner, "near_duplicate", says, like=(split, other))
 
 
-def _shared(train: Checkup, val: Checkup) -> Iterator[Finding]:
-    for index, match, word in _matches(train, val.looks):
+def _shared(train: Checkup, val: Checkup, similarity: float) -> Iterator[Finding]:
+    for index, match, word in _matches(train, val.looks, similarity):
         other = val.owners[match]
         says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learnt"
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 
-def _in_benchmark(train: Checkup, benchmark: Folder) -> Iterator[Finding]:
-    for index, match, word in _matches(train, benchmark.looks):
+def _in_benchmark(train: Checkup, benchmark: Folder, similarity: float) -> Iterator[Finding]:
+    for index, match, word in _matches(train, benchmark.looks, similarity):
         says = f"has {word} image of '{benchmark.kept[match]}' in the benchmark; remove it"
         yield _finding("train", train, index, "in_benchmark", says)
 
 
-def _matches(checkup: Checkup, references: Looks) -> Iterator[tuple[int, int, str]]:
+def _matches(checkup: Checkup, references: Looks, similarity: float) -> Iterator[tuple[int, int, str]]:
     """Samples with an image among the references: index, the first such reference, and whether it is the same."""
     pixels, first, inverse = np.unique(checkup.looks.pixels, return_index=True, return_inverse=True)
-    near = closest(checkup.looks.take(first), references)
+    near = closest(checkup.looks.take(first), references, similarity=similarity)
     known = references.pixels
     last = -1
     for owner, place in zip(checkup.owners, inverse.tolist(), strict=True):
@@ -148,6 +161,25 @@ def _matches(checkup: Checkup, references: Looks) -> Iterator[tuple[int, int, st
         if match >= 0 and owner != last:
             yield owner, match, "the" if known[match] == pixels[place] else "nearly the"
             last = owner
+
+
+def _contradictions(split: Split, checkup: Checkup) -> Iterator[Finding]:
+    first: dict[int, tuple[int, int]] = {}  # of a question, the answer and the sample that gives it
+    told: set[int] = set()
+    for question, answer, owner in zip(checkup.questions, checkup.claims, checkup.claimants, strict=True):
+        other, earlier = first.setdefault(question, (answer, owner))
+        if answer != other and owner not in told:
+            told.add(owner)
+            whose = "itself" if earlier == owner else f"sample '{checkup.ids[earlier]}'"
+            says = f"answers a question about its image otherwise than {whose} does; keep the answer that is right"
+            like = None if earlier == owner else (split, earlier)
+            yield _finding(split, checkup, owner, "contradiction", says, like=like)
+
+
+def _plain_images(split: Split, checkup: Checkup) -> Iterator[Finding]:
+    for index, odd in checkup.plain.items():
+        deep = "; for files of 16 bits set data.reading.image_range=found" if "dark" in odd else "; look at it"
+        yield _finding(split, checkup, index, "plain_image", f"has an image that {odd}{deep}")
 
 
 def _long_text(split: Split, checkup: Checkup) -> Iterator[Finding]:

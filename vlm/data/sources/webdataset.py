@@ -52,8 +52,9 @@ class WebDataset:
     `{"caption"}`; it is used where there is no txt (img2dataset writes both). Images of a key (`KEY.0.jpg`,
     `KEY.1.png`) are in the order of the archive. Members of another kind are counted in `num_ignored`.
 
-    `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers, and nothing else, are read once. Without
-    `val_shards` the split is by a hash of shard and key; with it, each set of shards is taken as it is. An archive that
+    `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers are read once, and parts of their images.
+    Without `val_shards` the split is by the contents of the images, so that no picture is on both sides, and by shard
+    and key where there are none; with it, each set of shards is taken as it is. An archive that
     is cut or not a plain tar raises ValueError; a sample without text or image is bad.
     """
 
