@@ -166,7 +166,7 @@ def test_every_defect_and_nothing_else(
         "val": {"num_samples": 12, "indices": [], "ids": []},
     }
     page = (out / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 2 * 5 + 1 + 1 + 4  # pairs; known, endless; machines with an image
+    assert page.count("data:image/jpeg;base64,") == 2 * 6 + 1 + 1 + 4  # pairs; known, endless; machines with an image
     assert "http" not in page
     printed = capfd.readouterr().out
     share = "filter.json leaves out 21 % of train, 10 of 47 (unreadable_image 2, duplicate 2, shared_with_val 2, "
