@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -84,6 +85,30 @@ def sentencepiece_tokenizer(*, legacy: bool = False) -> PreTrainedTokenizerFast:
     )
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
     return _wrap(backend)
+
+
+def sentencepiece_folder(folder: Path) -> Path:
+    """A folder as Vicuna is published: a tokenizer.model of SentencePiece's own making, and no tokenizer.json."""
+    import sentencepiece
+
+    (folder / "corpus.txt").write_text("\n".join([*CORPUS * 8, *map(str, range(100))]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.98,
+        minloglevel=2,
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
 
 
 def border_tokenizer() -> PreTrainedTokenizerFast:

