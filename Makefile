@@ -38,8 +38,9 @@ format: .venv/.dev  ## rewrite the files as `make lint` wants them
 typecheck: .venv/.dev  ## check the types in vlm/
 	$(BIN)/python -m mypy
 
-options: .venv/.offline  ## write the README's tables of parts from conf/
+options: .venv/.offline  ## write the README's tables of parts and docs/labels.md
 	$(BIN)/python -m vlm.cli.options
+	$(BIN)/python -m vlm.cli.labels
 
 clean:  ## delete caches and build leftovers; runs/ and .venv stay
 	rm -rf build ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

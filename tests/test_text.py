@@ -24,16 +24,19 @@ from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
 END_MARK = {
     "plain": "<eos>",
     "chatml": "<|im_end|>",
+    "smollm2": "<|im_end|>",
+    "qwen3": "<|im_end|>",
     "gemma": "<end_of_turn>",
     "llama2": " <eos>",
     "llama3": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
     "vicuna_v1": "<eos>",
     "mistral": "<eos>",
     "phi": "<|end|>",
     "t5": "<eos>",
 }
-TRIMS = {"gemma", "llama2", "llama3", "mistral"}  # what stands around an answer
-SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer
+TRIMS = {"gemma", "llama2", "llama3", "llama3_2", "mistral"}  # what stands around an answer
+SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer; it is learnt
 
 
 # --- exact rows, by hand ---------------------------------------------------------------------------------------------
@@ -87,11 +90,11 @@ PREAMBLE = (
     ("template", "system", "text"),
     [
         ("llama3", "Be brief.", "<bos>{system}Be brief.<|eot_id|>{user}@Hi<|eot_id|>{assistant}⟦no<|eot_id|>⟧"),
-        ("llama2", "Be brief.", "<bos>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n@Hi [/INST] ⟦no <eos>⟧"),
-        ("vicuna_v1", "Be brief.", "<bos>Be brief. USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
-        ("vicuna_v1", None, f"<bos>{PREAMBLE} USER: @Hi ASSISTANT: ⟦no<eos>⟧"),
-        ("mistral", "Be brief.", "<bos>[INST] Be brief.\n\n@Hi[/INST] ⟦no<eos>⟧"),
-        ("phi", "Be brief.", "<|system|>Be brief.<|end|><|user|>@Hi<|end|><|assistant|>⟦no<|end|>⟧"),
+        ("llama2", "Be brief.", "<bos>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n@Hi [/INST]⟦ no <eos>⟧"),
+        ("vicuna_v1", "Be brief.", "<bos>Be brief. USER: @Hi ASSISTANT:⟦ no<eos>⟧"),
+        ("vicuna_v1", None, f"<bos>{PREAMBLE} USER: @Hi ASSISTANT:⟦ no<eos>⟧"),
+        ("mistral", "Be brief.", "<bos>[INST] Be brief.\n\n@Hi[/INST]⟦ no<eos>⟧"),
+        ("phi", "Be brief.", "<|system|>Be brief.<|end|><|user|>@Hi<|end|><|assistant|>⟦no<|end|>⟧<eos>"),
         ("t5", "Be brief.", "Be brief.\n@Hi<eos>⟦no<eos>⟧"),
     ],
 )
@@ -103,11 +106,11 @@ def test_what_a_family_writes_and_what_is_learnt(bytes_only, template, system, t
     assert subject.display(row) == text.replace("@", "<image×1>")
 
 
-def test_gemma_folds_the_system_text_and_trims(bytes_only):
+def test_gemma_folds_the_system_text_and_trims_the_rest(bytes_only):
     messages = [say("system", " Be brief. "), say("user", "Hi\n"), say("assistant", "\n no ")]
     row = encoder(bytes_only, "gemma").encode("a/1", messages, 0)
     assert row.text == (
-        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n"
+        "<bos><start_of_turn>user\n Be brief. \n\nHi<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n"
     )
 
 
@@ -137,14 +140,11 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     learnt = subject.supervised(row)
     answers = [text_of(message) for message in messages if message["role"] == "assistant"]
     assert len(learnt) == len(answers)
+    if template == "qwen3":
+        answers[-1] = answers[-1].lstrip("\n")
+    space = " " if template in SPACE_FIRST else ""
     for got, answer in zip(learnt, answers, strict=True):
-        expected = (answer.strip() if template in TRIMS else answer) + END_MARK[template]
-        if template in SPACE_FIRST and len(got) > len(expected):
-            got = got.removeprefix(" ")  # one token with the answer's first letters
-        # Space at the start of an answer may have become one token with the prompt's newline.
-        lost = expected[: len(expected) - len(got)]
-        assert got == expected[len(lost) :]
-        assert not lost.strip()
+        assert got == space + (answer.strip() if template in TRIMS else answer) + END_MARK[template]
 
     # Each image has its tokens, in order; no label is on them, and labels are the tokens themselves.
     assert sum(row.image_mask) == number * subject.num_image_tokens
@@ -163,9 +163,8 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     # The text that generation starts from is the text that training saw before the last answer.
     prompt = subject.encode_prompt("random/0", messages, number)
     assert row.text.startswith(prompt.text)
-    last = answers[-1].strip() if template in TRIMS else answers[-1]
-    space = " " if template in SPACE_FIRST else ""
-    assert row.text[len(prompt.text) :].rstrip("\n") == space + last + END_MARK[template]
+    after = {"chatml": "\n", "smollm2": "\n", "qwen3": "\n", "gemma": "\n", "phi": "<eos>"}.get(template, "")
+    assert row.text[len(prompt.text) :] == learnt[-1] + after
     assert set(prompt.labels) == {IGNORE}
 
 
@@ -222,8 +221,8 @@ def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
     ("before", "answer", "supervised"),
     [
         (": ", "yes", [" yes<eos>"]),  # the prompt's space belongs to the answer's first word
-        ("\\n", "\nyes", ["yes<eos>"]),  # two newlines in one token stay the prompt's
-        (":", ")yes", ["yes<eos>"]),  # so does a token that holds a letter of the prompt
+        ("\\n", "\nyes", ["\nyes<eos>"]),  # two newlines are two tokens there, as they are when generated
+        (":", ")yes", [")yes<eos>"]),  # and so is what else would be one token with the prompt's end
         (":", "🫥", ["🫥<eos>"]),  # four byte tokens share one character
     ],
 )
@@ -242,7 +241,7 @@ def test_space_before_the_end_mark_is_learnt():
 def test_spaces_keep_their_places_where_the_tokenizer_trims_offsets(bytes_only):
     subject = encoder(own_template(byte_tokenizer(), "Answer: ", "<eos>"), None)
     row = subject.encode("a/1", [say("user", "s"), say("assistant", " yes ")], 0)
-    assert subject.supervised(row) == [" yes <eos>"]
+    assert subject.supervised(row) == ["  yes <eos>"]
 
 
 # --- images, runs, prompts -------------------------------------------------------------------------------------------

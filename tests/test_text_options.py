@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from torchvision.transforms import ToTensor
 from tests.chat import byte_tokenizer, encoder, say
 from tests.conversations import conversations, few, num_images
 from vlm.data.datamodule import VLMDataModule
-from vlm.schema import IGNORE, BadSample, VisualSpec
+from vlm.schema import IGNORE, BadSample, Sample, VisualSpec
 from vlm.text.templates import TEMPLATES
 
 TWO_TURNS = [
@@ -172,10 +174,78 @@ def test_what_no_cut_can_save_is_a_bad_sample(bytes_only, messages, max_length, 
         subject.encode("a/1", messages, 1)
 
 
-def test_a_prompt_is_never_cut(bytes_only):
+def test_a_prompt_itself_is_never_cut(bytes_only):
     subject = encoder(bytes_only, "plain", max_length=8, too_long="truncate_text")
     with pytest.raises(BadSample, match=r"takes 10 tokens but data.max_length is 8"):
         subject.encode_prompt("a/1", TWO_TURNS[:1], 1)
+
+
+@pytest.mark.parametrize(("max_length", "num_messages"), [(29, 4), (28, 2), (17, 2), (16, 2), (11, 2)])
+def test_what_is_asked_is_the_last_answer_of_which_the_row_keeps_some(bytes_only, max_length, num_messages):
+    subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text")
+    kept = subject.answered("a/1", TWO_TURNS, 1)
+    assert kept == TWO_TURNS[:num_messages]
+    row, prompt = subject.encode("a/1", TWO_TURNS, 1), subject.encode_prompt("a/1", kept, 1)
+    assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert row.labels[len(prompt.input_ids)] != IGNORE
+
+
+def test_what_is_asked_is_refused_as_the_row_is(bytes_only):
+    subject = encoder(bytes_only, "plain", max_length=10, too_long="truncate_text")
+    with pytest.raises(BadSample) as row:
+        subject.encode("a/1", TWO_TURNS, 1)
+    with pytest.raises(BadSample) as asked:
+        subject.answered("a/1", TWO_TURNS, 1)
+    assert str(asked.value).startswith("sample 'a/1' takes 29 tokens but data.max_length is 10")
+    assert asked.value.kind == row.value.kind == "too_long"
+
+
+class Held(list[Sample]):
+    """A split of conversations whose last prompts do not fit, and one that no cut can save."""
+
+    def __init__(self, split: str) -> None:
+        long = [say("user", "Q"), say("assistant", "short"), say("user", "w" * 90), say("assistant", "lost")]
+        fits = [say("user", "Q"), say("assistant", "yes")]
+        hopeless = [say("user", "w" * 90), say("assistant", "lost")]
+        super().__init__(Sample(str(n), [], messages) for n, messages in enumerate([long, fits, hopeless, fits]))
+
+
+@pytest.mark.parametrize(
+    ("too_long", "references"), [("truncate_text", ["short", "yes", "yes"]), ("drop", ["yes", "yes"])]
+)
+def test_validation_asks_for_what_rows_hold_and_counts_the_rest(bytes_only, tmp_path, too_long, references):
+    file = tmp_path / "bad.jsonl"
+    data = VLMDataModule(source=Held, max_length=40, too_long=too_long, max_bad_share=0.9, bad_samples_file=file)
+    spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
+    data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
+    batches = list(data.prompts(range(4), 2))
+    samples = [sample for batch in batches for sample in batch.samples]
+    assert [sample.messages[-1]["content"][0]["text"] for sample in samples] == references
+    assert all(batch.input_ids.shape[1] <= 40 for batch in batches)
+    named = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [each["index"] for each in named] == [
+        index for index in range(4) if str(index) not in {s.id for s in samples}
+    ]
+    assert {each["kind"] for each in named} == {"too_long"}
+
+
+def test_a_template_that_writes_too_much_is_a_bad_sample():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ 'x' * 2000000 if messages | length > 4 }}<eos>{% endfor %}"
+    )
+    subject = encoder(tokenizer, None)
+    with pytest.raises(BadSample, match=r"the chat template writes 12,000,0\d\d characters where 1,0"):
+        subject.encode("a/1", [say("user", "a"), say("assistant", "b")] * 3, 0)
+
+
+@pytest.mark.parametrize("template", ["plain", "qwen3"])
+def test_thousands_of_turns_are_one_row(bytes_only, template):
+    """Nothing that is kept of a conversation grows with its turns."""
+    subject = encoder(bytes_only, template, max_length=10**7)
+    row = subject.encode("a/1", [say("user", "a"), say("assistant", "b")] * 5000, 0)
+    assert row.labels.count(subject.stop_ids[-1]) == 5000
+    assert sum(len(key) for key in subject._skeletons) < 100
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 3])

@@ -86,7 +86,7 @@ def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
 
 def test_a_thought_that_the_template_drops_is_refused_by_name():
     messages = [say("user", "a"), say("assistant", "<think>b</think>c")]
-    with pytest.raises(ValueError, match=r"sample 'a/1': the chat template rewrites the turns.*set llm.chat_template="):
+    with pytest.raises(BadSample, match=r"sample 'a/1': the chat template rewrites the turns.*set llm.chat_template="):
         encoder(own(STRIPS_THOUGHTS), None).encode("a/1", messages, 0)
 
 

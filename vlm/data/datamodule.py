@@ -200,13 +200,14 @@ class VLMDataModule(pl.LightningDataModule):
     def prompts(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
         """Held-out samples up to their last answer, left-padded to generate from; bad ones are left out.
 
-        Raises ValueError where all of them are.
+        Where `too_long` cuts rows, the last answer is the last one of which a row keeps some. Raises ValueError where
+        all are left out.
         """
         rows = []
         found = False
         for index in indices:
             try:
-                sample = self.judge.sample(self.splits["val"], index)
+                sample = self.judge.asked(self.judge.sample(self.splits["val"], index))
                 rows.append(self.judge.row(sample, self.judge.prompt(sample)))
             except BadSample as error:
                 self._rows["val"].quarantine(index, error)

@@ -83,6 +83,12 @@ class Judge:
             )
         return encoded
 
+    def asked(self, sample: Sample) -> Sample:
+        """The sample up to the last answer of which a row keeps some. Raises BadSample where there is no row."""
+        self.check(sample)
+        messages = self.text.answered(sample.id, sample.messages, len(sample.images), sample.sizes)
+        return replace(sample, messages=list(messages))
+
     def prompt(self, sample: Sample) -> Encoded:
         """The conversation up to its last answer. Raises BadSample where there is none to give."""
         self.check(sample)

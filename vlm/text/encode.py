@@ -2,7 +2,9 @@
 
 The chat template renders the whole conversation once and the text is tokenised once. The same conversation rendered
 with a sentinel in the place of each text shows what the template itself writes; that locates every assistant turn by
-characters, whatever the template. A turn to learn is the assistant's text and the special token that ends it.
+characters, whatever the template. A turn to learn is all that follows its generation prompt, up to the special token
+that ends it. The text is split before it, so that no token joins the end of a generation prompt with the start of the
+answer, as two newlines would: generation too starts after the prompt's own tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +18,22 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.schema import IGNORE, BadSample, Message
+from vlm.text import jinja
 from vlm.text.lengths import check_length, kept_length
 from vlm.text.row import Encoded
-from vlm.text.spans import Span, answer_spans, answers_at, pieces_between
-from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES, resolve
-from vlm.text.tokenizer import BREAK, disarmer, private_tokenizer
+from vlm.text.spans import (
+    Skeleton,
+    Span,
+    across,
+    answer_spans,
+    answers_at,
+    cut_spaces,
+    sentinels,
+    skeleton_of,
+    with_breaks,
+)
+from vlm.text.templates import IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
+from vlm.text.tokenizer import BREAK, disarmer, opens_with_space, private_tokenizer, splits_cleanly
 from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
 if TYPE_CHECKING:
@@ -28,8 +41,11 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # width and height in pixels
 CHOOSE = f"set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}"
+REPAIR = "repair or remove it, or set llm.chat_template="
 PROBE: list[tuple[Literal["user", "assistant"], str]]
 PROBE = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+ROOM, ROOM_A_TURN = 1_000_000, 1_000  # characters that a chat template may write beside ten times the texts
+FIRST_LETTERS = ["d", "2", " d", "\nd", "日", "🙂"]  # of answers, of which many would join with the prompt
 
 
 class TextEncoder:
@@ -48,8 +64,8 @@ class TextEncoder:
     A special token's name in a message is read as plain characters; only the template writes special tokens.
 
     Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located,
-    that ends no answer with a special token of the tokenizer, or that opens an answer otherwise than its generation
-    prompt does; also for a tokenizer with neither pad nor eos token.
+    that ends no answer with a special token of the tokenizer, or after whose generation prompt no answer could begin as
+    it was learnt; also for a tokenizer with neither pad nor eos token.
     """
 
     def __init__(
@@ -79,12 +95,17 @@ class TextEncoder:
         self.train_on, self.system_prompt = train_on, system_prompt
         self.pad_id: int = pad_id
         self.template = resolve(chat_template, tokenizer)
+        self._variables = {**tokenizer.special_tokens_map, **(OWN_OPTIONS if chat_template is None else {})}
         self._disarm = disarmer(tokenizer)
         self._private = private_tokenizer(tokenizer)
+        self._splits = splits_cleanly(self._private)
+        self._plain_texts = chat_template in PLAIN_TEXTS and opens_with_space(self._private)
         self._separator = self._private.encode(row_separator, add_special_tokens=False).ids
-        self._image_id, self._break_id = (self._private.token_to_id(name) for name in (IMAGE_PLACEHOLDER, BREAK))
+        added = self._private.get_added_tokens_decoder().items()
+        ids = {token.content: index for index, token in added}
+        self._image_id, self._break_id = ids[IMAGE_PLACEHOLDER], ids[BREAK]
         self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        self._pieces: dict[tuple[object, ...], list[str]] = {}  # by form and roles
+        self._skeletons: dict[tuple[object, ...], Skeleton | None] = {}
         self._form, self._end_of_turn = self._probe()
 
     def encode(
@@ -93,25 +114,10 @@ class TextEncoder:
         """The whole conversation, supervised as `train_on` says; it must end with an answer.
 
         `sizes` are width and height of each image; only tiling asks for them.
-        Raises BadSample where the sample is at fault (turns that do not alternate, images and placeholders that differ,
-        nothing to learn, longer than `max_length`), ValueError where the template is.
+        Raises BadSample (turns that do not alternate, images and placeholders that differ, nothing to learn, longer
+        than `max_length`, refused by the chat template).
         """
-        check_turns(sample_id, messages, last="assistant")
-        roles, texts = self._turns(sample_id, messages, num_images)
-        answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
-        supervised = [message.get("supervised", True) for message in messages if message["role"] == "assistant"]
-        first = len(answers) - 1 if self.train_on == "last_assistant" else 0
-        learned = list(compress(answers[first:], supervised[first:]))
-        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learned):
-            why = "its assistant messages are empty" if learned else "its assistant messages are not to be learned"
-            raise BadSample(f"sample '{sample_id}' has no supervised token: {why}; remove it", "empty_text")
-        try:
-            text = self._render(roles, texts, self._form)
-            tokens = self._private.encode(text, add_special_tokens=False)
-            places = answers_at(text, tokens.ids, tokens.offsets, self._spans(roles, texts, text, self._form))
-        except ValueError as error:
-            raise ValueError(f"sample '{sample_id}': {error}") from error
-        return self._supervise(sample_id, *self._row(text, tokens.ids, places, sizes), supervised)
+        return self._supervise(sample_id, *self._whole(sample_id, messages, num_images, sizes))
 
     def encode_prompt(
         self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
@@ -124,14 +130,32 @@ class TextEncoder:
         check_turns(sample_id, kept, last="user")
         roles, texts = self._turns(sample_id, kept, num_images)
         try:
-            text = self._render(roles, texts, self._form, prompt=True)
+            prompt = self._prompt(roles, texts, self._form)
         except ValueError as error:
-            raise ValueError(f"sample '{sample_id}': {error}") from error
-        ids = self._private.encode(text, add_special_tokens=False).ids
-        row, _ = self._row(text, ids, [None] * len(ids), sizes)
+            raise BadSample(f"sample '{sample_id}': {error}; {REPAIR}") from error
+        row, _ = self._row(*prompt, sizes)
         row = replace(row, labels=[IGNORE] * len(row.labels))
         check_length(sample_id, row, self.max_length)
         return row
+
+    def answered(
+        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
+    ) -> Sequence[Message]:
+        """The conversation up to the last answer of which a row keeps some: all of it, unless `too_long` cuts.
+
+        So its prompt fits. Raises as `encode` does.
+        """
+        if self.too_long != "truncate_text":
+            return messages
+        row, answers, _ = self._whole(sample_id, messages, num_images, sizes)
+        if len(answers) <= self.max_length:
+            return messages
+        length = kept_length(row, answers, self.max_length)
+        if length is None:
+            check_length(sample_id, row, self.max_length)
+        last = max((answer for answer in answers[:length] if answer is not None), default=0)
+        places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return messages[: places[last] + 1]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -168,9 +192,14 @@ class TextEncoder:
         return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in self.runs(encoded))
 
     def _decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """The text of ids inside a row: SentencePiece's decoder takes the first space of a text away."""
+        before, text = (
+            self.tokenizer.decode(each, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for each in ([self.pad_id], [self.pad_id, *ids])
+        )
+        assert isinstance(before, str)
         assert isinstance(text, str)
-        return text
+        return text.removeprefix(before)
 
     def _turns(self, sample_id: str, messages: Sequence[Message], num_images: int) -> tuple[list[str], list[str]]:
         """Roles and texts as the template gets them."""
@@ -179,6 +208,25 @@ class TextEncoder:
             messages = [opening, *messages]
         texts = texts_of(sample_id, messages, num_images)
         return [message["role"] for message in messages], [self._disarm(text) for text in texts]
+
+    def _whole(
+        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size]
+    ) -> tuple[Encoded, list[int | None], list[bool]]:
+        """The row of a conversation, the answer that each of its places belongs to, and which answers to learn."""
+        check_turns(sample_id, messages, last="assistant")
+        roles, texts = self._turns(sample_id, messages, num_images)
+        answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
+        supervised = [message.get("supervised", True) for message in messages if message["role"] == "assistant"]
+        first = len(answers) - 1 if self.train_on == "last_assistant" else 0
+        learned = list(compress(answers[first:], supervised[first:]))
+        if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learned):
+            why = "its assistant messages are empty" if learned else "its assistant messages are not to be learned"
+            raise BadSample(f"sample '{sample_id}' has no supervised token: {why}; remove it", "empty_text")
+        try:
+            answered = self._answered(roles, texts, self._form)
+        except ValueError as error:
+            raise BadSample(f"sample '{sample_id}': {error}; {REPAIR}") from error
+        return *self._row(*answered, sizes), supervised
 
     def _probe(self) -> tuple[Callable[[str], object], int]:
         """The form of a message's content that the template takes, a string or a list of items, and the end of turn.
@@ -191,53 +239,127 @@ class TextEncoder:
             try:
                 return as_list, self._end_of(as_list)
             except ValueError:
-                raise error from None
+                raise ValueError(f"{error}; {CHOOSE}") from None
 
     def _end_of(self, form: Callable[[str], object]) -> int:
-        """The id that ends an answer, found in a conversation that shows whether the template can be used."""
+        """The id that ends an answer, found in conversations that show whether the template can be used."""
         turns = [Message(role=role, content=[{"type": "text", "text": text}]) for role, text in PROBE]
         roles, texts = self._turns("data.system_prompt", turns, 0)
         rendered = self._render(roles, texts, form)
         last = self._spans(roles, texts, rendered, form)[-1]
         opening, prompt = rendered[: last.start], self._render(roles[:-1], texts[:-1], form, prompt=True)
-        if opening.rstrip(" ") != prompt.rstrip(" "):
+        if opening != cut_spaces(prompt):
             raise ValueError(
                 f"the chat template opens an answer with {opening[-20:]!r} but its generation prompt ends with "
-                f"{prompt[-20:]!r}, so that no answer could begin as it was learnt; {CHOOSE}"
+                f"{prompt[-20:]!r}, so that no answer could begin as it was learnt"
             )
+        start, _ = self._row(*self._prompt(roles[:-1], texts[:-1], form), ())
+        for answer in FIRST_LETTERS:
+            row, answers = self._row(*self._answered(roles, [*texts[:-1], answer], form), ())
+            if row.input_ids[: answers.index(1)] != start.input_ids:
+                raise ValueError(
+                    f"the tokenizer splits the generation prompt {prompt[-20:]!r} otherwise where the answer "
+                    f"{answer!r} follows, so that no such answer could begin as it was learnt"
+                )
         return last.mark
 
     def _render(
         self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object], prompt: bool = False
     ) -> str:
-        from jinja2 import TemplateError  # slow to import, and Transformers imports it here anyway
-
         chat: list[dict[str, Any]] = [
             {"role": role, "content": form(text)} for role, text in zip(roles, texts, strict=True)
         ]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                chat, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-            )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the conversation ({error}); set llm.chat_template=") from error
-        assert isinstance(text, str)
+        text = jinja.render(self.template, chat, add_generation_prompt=prompt, **self._variables)
+        room = ROOM + ROOM_A_TURN * len(texts) + 10 * sum(map(len, texts))
+        if len(text) > room:
+            raise ValueError(f"the chat template writes {len(text):,} characters where {room:,} should be enough")
         return text
 
+    def _answered(
+        self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object]
+    ) -> tuple[str, list[int], list[int | None]]:
+        """The conversation as text and ids, and the answer that each token belongs to."""
+        text = self._render(roles, texts, form)
+        text, ids, offsets, spans = self._tokenize(text, self._spans(roles, texts, text, form))
+        return text, ids, answers_at(text, ids, offsets, spans)
+
+    def _prompt(
+        self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object]
+    ) -> tuple[str, list[int], list[int | None]]:
+        """The conversation up to the generation prompt, split at earlier answers as the whole is; no label is due."""
+        text = self._render(roles, texts, form, prompt=True)
+        spans = self._spans(roles, texts, text, form, prompt=True)
+        skeleton = self._skeleton(roles, form, prompt=True)
+        assert skeleton is not None
+        written = skeleton.pieces[-1]
+        text = text[: len(text) - len(written)] + cut_spaces(written)
+        text, ids, _, _ = self._tokenize(text, spans)
+        return text, ids, [None] * len(ids)
+
+    def _tokenize(
+        self, text: str, spans: Sequence[Span]
+    ) -> tuple[str, list[int], list[tuple[int, int]], Sequence[Span]]:
+        """Ids and offsets, with BREAK at the start of each span, or of those that a token would lie across."""
+        starts = [span.start for span in spans]
+        if not self._splits:
+            starts = across(self._ids(text)[1], starts)
+        text, spans = with_breaks(text, spans, starts, BREAK)
+        return text, *self._ids(text), spans
+
+    def _ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a rendered text and the characters of each; see PLAIN_TEXTS for what is split at its images.
+
+        Only a tokenizer that puts a space before a text makes other tokens of the parts.
+        """
+        if not self._plain_texts:
+            tokens = self._private.encode(text, add_special_tokens=False)
+            return tokens.ids, tokens.offsets
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        bos = self.tokenizer.bos_token
+        if bos and text.startswith(bos):
+            ids, offsets, at = [self._marks[bos]], [(0, len(bos))], len(bos)
+        for number, part in enumerate(text[at:].split(IMAGE_PLACEHOLDER)):
+            if number:
+                ids.append(self._image_id)
+                offsets.append((at, at + len(IMAGE_PLACEHOLDER)))
+                at += len(IMAGE_PLACEHOLDER)
+            # SentencePiece itself writes a space before a text that begins with one, too.
+            space = " " if part.startswith(" ") else ""
+            tokens = self._private.encode(space + part, add_special_tokens=False)
+            ids += tokens.ids
+            offsets += [(at + max(start - len(space), 0), at + end - len(space)) for start, end in tokens.offsets]
+            at += len(part)
+        return ids, offsets
+
     def _spans(
-        self, roles: Sequence[str], texts: Sequence[str], rendered: str, form: Callable[[str], object]
+        self,
+        roles: Sequence[str],
+        texts: Sequence[str],
+        rendered: str,
+        form: Callable[[str], object],
+        prompt: bool = False,
     ) -> list[Span]:
         """Where the answers lie in `rendered`. What the template writes is known after the first such conversation."""
         spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=self._marks)
-        if (key := (form, *roles)) in self._pieces:
-            with suppress(ValueError):  # it may write the date
-                return spans(pieces=self._pieces[key])
-        sentinels = [f"vlm-turn-{index}-vlm" for index in range(len(roles))]
-        self._pieces[key] = pieces_between(self._render(roles, sentinels, form), sentinels)
-        try:
-            return spans(pieces=self._pieces[key])
-        except ValueError as error:
-            raise ValueError(f"{error}; {CHOOSE}") from error
+        with suppress(ValueError):  # it may write the date
+            return spans(skeleton=self._skeleton(roles, form, prompt))
+        self._skeletons.pop(self._key(roles, form, prompt), None)
+        return spans(skeleton=self._skeleton(roles, form, prompt))
+
+    def _skeleton(self, roles: Sequence[str], form: Callable[[str], object], prompt: bool) -> Skeleton | None:
+        key = self._key(roles, form, prompt)
+        if key not in self._skeletons:
+            rendered = self._render(roles, sentinels(len(roles)), form, prompt)
+            skeleton = skeleton_of(rendered, len(roles))
+            if len(roles) > 100:  # of which there are few, and each is long
+                return skeleton
+            self._skeletons[key] = skeleton
+        return self._skeletons[key]
+
+    def _key(self, roles: Sequence[str], form: Callable[[str], object], prompt: bool) -> tuple[object, ...]:
+        return form, prompt, len(roles), roles[0]  # user and assistant take turns
 
     def _row(
         self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]

@@ -2,69 +2,94 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+LONGEST_MARK = 128  # characters that are looked at for the end-of-turn token
+_SENTINEL = re.compile(r"vlm-turn-(\d+)-vlm")
+
 
 class Span(NamedTuple):
-    """Characters [start, end) of a turn to learn, end-of-turn mark included."""
+    """Characters [start, end) of a turn to learn: all that follows its generation prompt, end-of-turn mark included."""
 
     start: int
     end: int
     mark: int  # id of the end-of-turn token
 
 
-def pieces_between(skeleton: str, sentinels: Sequence[str]) -> list[str]:
-    """What a template writes before, between and after the texts, from a rendering with sentinels in their place.
+class Skeleton(NamedTuple):
+    """What a template writes around the texts: `pieces[n]` stands before the text `order[n]`, the last after all."""
 
-    Empty unless every sentinel is there, in order.
-    """
-    pieces = []
-    for sentinel in sentinels:
-        piece, found, skeleton = skeleton.partition(sentinel)
-        if not found:
-            return []
-        pieces.append(piece)
-    return [*pieces, skeleton]
+    pieces: list[str]
+    order: list[int]
+
+
+def sentinels(number: int) -> list[str]:
+    """Texts that no template writes, to find where it puts those of a conversation."""
+    return [f"vlm-turn-{index}-vlm" for index in range(number)]
+
+
+def skeleton_of(rendered: str, number: int) -> Skeleton | None:
+    """What a rendering of `number` sentinels shows; None unless it holds each of them once."""
+    parts = _SENTINEL.split(rendered)
+    order = [int(index) for index in parts[1::2]]
+    return Skeleton(parts[::2], order) if sorted(order) == list(range(number)) else None
 
 
 def answer_spans(
-    rendered: str, *, pieces: Sequence[str], roles: Sequence[str], texts: Sequence[str], marks: Mapping[str, int]
+    rendered: str, *, skeleton: Skeleton | None, roles: Sequence[str], texts: Sequence[str], marks: Mapping[str, int]
 ) -> list[Span]:
     """The assistant's turns in `rendered`, each with the mark in `marks` (added token -> id) that ends it.
 
+    A turn begins with the spaces that the template writes before the answer: a generation prompt is cut before them
+    (`cut_spaces`), for many tokenizers make one token of a space and the word after it.
     A blank mark (Gemma has "\\n" as a token) ends a line, not a turn, and is never taken.
 
-    Raises ValueError where pieces and texts do not rebuild `rendered` exactly, and for a turn that no mark ends.
+    Raises ValueError where skeleton and texts do not rebuild `rendered` exactly, and for a turn that no mark ends.
     """
-    places = _places(rendered, pieces, texts)
-    if not places:
+    places = _places(rendered, skeleton, texts)
+    if skeleton is None or not places:
         raise ValueError("the chat template rewrites the turns, so that the spans to supervise cannot be found")
     spans = []
-    for role, piece, (start, end) in zip(roles, pieces[1:], places, strict=True):
-        if role != "assistant":
+    for number, (index, (start, end)) in enumerate(zip(skeleton.order, places, strict=True)):
+        if roles[index] != "assistant":
             continue
+        before, piece = skeleton.pieces[number : number + 2]
         after = piece.lstrip()
         # The longest that fits. Looking up what is there beats asking each of the thousands that some tokenizers have.
-        mark = next((after[:length] for length in range(len(after), 0, -1) if after[:length] in marks), None)
+        lengths = range(min(len(after), LONGEST_MARK), 0, -1)
+        mark = next((after[:length] for length in lengths if after[:length] in marks), None)
         if mark is None:
             raise ValueError(
                 f"an assistant turn is followed by {piece[:20]!r}, which is no special token of this tokenizer, so "
                 "that the end of turn cannot be learnt"
             )
         # The model has to write the space that some templates put before the mark, too.
-        spans.append(Span(start, end + len(piece) - len(after) + len(mark), marks[mark]))
+        spans.append(
+            Span(
+                start - (len(before) - len(cut_spaces(before))),
+                end + len(piece) - len(after) + len(mark),
+                marks[mark],
+            )
+        )
     return spans
 
 
-def _places(rendered: str, pieces: Sequence[str], texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Start and end of each text, perhaps stripped, in `rendered`; empty where pieces and texts do not rebuild it."""
-    if not pieces or not rendered.startswith(pieces[0]):
+def cut_spaces(text: str) -> str:
+    """What a template writes before an answer, as a generation prompt ends: without the spaces after it."""
+    return text.rstrip(" ")
+
+
+def _places(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of each text, perhaps stripped, in `rendered`; empty where these do not rebuild it."""
+    if skeleton is None or not rendered.startswith(skeleton.pieces[0]):
         return []
     places = []
-    at = len(pieces[0])
-    for text, piece in zip(texts, pieces[1:], strict=True):
-        variants = (text, text.rstrip(), text.lstrip(), text.strip())
+    at = len(skeleton.pieces[0])
+    for index, piece in zip(skeleton.order, skeleton.pieces[1:], strict=True):
+        text = texts[index]
+        variants = (text, text.rstrip(), text.lstrip(), text.strip(), text.lstrip("\n"), text.strip("\n"))
         fitting = [variant for variant in variants if rendered.startswith(variant + piece, at)]
         if not fitting:
             return []
@@ -73,29 +98,46 @@ def _places(rendered: str, pieces: Sequence[str], texts: Sequence[str]) -> list[
     return places if at == len(rendered) else []
 
 
+def across(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
+    """Those of `starts`, in order, that lie inside a token, which joins the end of a prompt with an answer."""
+    inside = []
+    index = 0
+    for start in starts:
+        while index < len(offsets) and offsets[index][1] <= start:
+            index += 1
+        if index < len(offsets) and offsets[index][0] < start:
+            inside.append(start)
+    return inside
+
+
+def with_breaks(text: str, spans: Sequence[Span], starts: Sequence[int], mark: str) -> tuple[str, list[Span]]:
+    """The text with `mark` before each of `starts`, the starts of some spans, and all spans where they are then."""
+    broken = set(starts)
+    pieces, moved = [], []
+    at = shift = 0
+    for span in spans:
+        if span.start in broken:
+            pieces += [text[at : span.start], mark]
+            at = span.start
+            shift += len(mark)
+        moved.append(span._replace(start=span.start + shift, end=span.end + shift))
+    return "".join([*pieces, text[at:]]), moved
+
+
 def answers_at(
     text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
 ) -> list[int | None]:
     """The number (from 0) of the span that each token begins in, or None.
 
-    Where a token joins the end of the prompt with the start of an answer, it counts as the answer's if all it takes
-    from the prompt is space and it brings more than space (SentencePiece's "▁yes" after "ASSISTANT: "). A newline
-    joined with the prompt's newline stays the prompt's. Several byte tokens may share one character, and an empty token
-    has the place where it stands. Raises ValueError for a span that does not end with its mark.
+    Several byte tokens may share one character, and an empty token has the place where it stands. Raises ValueError for
+    a span that does not end with its mark.
     """
     answers: list[int | None] = [None] * len(ids)
     index = 0
     for number, span in enumerate(spans):
         last = None
         while index < len(ids) and offsets[index][0] < span.end:
-            start, end = offsets[index]
-            if start < span.start:
-                inside = (
-                    end > span.start and text[start : span.start].isspace() and bool(text[span.start : end].strip())
-                )
-            else:
-                inside = True
-            if inside:
+            if offsets[index][0] >= span.start:
                 answers[index] = number
                 last = ids[index]
             index += 1

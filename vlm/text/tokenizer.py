@@ -57,3 +57,15 @@ def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
         private.no_padding()
     private.add_tokens([AddedToken(name, special=True, normalized=False) for name in (IMAGE_PLACEHOLDER, BREAK)])
     return private
+
+
+def splits_cleanly(private: Tokenizer) -> bool:
+    """Whether a BREAK splits a text and changes nothing else: Llama 2's and others put a space after such a token."""
+    tokens = private.encode(f"x{BREAK}x", add_special_tokens=False).tokens
+    return not tokens[tokens.index(BREAK) + 1].startswith(("▁", "Ġ"))
+
+
+def opens_with_space(private: Tokenizer) -> bool:
+    """Whether a space is put before a text unless it begins with one, so that "x" and " x" are the same tokens."""
+    once, twice = (private.encode(text, add_special_tokens=False).ids for text in ("x", " x"))
+    return once == twice
