@@ -292,6 +292,7 @@ def test_what_would_be_lost_is_refused_by_name(images: Path, record: dict[str, A
         ("a/empty.png", "is an empty file (0 bytes); copy it again"),
         ("data:image/png;base64,AAA", "is not base64 (Incorrect padding); write it anew"),
         ("data:image/png,AAA", "is no data URL in base64; begin it with data:image/png;base64,"),
+        ("a/" * 300 + "1.png", f"image '{'a/' * 40}…' does not exist under"),
         ("iVBORw0KGgo" * 9999, "is base64 and no path; begin it with data:image/png;base64,"),
     ],
 )

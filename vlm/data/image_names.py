@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.data.images import BadImage, decode_image, load_image
 from vlm.data.paths import likely_path, no_path
-from vlm.data.quote import quoted
+from vlm.data.quote import LONGEST, quoted
 from vlm.data.split import digest
 from vlm.schema import BadSample
 
@@ -47,6 +47,8 @@ def open_image(name: str, *, root: Path) -> Image.Image:
     except BadSample as error:
         if cause := _cause(path, root):
             raise BadImage(f"image {quoted(name)} {cause}") from error
+        if len(path) > LONGEST:
+            raise BadSample(str(error).replace(path, path[:LONGEST] + "…"), error.kind) from error
         raise
 
 

@@ -43,6 +43,7 @@ IMAGE_KEYS = (
 CAPTION_KEYS = ("caption", "captions", "text", "comment", "sentence", "sentences", "description")
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".txt", ".token")
+LONGEST_ID = 200  # characters
 KARPATHY = {"train": "train", "restval": "train", "val": "val"}  # the 30,000 of COCO's validation that all train with
 
 
@@ -255,7 +256,7 @@ def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
             yield Caption(place, "", "", "is not an object; write it as {...}")
             continue
         given = as_text(annotation.get("id"))
-        name = given if given and given not in names else place
+        name = given if given and len(given) <= LONGEST_ID and given not in names else place
         names.add(name)
         wanted = str(annotation.get("image_id"))
         if wanted not in entries:
