@@ -49,16 +49,20 @@ def evaluate(cfg: Any) -> None:
         run.CONSOLE.print(remark, markup=False, soft_wrap=True)
     trainer = build.build_trainer(settings, run_dir, [])
     trainer.validate(module, datamodule=data, verbose=False)
-    with trainer.precision_plugin.forward_context():
-        model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
-        records = answer(
-            model.eval(),
-            data,
-            data.val_indices(cfg.num_samples),
-            batch_size=cfg.batch_size,
-            device=device,
-            max_new_tokens=cfg.max_new_tokens,
-        )
+    records, failure = [], None
+    try:
+        with trainer.precision_plugin.forward_context():
+            model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
+            records = answer(
+                model.eval(),
+                data,
+                data.val_indices(cfg.num_samples),
+                batch_size=cfg.batch_size,
+                device=device,
+                max_new_tokens=cfg.max_new_tokens,
+            )
+    except Exception as error:
+        failure = error  # which takes no figures with it
     if not trainer.is_global_zero:
         return
     figures = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -74,7 +78,9 @@ def evaluate(cfg: Any) -> None:
     write_samples(out / "samples.jsonl", records)
     run.print_figures(figures)
     run.print_samples(records)
-    run.CONSOLE.print(f"Results: {out / 'results.json'}", soft_wrap=True, markup=False)
+    run.CONSOLE.print(f"Results: {out / 'results.json'}", soft_wrap=True)
+    if failure is not None:
+        raise failure
 
 
 def _keep_other_results(out: Path, options: list[str]) -> None:

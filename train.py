@@ -66,7 +66,7 @@ def train(cfg: Any) -> None:
         except artifact.Damaged as error:
             if not whole:
                 raise
-            run.CONSOLE.print(f"{error}; the run goes on from its checkpoint", soft_wrap=True, markup=False)
+            run.CONSOLE.print(f"{error}; the run goes on from its checkpoint", soft_wrap=True)
             whole, ckpt = False, settings["ckpt"]
             earlier = artifact.load(ckpt, model=model, manifest=manifest) if ckpt else None
     if ckpt:
@@ -91,9 +91,9 @@ def train(cfg: Any) -> None:
         build.check_rows(data_of(checkpoint[0]), manifest["data"], f"'resume.allow=[data]' or a new run with {ckpt=!s}")
     run.print_parts(run.count_parameters(model), choices, stage)
     checks = settings["preflight"]
-    run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])), markup=False)
+    run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])))
     if remark := check_comparison(data, best=settings["checkpoint"].get("best")):
-        run.CONSOLE.print(remark, markup=False, soft_wrap=True)
+        run.CONSOLE.print(remark, soft_wrap=True)
 
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]
@@ -102,28 +102,38 @@ def train(cfg: Any) -> None:
         build.write_config(run_dir, settings, choices, run_id)  # from here on the directory is taken
         run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)
     run.log_options(trainer, settings)
+    failure: Exception | None = None  # what fails after the last step takes no figures with it
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
+        with run.disk_of_loggers(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
     except Ended:
         if trainer.is_global_zero:  # which tells it for all
             raise
         return
+    except Exception as error:
+        if trainer.global_step < trainer.max_steps or isinstance(error, artifact.SaveError):
+            raise
+        failure = error  # of the validation after the last step
     by_type = {type(callback): callback for callback in trainer.callbacks}
-    received = by_type[StopOnSignal].agree(trainer) if StopOnSignal in by_type else None
+    received = by_type[StopOnSignal].agree(trainer) if StopOnSignal in by_type and failure is None else None
     metrics = {name: float(v) for name, v in module.figures.items() if name == "train/loss"}
     records: list[dict[str, Any]] = []
-    if received is None:
-        if module.validated_step != trainer.global_step:
-            trainer.validate(module, datamodule=data, verbose=False)
-        kinds = ("val/", "text/")
-        metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith(kinds)}
-        with trainer.precision_plugin.forward_context():
-            answers = dict(settings["answers"])
-            indices = data.val_indices(answers.pop("num_samples"))
-            model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
-            records = answer(model.eval(), data, indices, device=device, **answers)  # all ranks the same
-        metrics |= {f"val/{name}": value for name, value in score(records).items()}
-    metrics |= data.counts()
+    if received is None and failure is None:
+        try:
+            if module.validated_step != trainer.global_step:
+                trainer.validate(module, datamodule=data, verbose=False)
+            kinds = ("val/", "text/")
+            metrics |= {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith(kinds)}
+            with trainer.precision_plugin.forward_context():
+                answers = dict(settings["answers"])
+                indices = data.val_indices(answers.pop("num_samples"))
+                model.to(device := trainer.strategy.root_device)  # Lightning has taken it away
+                records = answer(model.eval(), data, indices, device=device, **answers)  # all ranks the same
+            metrics |= {f"val/{name}": value for name, value in score(records).items()}
+        except Exception as error:
+            failure = error
+    if failure is None or trainer.world_size == 1:  # other ranks may not have come so far
+        metrics |= data.counts()
     if trainer.is_global_zero:
         if Throughput in by_type:
             metrics |= by_type[Throughput].totals
@@ -132,10 +142,13 @@ def train(cfg: Any) -> None:
         write_samples(run_dir / "samples.jsonl", records)
         run.finish(run_dir, metrics, records)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-            logger.finalize("success")
+            with run.disk_of_loggers(trainer):
+                logger.log_metrics(metrics, step=trainer.global_step)
+                logger.finalize("success" if failure is None else "failed")
             if finish := getattr(logger.experiment, "finish", None):  # W&B's: or a sweep's next job would log into it
                 finish()
+    if failure is not None:
+        raise failure
     if received is not None and trainer.is_global_zero:
         sys.exit(128 + received)
 

@@ -102,7 +102,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def short_hash(content: Any) -> str:
     """A hash of something that JSON can write."""
-    return hashlib.blake2b(_json(content).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(_json(content).encode(errors="backslashreplace"), digest_size=8).hexdigest()
 
 
 def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
@@ -121,7 +121,8 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
         facts = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
         if run := manifest.get("run"):
             facts["run"] = run["id"]
-        files.create(aside(weights)).close()
+        with files.create(aside(weights)):
+            pass
         save_file(dict(tensors), aside(weights), metadata=facts)
         write(aside(described), _json(content))
         shutil.copymode(aside(described), aside(weights))  # which safetensors lets nobody else read
@@ -150,7 +151,7 @@ def aside(file: Path) -> Path:
 
 def flush(file: Path) -> None:
     """Wait until the disk has a file; some tell only then that they are full."""
-    with open(file, "rb") as written:
+    with files.named(file), open(file, "rb") as written:
         os.fsync(written.fileno())
 
 

@@ -1,29 +1,53 @@
-"""Files of a directory that somebody else may have filled: no link is followed, and nothing is read without end."""
+"""Files of a directory that somebody else may have filled: no link is followed, and nothing is read without end.
+
+What is no valid Unicode, such as a file name in Latin-1, is written escaped, in JSON so that it is read as it was.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
-def create(file: Path, mode: str = "w") -> IO[Any]:
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Raise what the disk says while a file is written as an OSError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # named already
+            raise
+        name = error.filename or str(file).removesuffix(".tmp")
+        raise OSError(f"could not write {name}: {error.strerror}") from error
+
+
+@contextmanager
+def create(file: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A new file in the place of whatever had that name. A link there is removed, and what it points to stays.
 
     `mode` is "w" for text in UTF-8 or "wb".
     """
-    file.unlink(missing_ok=True)
-    number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    if "b" in mode:
-        return open(number, mode)
-    return open(number, mode, encoding="utf-8", errors="backslashreplace")  # half a surrogate, as JSON writes it
+    text: dict[str, Any] = {} if "b" in mode else TEXT
+    with named(file):
+        file.unlink(missing_ok=True)
+        number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(number, mode, **text) as opened:
+            yield opened
 
 
-def append(file: Path) -> IO[str]:
+@contextmanager
+def append(file: Path) -> Iterator[IO[str]]:
     """A regular file to add text to, made if it is missing. Raises ValueError where the name is a link or a pipe."""
-    return open(_own(file, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8", errors="backslashreplace")
+    with named(file), open(_own(file, os.O_WRONLY | os.O_APPEND), "a", **TEXT) as opened:
+        yield opened
 
 
 def lock_file(file: Path) -> IO[str]:
@@ -75,8 +99,12 @@ def refuse_links(folder: Path, *, within: Path | None = None) -> None:
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, which a terminal would obey, written as `\x1b`; line breaks and tabs stay."""
-    return text.translate(CONTROLS)
+    r"""The text as every terminal and every file takes it; line breaks and tabs stay.
+
+    Control characters, which a terminal would obey, marks that turn the direction of writing, and halves of surrogate
+    pairs are written as `\x1b` or `\udce9`.
+    """
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -9,7 +9,8 @@ import os
 import secrets
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -17,12 +18,27 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlm import files
 from vlm.artifact import aside, put, write, write_json
 from vlm.models.base import Model
 
-CONSOLE = Console(width=None if Console().is_terminal else 120, soft_wrap=False)
+
+class PlainConsole(Console):
+    """Shows every text as it is, also what somebody's data says: no markup, no emoji codes, no commands to a terminal.
+
+    What should have a style is a `Text`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(files.printable(text), **options)
+
+
+CONSOLE = PlainConsole(width=None if Console().is_terminal else 120, soft_wrap=False)
 
 
 def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
@@ -49,9 +65,10 @@ def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
         print(f"{run_dir} is on a file system without locks ({error.strerror}): start no second run in it")
     if not resumed and (run_dir / "config.yaml").exists():
         raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with files.named(run_dir / ".lock"):
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     return lock
 
 
@@ -148,11 +165,24 @@ def log_options(trainer: Any, cfg: Mapping[str, Any]) -> None:
     """Tell the loggers the config, which makes them start. Raises ValueError where one cannot."""
     for logger in trainer.loggers:
         try:
-            logger.log_hyperparams(cfg)
+            with disk_of_loggers(trainer):
+                logger.log_hyperparams(cfg)
         except Exception as error:  # each service raises its own kinds
             cause = str(error).strip().partition("\n")[0]
             hint = "logger.offline=true needs no account" if "offline" in cfg["logger"] else "choose another logger="
             raise ValueError(f"the logger {type(logger).__name__} could not start: {cause}; {hint}") from error
+
+
+@contextmanager
+def disk_of_loggers(trainer: Any) -> Iterator[None]:
+    """Raise what a full disk says to a logger, which does not name its files, as an error that names its folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename is not None:
+            raise
+        folders = " or ".join(str(logger.log_dir or logger.save_dir) for logger in trainer.loggers)
+        raise OSError(f"could not write the metrics in {folders}: {error.strerror}") from error
 
 
 def finish(run_dir: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
@@ -169,8 +199,13 @@ def print_figures(metrics: dict[str, float]) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.3f}")
+        table.add_row(name, figure(value))
     CONSOLE.print(table)
+
+
+def figure(value: int | float) -> str:
+    """A count in full, another number to three places; what rounds to zero has no sign."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:z,.3f}"
 
 
 def print_samples(samples: list[dict[str, Any]], num: int = 6) -> None:
@@ -181,10 +216,6 @@ def print_samples(samples: list[dict[str, Any]], num: int = 6) -> None:
     for heading in ("picture", "prediction", "reference", ""):
         table.add_column(heading)
     for sample in samples[:num]:
-        mark = "[green]right[/]" if sample["correct"] else "[red]wrong[/]"
-        table.add_row(*(_plain(sample[key]) for key in ("id", "prediction", "reference")), mark)
+        mark = Text("right", "green") if sample["correct"] else Text("wrong", "red")
+        table.add_row(*(sample[key] for key in ("id", "prediction", "reference")), mark)
     CONSOLE.print(table)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -29,7 +29,7 @@ class Progress(pl.Callback):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
@@ -62,7 +62,7 @@ class Progress(pl.Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit":
             seen = trainer.callback_metrics
             shown = [name for name in ("val/loss", "val/visual_gain", "text/forgetting") if name in seen]
-            figures = ", ".join(f"{name} {seen[name]:.3f}" for name in shown)
+            figures = ", ".join(f"{name} {seen[name]:z.3f}" for name in shown)
             CONSOLE.print(f"step {trainer.global_step}: {figures} nats/token")
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:

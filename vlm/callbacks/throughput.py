@@ -21,6 +21,7 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self) -> None:
+        self.totals: dict[str, float] = {}  # once the fit has ended
         self._seconds = self._tokens = self._samples = self._steps = self._before = 0.0
 
     def state_dict(self) -> dict[str, float]:

@@ -169,13 +169,13 @@ def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[in
 
     from vlm.run import CONSOLE
 
-    rows = [[str(cell).replace("[", r"\[") for cell in row] for row in rows]
+    rows = [[str(cell) for cell in row] for row in rows]
     if not rows:
-        CONSOLE.print(f"{title}: none", markup=False, soft_wrap=True)
+        CONSOLE.print(f"{title}: none", soft_wrap=True)
         return
     table = Table(title=title, show_header=any(headings))
     for number, heading in enumerate(headings):
-        table.add_column(heading.replace("[", r"\["), justify="right" if number in right else "left", overflow="fold")
+        table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     CONSOLE.print(table)

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vlm.files import printable
+
 CONF = str(Path(__file__).parents[2] / "conf")
 
 
@@ -137,12 +139,14 @@ def exit_code(end: SystemExit) -> Any:
 
 
 def fail(message: str) -> None:
-    print(f"Error: {message}", file=sys.stderr)
+    print(f"Error: {printable(message)}", file=sys.stderr)
     sys.exit(2)
 
 
 def quiet() -> None:
     """Keep the libraries' small talk out of the output; their errors still show."""
+    with suppress(AttributeError):  # of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -114,7 +114,7 @@ def render(report: Mapping[str, Any], remark: str) -> Table:
     visual, per_tile = report["visual_tokens_per_image"], report["visual_tokens_per_tile"]
     most = f"at most: {visual // per_tile} tiles of {per_tile:,}" if visual != per_tile else ""
     table.add_row("visual tokens per image", f"{visual:,}", most)
-    table.add_row("tokens per sample", "unknown" if tokens is None else f"{tokens:,.0f}", remark.replace("[", r"\["))
+    table.add_row("tokens per sample", "unknown" if tokens is None else f"{tokens:,.0f}", remark)
     for name, size in report["memory_gb"].items():
         table.add_row(f"memory: {name.replace('_', ' ')}", f"{size:,.3f} GB")
     return table

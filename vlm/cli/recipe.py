@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
+from rich.text import Text
 
 from vlm import build, run
 from vlm.artifact import read_manifest, write_json
@@ -68,7 +69,7 @@ def run_stages(cfg: DictConfig) -> None:
         _begun(root, stages)
         for number, stage in enumerate(stages):
             if run.finished(stage.run_dir) and not _time_was_up(stage):
-                run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", markup=False, soft_wrap=True)
+                run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options)
@@ -207,7 +208,7 @@ def _tell(what: str, program: str, options: Sequence[str]) -> None:
     file = Path(CONF).parent / program
     shown = file.name if file.parent == Path.cwd() else str(file)
     line = f"\n{what}: python {' '.join(map(for_shell, [shown, *options]))}"
-    run.CONSOLE.print(line, markup=False, highlight=False, soft_wrap=True)
+    run.CONSOLE.print(line, soft_wrap=True)
 
 
 def _time_was_up(stage: Stage) -> bool:
@@ -259,12 +260,12 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
         same = ", ".join(f"{key}={value}" for key, value in _asked(cfg).items())
         _section(table, f"on {same}", [row["eval"] for row in rows], (BY_TYPE,))
     run.CONSOLE.print(table)
-    run.CONSOLE.print(f"Recipe: {root / 'recipe.json'}", markup=False, soft_wrap=True)
+    run.CONSOLE.print(f"Recipe: {root / 'recipe.json'}", soft_wrap=True)
 
 
 def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], kinds: tuple[str, ...]) -> None:
     """A row a figure: those that every stage has, then those whose names begin with one of `kinds`."""
     table.add_section()
-    table.add_row(f"[bold]{title}")
+    table.add_row(Text(title, "bold"))
     for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
-        table.add_row(name, *(f"{each[name]:.3f}" if name in each else "" for each in figures))
+        table.add_row(name, *(run.figure(each[name]) if name in each else "" for each in figures))

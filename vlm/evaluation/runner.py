@@ -45,17 +45,21 @@ def answer(
 
 
 def score(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Share of right answers, over all and by type where the source tells types."""
+    """Share of right answers, over all and by type where the source tells types; nothing where there are none."""
+    if not records:
+        return {}
     by_type: dict[str, list[bool]] = defaultdict(list)
     for record in records:
         by_type[record["type"]].append(record["correct"])
     result = {"exact_match": sum(r["correct"] for r in records) / len(records)}
-    return result | {f"accuracy/{kind}": sum(v) / len(v) for kind, v in sorted(by_type.items(), key=str) if kind}
+    return result | {
+        f"accuracy/{files.printable(kind)}": sum(v) / len(v) for kind, v in sorted(by_type.items(), key=str) if kind
+    }
 
 
 def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
     with files.create(path) as file:
         file.writelines(lines)
