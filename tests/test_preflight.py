@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from tests.chat import byte_tokenizer, encoder, own_template, say
+from vlm.data.filter import Filtered
 from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight, render
 from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
+from vlm.run import print_figures
 from vlm.schema import BadSample, Message, Sample, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 
@@ -229,3 +231,16 @@ def test_a_folder_of_missing_pictures_costs_no_more_than_its_share(plain, tmp_pa
     assert len(lines) == 1001
     assert json.loads(lines[-1]) == {"split": "train", "note": "more are counted, not named"}
     assert (made.states == STATES.index("other_defect")).sum() == 3000
+
+
+def test_a_filter_that_leaves_most_out_says_so_before_training(plain):
+    left_out = Filtered(Conversations(*[GOOD] * 286), split="train", left_out=range(211))
+    text = render([preflight(rows(left_out, plain), num_samples=1, show=0)])
+    assert text.endswith("train left out: 211 samples by data.filter (74 % of train)\n")
+
+
+def test_figures_have_no_negative_zero(capsys):
+    print_figures({"val/visual_gain": -0.0001, "val/loss": -0.0006})
+    printed = capsys.readouterr().out
+    assert "-0.000" not in printed
+    assert "-0.001" in printed

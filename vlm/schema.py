@@ -45,6 +45,7 @@ class Message(TypedDict):
 class Sample:
     """What every source yields: a conversation and the images it speaks of, in order of their placeholders.
 
+    Images are RGB with 8 bits a channel; `vlm.data.judge` refuses others where a sample is taken.
     `id` is stable over runs and names the sample in every error; `meta` is what a scorer needs (e.g. `question_type`).
     """
 
