@@ -26,6 +26,7 @@ def train(cfg: Any) -> None:
     from vlm.callbacks.stop import StopOnSignal
     from vlm.callbacks.throughput import Throughput
     from vlm.cli import launch, plan, recipe, resume
+    from vlm.cli.overrides import chosen
     from vlm.data.preflight import render
     from vlm.evaluation.looking import check_comparison
     from vlm.evaluation.runner import answer, score, write_samples
@@ -43,7 +44,7 @@ def train(cfg: Any) -> None:
         return
     run_dir = Path(hydra.runtime.output_dir)
     resumed = cfg.resume.run is not None
-    settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), dict(hydra.runtime.choices))
+    settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), chosen(hydra))
     build.check(settings)
     launch.check_ranks(hydra)
     if launch.in_its_own_process(hydra, settings, __file__):
@@ -54,7 +55,7 @@ def train(cfg: Any) -> None:
     run_id = (build.run_id(run_dir) if resumed else None) or secrets.token_hex(8)
     identity = run.identity(run_id, settings, choices)
     checkpoint = newest_checkpoint(run_dir, identity) if resumed else None
-    run.name_logger(settings["logger"], step=checkpoint[1] if checkpoint else 0)
+    run.name_loggers(settings["logger"], step=checkpoint[1] if checkpoint else 0)
     pl.seed_everything(settings["seed"], verbose=False)
 
     model, manifest = build.build_model(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -347,8 +348,10 @@ def test_a_sweep_with_too_long_a_name_is_one_sentence(tmp_path: Path, told: Any)
 
 
 def test_each_job_of_a_sweep_has_its_own_run_of_wandb(tmp_path: Path) -> None:
-    assert train("-m", "seed=0,1", *QUICK, "logger=wandb", "logger.offline=true", f"hydra.sweep.dir={tmp_path}") == 0
-    ids = [str(OmegaConf.load(file).logger.id) for file in sorted(tmp_path.glob("*/config.yaml"))]
+    assert (
+        train("-m", "seed=0,1", *QUICK, "logger=wandb", "logger.wandb.offline=true", f"hydra.sweep.dir={tmp_path}") == 0
+    )
+    ids = [str(OmegaConf.load(file).logger.wandb.id) for file in sorted(tmp_path.glob("*/config.yaml"))]
     assert len(set(ids)) == 2
     assert sorted(file.name for file in tmp_path.glob("**/*.wandb")) == sorted(f"run-{id_}.wandb" for id_ in ids)
 
@@ -380,9 +383,9 @@ def test_a_logger_that_cannot_start_is_one_sentence() -> None:
         def log_hyperparams(self, options: Any) -> None:
             raise RuntimeError("No API key configured.\nUse `wandb login`")
 
-    message = r"the logger NoAccount could not start: No API key configured.; logger.offline=true needs no account"
+    message = r"the logger mine could not start: No API key configured.; logger.mine.offline=true needs no account"
     with pytest.raises(ValueError, match=message):
-        log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"offline": False}})
+        log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"mine": {"offline": False}}})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test misses")
@@ -390,6 +393,61 @@ def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
     settings = {"trainer": {"_target_": "lightning.pytorch.Trainer", "accelerator": "gpu", "precision": "32-true"}}
     with pytest.raises(ValueError, match=r"No supported gpu backend found! Choose trainer=cpu or auto"):
         build.build_trainer({**settings, "callbacks": {}, "logger": {}}, Path("unused"), [])
+
+
+def test_an_add_on_of_lightning_that_refuses_is_one_sentence(tmp_path: Path, told: Any) -> None:
+    cases = {"EarlyStopping,monitor:val/foo": "metric `val/foo` which is not", "LearningRateMonitor": "has no logger"}
+    for number, (options, said) in enumerate(cases.items()):
+        option = f"+callbacks.mine={{_target_:lightning.pytorch.callbacks.{options}}}"
+        assert train(*QUICK, option, f"run_dir={tmp_path / str(number)}") == 2
+        line = told()
+        assert line.startswith(f"Error: Lightning's {options.partition(',')[0]} refuses its options: ")
+        assert said in line
+        assert line.endswith("see callbacks.*")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn starts processes without the command line"),
+        (
+            ["+trainer.profiler=foo"],
+            "Lightning's Trainer refuses its options: When passing string value for the `profiler`",
+        ),
+        (["+trainer.barebones=true"], "Lightning's Trainer refuses its options: `Trainer(barebones=True, log_every"),
+        (["trainer.accelerator=tpu"], "this machine cannot run this trainer: Requirement 'torch_xla"),
+    ],
+)
+def test_the_machine_is_blamed_only_for_its_own(options: list[str], said: str, tmp_path: Path, told: Any) -> None:
+    assert train(*QUICK, *options, f"run_dir={tmp_path / 'run'}") == 2
+    line = told()
+    assert said in line
+    assert ("this machine" in line) == ("tpu" in options[0])
+
+
+def test_several_loggers_and_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    """Both are built and go on with a resumed run; the flat form that one logger had is still read."""
+    run, old = tmp_path / "run", tmp_path / "old"
+    assert train(*QUICK, "logger=[csv,tensorboard]", "logger.csv.name=table", f"run_dir={run}") == 0
+    config = OmegaConf.load(run / "config.yaml")
+    assert list(config.logger) == ["csv", "tensorboard"]
+    assert config.choices.logger == "[csv,tensorboard]"
+    events = list((run / "tensorboard").glob("events*"))
+    assert {"table/metrics.csv", "table/hparams.yaml"} < files(run)
+    assert events
+    shutil.copytree(run, old)
+
+    longer = ["trainer.max_steps=4", "resume.allow=[trainer.max_steps]"]
+    assert train(f"resume={run}", *longer, "logger.csv.name=again") == 0
+    assert (run / "again" / "from_step_2" / "metrics.csv").exists()
+    assert len(list((run / "tensorboard").glob("events*"))) > len(events)
+
+    config.logger, config.choices.logger = config.logger.csv, "csv"
+    (old / "config.yaml").write_text(OmegaConf.to_yaml(config).replace(str(run), str(old)))
+    assert "logger:\n  _target_: lightning" in (old / "config.yaml").read_text()
+    assert train(f"resume={old}", *longer) == 0
+    assert (old / "table" / "from_step_2" / "metrics.csv").exists()
+    assert list(OmegaConf.load(old / "config.yaml").logger) == ["csv"]
 
 
 FREED = """

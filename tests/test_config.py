@@ -162,7 +162,12 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("connector._target_=os.system", ["connector._target_=os.system is not allowed", "vlm."]),
         ("connector._target_=vlm.connectors.none.X", ["connector._target_=vlm.connectors.none.X cannot be imported"]),
         ("stage.objective._target_=subprocess.run", ["stage.objective._target_=subprocess.run is not allowed"]),
-        ("+logger._target_=subprocess.run", ["logger._target_=subprocess.run is not allowed"]),
+        ("+logger={mine:{_target_:subprocess.run}}", ["logger.mine._target_=subprocess.run is not allowed"]),
+        (
+            "+logger._target_=subprocess.run",
+            ["logger._target_=subprocess.run stands where a name has options below it"],
+        ),
+        ("callbacks.stop=5", ["callbacks.stop=5 stands where a name has options below it"]),
         ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
         ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp"]),
@@ -198,15 +203,19 @@ def test_a_slip_on_the_command_line(override: str, said: list[str]) -> None:
             "_target_: lightning.pytorch.Trainer\naccelerator: cpu\nprecision: auto\nmax_epoch: 3",
             ["max_epoch"],
         ),
-        ("logger", "_target_: lightning.pytorch.loggers.CSVLogger\nsave_dir: x\nnam: y", ["logger.nam", "name"]),
         (
             "logger",
-            "_target_: lightning.pytorch.loggers.WandbLogger\nsave_dir: x\nentty: y",
-            ["logger.entty", "did you mean entity?"],
+            "csv: {_target_: lightning.pytorch.loggers.CSVLogger, save_dir: x, nam: y}",
+            ["logger.csv.nam", "name"],
         ),
         (
             "logger",
-            "_target_: lightning.pytorch.loggers.TensorBoardLogger\nsave_dir: x\nflush_sec: 3",
+            "mine: {_target_: lightning.pytorch.loggers.WandbLogger, save_dir: x, entty: y}",
+            ["logger.mine.entty", "did you mean entity?"],
+        ),
+        (
+            "logger",
+            "tb: {_target_: lightning.pytorch.loggers.TensorBoardLogger, save_dir: x, flush_sec: 3}",
             ["did you mean flush_secs?"],
         ),
         ("callbacks", "stop:\n  _target_: vlm.callbacks.stop.StopOnSignal\n  soon: 1", ["callbacks.stop.soon"]),
@@ -222,10 +231,10 @@ def test_a_slip_in_a_file(tmp_path: Path, group: str, lines: str, said: list[str
 
 
 def test_a_logger_takes_what_it_passes_on() -> None:
-    build.check(settings("logger=wandb", "+logger.entity=us"))
-    build.check(settings("logger=tensorboard", "+logger.flush_secs=3"))
-    with pytest.raises(ValueError, match=r"logger\.entity; .*choose one of .*flush_secs"):
-        build.check(settings("logger=tensorboard", "+logger.entity=us"))
+    build.check(settings("logger=wandb", "+logger.wandb.entity=us"))
+    build.check(settings("logger=tensorboard", "+logger.tensorboard.flush_secs=3"))
+    with pytest.raises(ValueError, match=r"logger\.tensorboard\.entity; .*choose one of .*flush_secs"):
+        build.check(settings("logger=tensorboard", "+logger.tensorboard.entity=us"))
 
 
 def test_an_unknown_section_is_refused() -> None:

@@ -226,7 +226,7 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     data = ["data=captions", "data.annotations=captions.jsonl", "data.images=.", "data.val_fraction=0.4"]
     assert train(*QUICK, *data, "logger=wandb", "run_dir=run") == 0
     before, _ = build.read_config(Path("run"))
-    assert re.fullmatch("[0-9a-f]{8}", before["logger"]["id"])
+    assert re.fullmatch("[0-9a-f]{8}", before["logger"]["wandb"]["id"])
     monkeypatch.chdir(tmp_path)
     longer = ["trainer.max_steps=3", "resume.allow=[trainer.max_steps]", "data.batch_size=2"]
     assert train("resume=here/run", *longer) == 0

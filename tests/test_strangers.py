@@ -196,7 +196,7 @@ OF_DATA = {
     "data/replay_annotations": ("{home}/notes.txt", "data.replay_annotations={home}/notes.txt"),
 }
 OF_RUN = {
-    "logger": ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "{home}"}, "logger.save_dir={home}"),
+    "logger": ({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "{home}"}, "logger.csv.save_dir={home}"),
     "callbacks/x": (
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "home"}, "callbacks.x.dirpath=home"
     ),

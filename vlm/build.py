@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -53,6 +54,11 @@ VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answe
 def plain(cfg: DictConfig) -> dict[str, Any]:
     """The resolved config as plain dictionaries and lists."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for group in GROUPS:
+        if group not in settings and group in ("logger", "callbacks"):
+            settings[group] = {}
+        elif not isinstance(settings.get(group), dict):
+            raise ValueError(f"a run cannot do without {group}; choose one of the options in conf/{group}")
     settings["connector"].pop("lr", None)  # advice to a stage, which has read it
     return settings
 
@@ -109,6 +115,7 @@ def stored_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None],
         settings.pop(key, None)
     if (merged := run_dir / "llm").is_dir():  # it goes where its run goes
         settings["llm"]["pretrained"] = str(merged.absolute())
+    settings["logger"] = named_loggers(settings["logger"] or {})
     return settings, settings.pop("choices"), is_own
 
 
@@ -177,10 +184,27 @@ def check(cfg: Mapping[str, Any]) -> None:
     if isinstance(trainer.get("strategy"), dict):
         bind("trainer.strategy", trainer.pop("strategy"))
     bind("trainer", trainer, derived={"callbacks": None, "logger": None})
-    for name, options in cfg["callbacks"].items():
-        bind(f"callbacks.{name}", options)
-    if cfg["logger"]:
-        bind("logger", cfg["logger"])
+    for group in ("callbacks", "logger"):
+        _bind_named(cfg, group)
+
+
+def named_loggers(logger: Mapping[str, Any]) -> dict[str, Any]:
+    """The loggers of a run by name; one of an earlier version had a single logger, whose options were not below one."""
+    if "_target_" not in logger:
+        return dict(logger)
+    name = str(logger["_target_"]).rpartition(".")[2].removesuffix("Logger").lower()
+    return {name: dict(logger)}
+
+
+def _bind_named(cfg: Mapping[str, Any], group: str) -> list[partial[Any]]:
+    """The calls that make the loggers or callbacks, each of which has its options below a name; null leaves one out."""
+    given = {name: options for name, options in cfg[group].items() if options is not None}
+    for name, options in given.items():
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"{group}.{name}={options} stands where a name has options below it; write {group}.<name>.{name}="
+            )
+    return [bind(f"{group}.{name}", options) for name, options in given.items()]
 
 
 def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
@@ -329,13 +353,13 @@ def build_ema(stage: Mapping[str, Any]) -> list[EMA]:
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> Any:
     """Lightning's Trainer with the configured callbacks and loggers, and `extra` callbacks."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its small talk; importing it had set INFO
-    callbacks = [bind(f"callbacks.{name}", options)() for name, options in cfg["callbacks"].items()]
+    callbacks = [make() for make in _bind_named(cfg, "callbacks")]
     if (max_time := cfg["trainer"].get("max_time")) is not None:
         callbacks.append(StopOnTime(max_time=max_time))
     options = {**cfg["trainer"], "precision": precision(cfg)}
     derived = {
         "callbacks": [*callbacks, *extra],
-        "logger": [bind("logger", cfg["logger"])()] if cfg["logger"] else False,
+        "logger": [make() for make in _bind_named(cfg, "logger")] or False,
         "default_root_dir": str(run_dir),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -348,8 +372,18 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         if isinstance(options.get("strategy"), dict):
             options["strategy"] = bind("trainer.strategy", options["strategy"])()
         return bind("trainer", options, derived)()
-    except MisconfigurationException as error:
-        raise ValueError(f"this machine cannot run this trainer: {error} Choose trainer=cpu or auto") from error
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+        raise ValueError(_trainer_refusal(error)) from error
+
+
+def _trainer_refusal(error: Exception) -> str:
+    """What Lightning's Trainer says of its options, and whether it is the machine that lacks something."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if re.search(r"backend found|can not run on your system|your machine only has|not available|not met", text):
+        return (
+            f"this machine cannot run this trainer: {text}{'' if text[-1:] == '!' else '.'} Choose trainer=cpu or auto"
+        )
+    return text if text.startswith("trainer.") else f"Lightning's Trainer refuses its options: {text}; see trainer.*"
 
 
 def precision(cfg: Mapping[str, Any]) -> str:

@@ -90,15 +90,16 @@ def first_rank() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
-def name_logger(logger: dict[str, Any], *, step: int) -> None:
-    """Choose the id under which a service knows the run; config.yaml keeps it, for a run that goes on from `step`.
+def name_loggers(loggers: Mapping[str, dict[str, Any]], *, step: int) -> None:
+    """Choose the id under which a service knows the run; config.yaml keeps it, for a run that resumes from `step`.
 
     A table begins anew there, in a folder of its own: Lightning's would take the place of the one before.
     """
-    if "id" in logger and logger["id"] is None:
-        logger["id"] = secrets.token_hex(4)
-    if step and str(logger.get("_target_")).endswith(".CSVLogger"):
-        logger["version"] = f"from_step_{step}"
+    for options in loggers.values():
+        if "id" in options and options["id"] is None:
+            options["id"] = secrets.token_hex(4)
+        if step and str(options.get("_target_")).endswith(".CSVLogger"):
+            options["version"] = f"from_step_{step}"
 
 
 def forget_after(run_dir: Path, *, step: int) -> None:
@@ -163,14 +164,15 @@ def print_parts(
 
 def log_options(trainer: Any, cfg: Mapping[str, Any]) -> None:
     """Tell the loggers the config, which makes them start. Raises ValueError where one cannot."""
-    for logger in trainer.loggers:
+    for (name, options), logger in zip(cfg["logger"].items(), trainer.loggers, strict=True):
         try:
             with disk_of_loggers(trainer):
                 logger.log_hyperparams(cfg)
         except Exception as error:  # each service raises its own kinds
             cause = str(error).strip().partition("\n")[0]
-            hint = "logger.offline=true needs no account" if "offline" in cfg["logger"] else "choose another logger="
-            raise ValueError(f"the logger {type(logger).__name__} could not start: {cause}; {hint}") from error
+            offline = f"logger.{name}.offline=true needs no account"
+            hint = offline if "offline" in options else "choose another logger="
+            raise ValueError(f"the logger {name} could not start: {cause}; {hint}") from error
 
 
 @contextmanager

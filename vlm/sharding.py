@@ -75,6 +75,10 @@ def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: 
                 f"trainer.strategy={strategy} slices the model in a way of Lightning's that is not saved whole; "
                 "choose trainer=fsdp"
             )
+        if strategy.endswith(("_spawn", "_fork", "_notebook")):
+            raise ValueError(
+                f"trainer.strategy={strategy} starts processes without the command line they need; choose trainer=ddp"
+            )
         return
     target = str(strategy.get("_target_"))
     if target.endswith((".FSDPStrategy", ".ModelParallelStrategy", ".DeepSpeedStrategy")):

@@ -123,7 +123,9 @@ def group_choices(content: Mapping[str, Any]) -> dict[str, str]:
     for group, option in content["choices"].items():
         if not isinstance(group, str) or not re.fullmatch(r"[a-z_]+", group) or group == "hydra" or option is None:
             continue  # of a file in a folder of a folder, or Hydra's own
-        if not isinstance(option, str) or not OPTION.fullmatch(option):
+        several = group in MAY_BE_NONE and isinstance(option, str) and option[:1] + option[-1:] == "[]"
+        options = option[1:-1].split(",") if several else [option]
+        if not all(isinstance(each, str) and OPTION.fullmatch(each) for each in options):
             raise ValueError(f"config.yaml of this run has the choice {group}={option!r:.80}, which names no option")
         found[group] = option
     return found

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from vlm.cli.overrides import for_shell, holds_path, override, written
+from vlm.cli.overrides import MANY, for_shell, holds_path, override, written
 
 CONF = Path(__file__).parents[2] / "conf"
 FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
@@ -21,7 +21,6 @@ SAID_AGAIN = re.compile(
     r"(encoder|connector|llm)\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
 )
 REQUIRED = ("encoder", "connector", "llm", "model", "data", "stage", "trainer")  # groups of which a run has one option
-OPTIONAL = ("logger", "callbacks")  # groups of which a run has any number of options
 
 
 def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
@@ -113,7 +112,7 @@ def refuse_parts(arguments: Sequence[str]) -> None:
                 "by data.<key>=, such as data.val_annotations=<file>"
             )
         takes = group in ("data", "trainer") or SAID_AGAIN.match(argument.lstrip("+"))
-        if group in (*REQUIRED, *OPTIONAL, "experiment", "debug") and not takes:
+        if group in (*REQUIRED, *MANY, "experiment", "debug") and not takes:
             raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
 
 
@@ -124,13 +123,13 @@ def _group_option(argument: str) -> list[str]:
     absent = key.startswith("~") or value == "null"
     if group in ("experiment", "debug") and absent:
         return []
-    if group in OPTIONAL and absent:
+    if group in MANY and absent:
         return [f"{group}=none"]
     if group in REQUIRED and (absent or value.startswith("[")):
         choices = ", ".join(sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml")))
         wrong = "a run cannot do without it" if absent else "a run has one of them"
         raise ValueError(f"{argument} is refused because {wrong}; choose {group}= one of {choices}")
-    known = group in (*REQUIRED, *OPTIONAL, "experiment", "debug")
+    known = group in (*REQUIRED, *MANY, "experiment", "debug")
     return [f"{group}={value}"] if known and key.startswith("+") else [argument]
 
 

@@ -99,7 +99,24 @@ def mistake(error: Exception) -> str | None:
             f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
             "data.batch_size lower, and go on with resume=<run dir>"
         )
-    return None
+    return addon_refusal(error)
+
+
+def addon_refusal(error: Exception) -> str | None:
+    """What a callback, logger or strategy of Lightning raises in the middle of a run about its own options, else None.
+
+    It comes from the add-on's own code; an error that only passes through that code comes from a deeper frame.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code.co_filename if last else ""
+    found = re.search(r"lightning/\w+/(callbacks|loggers|strategies)/", code)
+    if last is None or not (found or type(error).__name__ == "MisconfigurationException"):
+        return None
+    owner = type(last.tb_frame.f_locals.get("self")).__name__
+    options = {"callbacks": "callbacks.*", "loggers": "logger.*"}.get(found[1] if found else "", "trainer.*")
+    return f"Lightning's {owner} refuses its options: {' '.join(sentence(error).split())}; see {options}"
 
 
 def resuming(arguments: list[str]) -> list[str]:

@@ -20,11 +20,22 @@ PATHS = frozenset(
         *("path", "filter", "pretrained", "init_from"),
     }
 )
+MANY = ("logger", "callbacks")  # groups of which a run has any number of options
 
 
 def override(key: str, value: Any) -> str:
     """`key=value` as Hydra reads it back."""
     return f"{key}={written(value)}"
+
+
+def chosen(hydra: Any) -> dict[str, str | None]:
+    """The option of each group; of one with several (logger=[csv,wandb]), which Hydra leaves out, the list as given."""
+    given = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    several = {o.key_or_group: o.value() for o in given if o.key_or_group in MANY}
+    lists = {
+        group: f"[{','.join(map(str, options))}]" for group, options in several.items() if isinstance(options, list)
+    }
+    return {**hydra.runtime.choices, **lists}
 
 
 def holds_path(key: str) -> bool:

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from vlm import build, trust
+from vlm.cli.overrides import chosen
 from vlm.trust import within
 
 # These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
@@ -39,8 +40,9 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
             f"resume= goes on with a run as it was configured, but {values}; leave that out, allow it with "
             f"'resume.allow=[{','.join(refused)}]', or start a new run from its artefact with ckpt={run_dir}"
         )
-    moved = {key: str(run_dir) if value == before["run_dir"] else value for key, value in after["logger"].items()}
-    after |= {"logger": moved, "run_dir": str(run_dir)}
+    for options in filter(None, after["logger"].values()):
+        options |= {key: str(run_dir) for key, value in options.items() if value == before["run_dir"]}
+    after["run_dir"] = str(run_dir)
     if not is_own:
         composed: Any = OmegaConf.to_container(cfg, resolve=True)
         sections = (*trust.GROUPS, "checkpoint", "ckpt")
@@ -61,7 +63,7 @@ def _overridden(
             raise ValueError("connector.lr only advises a run that begins; give stage.lr.connector= instead")
         if key not in choices:
             OmegaConf.update(after, key, _plain(OmegaConf.select(cfg, key)), merge=False)
-        elif (option := hydra.runtime.choices[key]) != choices[key]:
+        elif (option := chosen(hydra)[key]) != choices[key]:
             if key not in build.GROUPS:
                 raise ValueError(f"resume= cannot change {key}={choices[key]} to {option}; leave it out")
             after[key], choices[key] = build.plain(cfg)[key], option
@@ -80,7 +82,7 @@ def _said(cfg: DictConfig, before: Mapping[str, str | None]) -> list[str]:
     hydra = HydraConfig.get()
     overrides = OverridesParser.create().parse_overrides(hydra.overrides.task)
     keys = [override.key_or_group for override in overrides]
-    return [key for key in keys if key not in before or hydra.runtime.choices[key] != before[key]]
+    return [key for key in keys if key not in before or chosen(hydra)[key] != before[key]]
 
 
 def _plain(value: Any) -> Any:
