@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from tests.test_cli import QUICK, evaluate, read, told, train
@@ -54,10 +58,52 @@ def instructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(instructed: Path) -> Path:
-    out = instructed.parent / "merged"
-    assert call("merge", f"ckpt={instructed}", f"out={out}") == 0
+def printed() -> list[str]:
+    """What the merge has printed, a line each."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def merged(instructed: Path, printed: list[str]) -> Path:
+    out = instructed.parent / "merged = one"
+    told = io.StringIO()
+    with redirect_stdout(told):
+        assert call("merge", f"ckpt={instructed}", f"out={out}") == 0
+    printed += told.getvalue().splitlines()
     return out
+
+
+def test_the_next_command_that_a_merge_prints_is_taken(merged: Path, printed: list[str], tmp_path: Path) -> None:
+    assert printed[0] == f"Merged run: {merged}"
+    next_stage, python, program, *options = shlex.split(printed[1].replace("A next stage: ", "next "))
+    assert (next_stage, python, program) == ("next", "python", "train.py")
+    assert "encoder=tiny" in options
+    assert "encoder.image_size=32" in options
+    few = [option for option in EXACT if not option.startswith(("llm=", "encoder"))]
+    assert train(*few, *options, f"run_dir={tmp_path / 'next'}") == 0
+
+
+def test_what_a_merge_writes_is_readable_and_has_the_template_of_the_training(instructed: Path, merged: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in (merged / "llm").iterdir()}
+    assert modes == {(merged / "config.yaml").stat().st_mode & 0o777}
+    tokenizer = AutoTokenizer.from_pretrained(merged / "llm")
+    chat = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A star."}]
+    text = "<bos><|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA star.<|im_end|>\n"
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+
+
+def test_the_program_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in (([], 2), (["--help"], 0), (["show", "-h"], 0)):
+        assert call(*arguments) == code
+        told = capsys.readouterr()
+        assert told.out.startswith("Look into artifacts")
+        assert "vlm-artifact merge <run dir> out=<folder>" in told.out
+        assert told.err == ""
+
+
+def test_a_part_of_a_run_directory(instructed: Path, told: Any) -> None:
+    assert call("show", instructed / "artifact" / "weights.safetensors") == 2
+    assert told().endswith(f"is a part of a run directory; give the whole directory, ckpt={instructed}")
 
 
 def test_a_merged_run_answers_as_before(instructed: Path, merged: Path) -> None:
@@ -209,8 +255,8 @@ def test_the_command_line(told: Any) -> None:
     assert parse(["diff", "runs/a=1,b=2", "other=runs/b"]) == ("diff", {"ckpt": "runs/a=1,b=2", "other": "runs/b"})
     assert parse(["merge", "out=x", "a"]) == ("merge", {"out": "x", "ckpt": "a"})
     for arguments, text in (
-        ([], "there is no option vlm-artifact; choose one of diff, merge, show"),
-        (["shw", "a"], "there is no option vlm-artifact shw; did you mean show?"),
+        (["x", "a"], "vlm-artifact has no command 'x'; choose one of diff, merge, show"),
+        (["shw", "a"], "vlm-artifact has no command 'shw'; did you mean show? choose one of diff, merge, show"),
         (["merge", "a"], "vlm-artifact merge needs out=<folder>"),
         (["show"], "vlm-artifact show needs ckpt=<run dir>"),
         (["show", "a", "b"], "there is no option vlm-artifact show.b; choose one of ckpt"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,33 @@ from vlm.cli.entry import fail, quiet
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
 AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
 OPTIONS: dict[str, tuple[str, ...]] = {"show": (), "diff": (), "merge": ("dtype", *AGAIN)}
+USAGE = """Look into artifacts, the trained tensors of a run.
+
+vlm-artifact show <run dir>                  its parts, bases, stages and tensors
+vlm-artifact diff <run dir> <run dir>        in what two differ: fields, tensors, distances
+vlm-artifact merge <run dir> out=<folder>    a run whose LLM has taken up its adapter, as Transformers reads it
+             [dtype=float32|bfloat16]"""
 DTYPES = ("float32", "bfloat16")
 NUM_LARGEST = 8
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The command and its options: `key=value`, or values alone in the order of what the command needs."""
-    from vlm.options import known, unknown_key
+    from vlm.options import known
 
     command, *words = arguments or [""]
     if command not in COMMANDS:
-        raise ValueError(unknown_key(f"vlm-artifact {command}".strip(), COMMANDS, asked=command))
+        close = "".join(f"; did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1))
+        raise ValueError(
+            f"vlm-artifact has no command '{command}'{close or ';'} choose one of {', '.join(sorted(COMMANDS))}"
+        )
     options: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or "/" in key:  # a folder, in whose name a sweep may have written one
             left = [name for name in COMMANDS[command] if name not in options]
             key, value = left[0] if left else word, word
-        options[key] = value
+        options[key] = os.path.expanduser(value)
     known(f"vlm-artifact {command}", options, (*COMMANDS[command], *OPTIONS[command]))
     for key in COMMANDS[command]:
         if not options.get(key):
@@ -182,9 +193,17 @@ def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[in
 
 
 def main() -> None:
+    from vlm.cli.command_line import check_run_dir
+
     quiet()
+    if not sys.argv[1:] or {"-h", "--help", "help"} & {*sys.argv[1:]}:
+        print(USAGE)
+        sys.exit(0 if sys.argv[1:] else 2)
     try:
         command, options = parse(sys.argv[1:])
+        for key in ("ckpt", "other"):
+            if key in options:
+                check_run_dir(key, Path(options[key]))
         ckpt = Path(options["ckpt"])
         if command == "show":
             show(ckpt)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
 from vlm import artifact, build, run, trust
+from vlm.cli.entry import CONF
+from vlm.cli.overrides import for_shell, override
 from vlm.sharding import gather
+from vlm.text.templates import resolve
 
 TOLERANCE = 1e-4  # of the largest logit; float32 rounds otherwise once two matrices are one
 
@@ -64,7 +71,9 @@ def merge(
             model.llm.model.save_pretrained(folder / "llm")
         except SafetensorError as error:  # a full disk
             raise ValueError(f"could not write {out / 'llm'}: {error}; nothing is left of it") from error
-        model.llm.tokenizer.save_pretrained(folder / "llm")
+        tokenizer = model.llm.tokenizer
+        tokenizer.chat_template = resolve(llm["chat_template"], tokenizer)  # that of the training
+        tokenizer.save_pretrained(folder / "llm")
         artifact.save(
             folder / "artifact",
             tensors=gather(model, kept),
@@ -72,14 +81,27 @@ def merge(
             step=manifest["step"],
         )
         build.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices, run_id)
+        for file in (folder / "llm").iterdir():
+            shutil.copymode(folder / "config.yaml", file)  # safetensors lets nobody else read what it writes
         folder.rename(out)
-    llm_option = trust.group_choices({"choices": choices}).get("llm", "hf")
-    run.CONSOLE.print(
-        f"Merged run: {out}\nA next stage: python train.py ckpt={out} llm={llm_option} llm.weights=pretrained "
-        f"llm.package=null llm.pretrained={out / 'llm'}",
-        soft_wrap=True,
-        markup=False,
-    )
+    options = [override("ckpt", str(out)), *_parts({**settings, "llm": llm}, trust.group_choices({"choices": choices}))]
+    told = f"Merged run: {out}\nA next stage: python train.py {' '.join(map(for_shell, options))}"
+    run.CONSOLE.print(told, soft_wrap=True, markup=False, highlight=False)
+
+
+def _parts(settings: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
+    """The options of train.py that make the same parts: each group's choice, and what differs from that."""
+    groups = [part for part in ("encoder", "connector", "llm", "model") if part in choices]
+    options = [override(part, choices[part]) for part in groups]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        try:
+            cfg = compose("train", options)
+        except HydraException:  # one of them is of a folder of the user's, which the command must name too
+            return options
+    usual = dict(trust.leaves({part: OmegaConf.to_container(cfg[part], resolve=True) for part in groups}))
+    ours = trust.leaves({part: settings[part] for part in groups})
+    changed = [(key, value) for key, value in ours if key not in usual or usual[key] != value]
+    return [*options, *(override(key if key in usual else f"+{key}", value) for key, value in changed)]
 
 
 def _model(ckpt: Path, settings: dict[str, Any]) -> Any:
