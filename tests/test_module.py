@@ -383,6 +383,20 @@ def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
     assert "val/loss/signs" not in seen
 
 
+def test_the_loss_of_a_source_is_no_loss_of_the_objective(tmp_path: Path) -> None:
+    """Whatever it is called: a source of somebody's own has not passed the mixture's look at its names."""
+    batches = [replace(mixed(half, "books", "books"), sources=("books", "maps_loss")) for half in HALVES]
+    _, metrics = fit(tmp_path, batches, accumulate_grad_batches=2)
+    assert metrics["train/loss"] == metrics["train/lm_loss"] == metrics["train/loss/books"]
+    batches = [replace(mixed(half, "a_loss", "a_loss"), sources=("a_loss",)) for half in HALVES]
+    _, again = fit(tmp_path, batches, accumulate_grad_batches=2)
+    assert again["train/loss"] == metrics["train/loss"]
+    assert again["train/loss/a_loss"] == again["train/loss"]
+    assert again["train/grad_norm"] == metrics["train/grad_norm"]
+    seen = make_trainer(tmp_path).validate(make_module(), loader(batches), verbose=False)[0]
+    assert seen["val/loss"] == seen["val/loss/a_loss"]
+
+
 def test_shares_of_padding_and_of_supervision(tmp_path: Path) -> None:
     """Rows of 7 and 10 tokens, 3 padded: twice, with 6 and 6 tokens supervised."""
     batches = [make_batch(ROWS[row], ROWS[row + 2], images=[IMAGES[row], IMAGES[row + 2]]) for row in (0, 1)]

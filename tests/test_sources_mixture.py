@@ -116,6 +116,11 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         mixture(**options)
 
 
+def test_a_name_that_reads_like_a_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.sources has the name 'b_loss', .* does not end in _loss"):
+        Mixture(split="train", sources={name: partial(Numbers, split="train", size=9) for name in ("a", "b_loss")})
+
+
 def settings(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
         return build.plain(compose("train", ["llm=tiny", "encoder=tiny", "run_dir=x", "data=mixture", *overrides]))
@@ -142,7 +147,7 @@ def test_the_shipped_mixture_shows_captions_and_questions() -> None:
         ("data.sources.captions._target_=os.system", "data.sources.captions._target_=os.system is not allowed"),
         ("+data.sources.more={}", "data.sources.more._target_=None is not allowed"),
         ("+data.weight={}", "data.weight; did you mean weights?"),
-        ("data.weights={captions: much}", "data.weights={'captions': 'much'} is a dict"),
+        ("data.weights={captions: much}", "data.weights.captions='much' must be a number from 0 to"),
     ],
 )
 def test_a_slip_in_a_mixed_source(override: str, said: str) -> None:

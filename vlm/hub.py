@@ -1,12 +1,19 @@
-"""A quick answer where the model hub cannot be reached."""
+"""Folders and hub ids with pretrained weights: a quick answer where there are none, or where they are not whole."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 
 CACHED = ("config.json", "model.safetensors")  # either shows that the repository was read before
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for another one, in a clone without Git LFS
+LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 
 
 def look_up(pretrained: str) -> None:
@@ -15,11 +22,91 @@ def look_up(pretrained: str) -> None:
     The hub's own client goes on trying for a minute, a line a try, before it says so.
     """
     repo, _, revision = pretrained.partition("@")  # timm's way of naming a revision
-    if Path(pretrained).is_dir():
+    path = Path(pretrained)
+    if path.is_dir():
         return
+    if path.is_file():
+        raise OSError(f"{pretrained!r} is a file; give the folder that holds it")
+    if _is_path(pretrained):
+        raise OSError(f"there is no folder {pretrained!r}")
     if any(try_to_load_from_cache(repo, file, revision=revision or None) for file in CACHED):
         return
     try:
         HfApi().model_info(repo, revision=revision or None, timeout=20)
     except Exception as error:  # its kinds depend on the HTTP library that the hub client uses
         raise OSError(str(error)) from error
+
+
+def _is_path(pretrained: str) -> bool:
+    """Whether a text can only mean a folder: a hub id is a name, or an owner and a name."""
+    owner, _, _ = pretrained.partition("/")
+    odd = pretrained.startswith(("/", ".", "~")) or pretrained.endswith("/") or "\\" in pretrained
+    return odd or pretrained.count("/") > 1 or (owner != pretrained and Path(owner).is_dir())
+
+
+@contextmanager
+def readable_weights(pretrained: str, part: str) -> Iterator[None]:
+    """Around the loading of weights: files that are cut, or only stand for others, are refused by name.
+
+    Raises ValueError.
+    """
+    check_files(Path(pretrained), part)
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:  # Transformers' word for shapes that differ is a RuntimeError
+        raise ValueError(
+            f"the {part}'s weights in {pretrained!r} cannot be read ({first_line(error)}); download them again, or set "
+            f"{part}.pretrained to other weights"
+        ) from error
+
+
+def check_files(folder: Path, part: str) -> None:
+    """Raise ValueError for a file of a local folder that is not whole."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not file.is_file():
+            continue
+        with open(file, "rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(
+                    f"{str(file)!r} only points to the {part}'s file, which Git LFS has not fetched; run git lfs pull "
+                    "in its folder, or download the file"
+                )
+            if file.suffix == ".safetensors":
+                opened.seek(0)
+                size, wanted = file.stat().st_size, _whole_size(opened)
+                if wanted is None:
+                    raise ValueError(f"{str(file)!r} is not a safetensors file; download it again")
+                if size < wanted:
+                    raise ValueError(f"{str(file)!r} is cut: it has {size:,} of {wanted:,} bytes; download it again")
+
+
+def _whole_size(opened: Any) -> int | None:
+    """The bytes that a safetensors file should have; None where it does not begin as one."""
+    length = int.from_bytes(opened.read(8), "little")
+    if not 2 <= length <= LONGEST_HEADER:
+        return None
+    header = opened.read(length)
+    if len(header) < length:
+        return 8 + length
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        return 8 + length + max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        return None
+
+
+def check_complete(report: Mapping[str, Any], pretrained: str, part: str) -> None:
+    """Raise ValueError where Transformers' report on the loading of a model names tensors that the files lack.
+
+    It would draw them at random.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{pretrained!r} lacks {len(missing)} of the {part}'s tensors, the first {missing[0]!r}; "
+            f"download it again, or set {part}.pretrained to weights of this architecture"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return str(error).strip().partition("\n")[0]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.looking import CONDITIONS, compared, num_with_images
 from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.ranges import Range, Ratio, RatioAboveZero, RatioBelowOne
-from vlm.schema import Batch, LossOutput
+from vlm.schema import Batch, LossOutput, is_loss
 from vlm.sharding import FullyShard
 
 
@@ -109,7 +109,7 @@ class VLMModule(pl.LightningModule):
 
         Raises ValueError where accumulated losses were summed over different counts.
         """
-        losses = [name for name in output.sums if name.endswith("_loss")]
+        losses = [name for name in output.sums if is_loss(name)]
         if self.trainer.accumulate_grad_batches == 1:
             counts = self._over_ranks([output.counts[name] for name in losses])
             weights = [self.trainer.world_size / max(1, count) for count in counts]  # DDP and FSDP average the ranks
@@ -136,7 +136,7 @@ class VLMModule(pl.LightningModule):
         for name, (total, _) in totals.items():
             if not math.isfinite(total):
                 self._stop(f"{name} is {total}")
-        tokens = max(count for name, (_, count) in totals.items() if name.endswith("_loss"))
+        tokens = max(count for name, (_, count) in totals.items() if is_loss(name))
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if (batches := self.trainer.accumulate_grad_batches) > 1:
             for (
@@ -148,7 +148,7 @@ class VLMModule(pl.LightningModule):
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
             self._stop(f"the gradient norm is {norm.item()}")
         means = {name: total / count for name, (total, count) in totals.items() if count}
-        loss = sum(value for name, value in means.items() if name.endswith("_loss"))
+        loss = sum(value for name, value in means.items() if is_loss(name))
         self.figures = {f"train/{name}": value for name, value in means.items()}
         self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
         self.log_dict(self.figures)
@@ -199,7 +199,7 @@ class VLMModule(pl.LightningModule):
 
     def _see(self, condition: str, output: LossOutput, *, counts: bool = True) -> None:
         """Add an output's losses to the sums of one condition, or nothing to them."""
-        for name in (name for name in output.sums if name.endswith("_loss")):
+        for name in (name for name in output.sums if is_loss(name)):
             self._see_one(condition, name, output.sums[name].item() * counts, output.counts[name] * counts)
 
     def _see_one(self, condition: str, name: str, value: float, count: int) -> None:
@@ -229,11 +229,30 @@ class VLMModule(pl.LightningModule):
 
     def _stop(self, what: str) -> None:
         """Raise, on all ranks, what all of them have seen."""
-        of_ranks = [self._ids] * self.trainer.world_size
+        ours = (self._ids, next(_not_finite(self.model), None))
+        of_ranks = [ours] * self.trainer.world_size
         if len(of_ranks) > 1:
-            torch.distributed.all_gather_object(of_ranks, self._ids)
-        ids = ", ".join(name for names in of_ranks for name in names)
+            torch.distributed.all_gather_object(of_ranks, ours)
+        step = self.global_step + 1
+        if name := next((name for _, name in of_ranks if name), None):
+            part = name.partition(".")[0]
+            raise NotFinite(
+                f"{what} at step {step}, because the weights {name} hold NaN or infinity since they were loaded; set "
+                f"{part}.pretrained to other weights, or give another ckpt="
+            )
+        ids = ", ".join(name for names, _ in of_ranks for name in names)
         raise NotFinite(
-            f"{what} at step {self.global_step + 1}, samples {ids}; the weights of step "
-            f"{self.global_step} are kept: lower stage.lr, or look at these samples"
+            f"{what} at step {step}, samples {ids}; the weights of step {self.global_step} are kept: lower stage.lr, "
+            "or look at these samples"
         )
+
+
+def _not_finite(model: nn.Module) -> Iterator[str]:
+    """The names of weights that hold NaN or infinity, of this rank's slices; no update of a run makes them so."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not values.is_floating_point():
+            continue
+        finite = torch.isfinite(values) if isinstance(tensor, nn.Parameter) else ~torch.isnan(values)
+        if not finite.all():  # infinity in a buffer is a mask's
+            yield name

@@ -162,3 +162,8 @@ class LossOutput:
 
     sums: Mapping[str, Float[Tensor, ""]]
     counts: Mapping[str, int]
+
+
+def is_loss(name: str) -> bool:
+    """Whether a sum of that name is part of the total; `loss/<source>` is not, whatever the source is called."""
+    return name.endswith("_loss") and not name.startswith("loss/")

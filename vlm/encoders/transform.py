@@ -54,6 +54,12 @@ class Transform:
                 f"encoder.mean has {len(self.mean)} and encoder.std {len(self.std)} numbers; give 3 each, for R, G, B"
             )
 
+        if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
+            raise ValueError(
+                f"encoder.mean={list(self.mean)} and encoder.std={list(self.std)}: pixels are divided by std, so give "
+                "finite numbers, and for std such above 0"
+            )
+
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         pixels = pixels_of(image)  # 3 h w
         if self.resize == "pad":

