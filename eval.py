@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.entry import start
+from vlm.cli import interrupt
 
 
 def evaluate(cfg: Any) -> None:
@@ -38,6 +38,7 @@ def evaluate(cfg: Any) -> None:
         raise ValueError(f"num_samples={cfg.num_samples} is too few to compare images; set it to 2 or more")
     build.check(settings)
 
+    interrupt.raise_again()
     model, ours = build.build_model(settings)
     artifact.load(run_dir, model=model, manifest=ours, run_id=build.run_id(run_dir))
     module = build.build_module(settings, model)
@@ -98,4 +99,7 @@ def _keep_other_results(out: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.end_at_once()
+    from vlm.cli.entry import start
+
     start(evaluate, config_name="eval")

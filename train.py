@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.entry import start
+from vlm.cli import interrupt
 
 
 def train(cfg: Any) -> None:
@@ -32,6 +32,7 @@ def train(cfg: Any) -> None:
     from vlm.evaluation.runner import answer, score, write_samples
     from vlm.module import Ended
 
+    interrupt.raise_again()
     hydra = HydraConfig.get()
     if cfg.recipe is not None and cfg.resume.run is None:
         recipe.run_stages(cfg)
@@ -155,4 +156,7 @@ def train(cfg: Any) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.end_at_once()
+    from vlm.cli.entry import start
+
     start(train, config_name="train")

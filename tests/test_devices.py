@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from safetensors.torch import load_file
 
 from tests import ranks
 from tests.parts import make_module
-from tests.test_cli import QUICK, ROOT, evaluate, files, read, told, train
+from tests.test_cli import QUICK, ROOT, call, evaluate, files, read, told, train
 from vlm import artifact
+from vlm.cli.entry import quiet
 from vlm.data.batching import EvenBatches
 from vlm.sharding import check_strategy
 
@@ -288,3 +290,34 @@ def test_slurm_saves_queues_again_and_goes_on(tmp_path: Path) -> None:
         "train.py resume=run",
         "train.py resume=run",
     ]
+
+
+def test_a_rank_that_is_killed_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning's observer of the other ranks says so and kills what is left."""
+    child = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    child.wait(60)
+    ended: list[bool] = []
+    monkeypatch.setattr(_ChildProcessObserver, "_terminate_all", lambda self: ended.append(True))
+    quiet()
+    assert _ChildProcessObserver(main_pid=os.getpid(), child_processes=[child])._run()
+    assert ended == [True]
+    error = (
+        f"Error: rank 1 (process {child.pid}) was killed by SIGKILL, and with it the run; go on with resume=<run dir>\n"
+    )
+    assert capfd.readouterr().err == error
+
+
+def test_the_ranks_that_are_left_say_so_in_one_sentence(told: Any) -> None:
+    """As gloo says it to a rank whose peer is gone."""
+
+    def job(cfg: Any) -> None:
+        raise RuntimeError(
+            "[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:27864: Connection reset by peer. This"
+        )
+
+    assert call(job, "train", *QUICK) == 2
+    assert told() == (
+        "Error: another process of this run has ended (Connection reset by peer); go on with resume=<run dir>"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from tests.parts import make_module, make_trainer
-from tests.test_cli import QUICK, call, read, train
+from tests.test_cli import QUICK, ROOT, call, read, train
 from tests.test_module import HALVES, WHOLE, loader
 from vlm.callbacks.save import Save, newest_checkpoint
 from vlm.callbacks.stop import StopOnSignal, StopOnTime
@@ -194,3 +196,25 @@ def test_a_signal_in_the_last_validation(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.chdir(tmp_path)
     assert call(job, "train", "data=shapes", f"run_dir={tmp_path / 'run'}") == 128 + signum
+
+
+@pytest.mark.parametrize("library", ["hydra", "lightning"])
+def test_ctrl_c_during_the_first_imports_leaves_no_trace(tmp_path: Path, library: str) -> None:
+    """It comes in the middle of the import of a library, which answers an interrupt with an error of its own."""
+    package = tmp_path / "libraries" / library
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('cannot load')\n"
+    )
+    program = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *QUICK, f"run_dir={tmp_path / 'run'}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'libraries'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

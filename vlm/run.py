@@ -183,7 +183,7 @@ def disk_of_loggers(trainer: Any) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename is not None:
             raise
-        folders = " or ".join(str(logger.log_dir or logger.save_dir) for logger in trainer.loggers)
+        folders = " or ".join(str(Path(logger.log_dir or logger.save_dir)) for logger in trainer.loggers)
         raise OSError(f"could not write the metrics in {folders}: {error.strerror}") from error
 
 

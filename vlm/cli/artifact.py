@@ -219,6 +219,8 @@ def main() -> None:
             merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"), given=given)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

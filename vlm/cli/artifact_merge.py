@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlm import artifact, build, run, trust
+from vlm import artifact, build, files, run, trust
 from vlm.cli.entry import CONF
 from vlm.cli.overrides import for_shell, override
 from vlm.sharding import gather
@@ -67,13 +67,14 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         folder = Path(work) / "done"
-        try:
-            model.llm.model.save_pretrained(folder / "llm")
-        except SafetensorError as error:  # a full disk
-            raise ValueError(f"could not write {out / 'llm'}: {error}; nothing is left of it") from error
         tokenizer = model.llm.tokenizer
         tokenizer.chat_template = resolve(llm["chat_template"], tokenizer)  # that of the training
-        tokenizer.save_pretrained(folder / "llm")
+        try:
+            with files.named(out / "llm"):
+                model.llm.model.save_pretrained(folder / "llm")
+                tokenizer.save_pretrained(folder / "llm")
+        except SafetensorError as error:  # a full disk
+            raise ValueError(f"could not write {out / 'llm'}: {error}; nothing is left of it") from error
         artifact.save(
             folder / "artifact",
             tensors=gather(model, kept),

@@ -17,6 +17,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from vlm import files
 from vlm.artifact import write_json
 from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
@@ -156,9 +157,8 @@ def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sou
     by_kind = {split: {kind: counts[split, kind] for kind in KINDS} for split in sources}
     write_json(out / "report.json", {**report, "counts": by_kind, "findings": [asdict(f) for f in findings]})
     page = _page(report, findings, sources)
-    (out / "report.html").write_bytes(
-        page.encode("utf-8", "replace")
-    )  # a text may be the defect: half a surrogate pair
+    with files.create(out / "report.html") as file:
+        file.write(page)
 
 
 def _read(checkup: Checkup, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 
 from vlm.files import printable
 
+GO_ON = "go on with resume=<run dir>"
 CONF = str(Path(__file__).parents[2] / "conf")
 
 
@@ -97,8 +98,11 @@ def mistake(error: Exception) -> str | None:
     if str(error).startswith("DataLoader worker"):
         return (
             f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
-            "data.batch_size lower, and go on with resume=<run dir>"
+            f"data.batch_size lower, and {GO_ON}"
         )
+    if "gloo" in str(error) or type(error).__name__ == "DistBackendError":
+        said = re.search(r"connection [a-z ]+ by peer|timed out|timeout", str(error), re.IGNORECASE)
+        return f"another process of this run has ended ({said[0] if said else type(error).__name__}); {GO_ON}"
     return addon_refusal(error)
 
 
@@ -169,8 +173,22 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    launcher = logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script")
+    launcher.setLevel(logging.INFO)
+    launcher.addFilter(report_lost_process)
     warnings.filterwarnings("ignore", message=r"\n'hydra/launcher/\w+' is validated against ConfigStore schema")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|timm|transformers|peft|huggingface_hub)\b")
+
+
+def report_lost_process(record: logging.LogRecord) -> bool:
+    """Put what Lightning says before it kills a run that has lost a process in one sentence; else let it pass."""
+    pattern = r"\[rank: (\d+)\] Child process with PID (\d+) terminated with code (-?\d+)"
+    if not (found := re.match(pattern, record.getMessage())):
+        return True
+    rank, pid, code = map(int, found.groups())
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    print(f"Error: rank {rank} (process {pid}) {how}, and with it the run; {GO_ON}", file=sys.stderr, flush=True)
+    return False
 
 
 def keep_memory() -> None:
