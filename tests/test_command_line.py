@@ -254,3 +254,22 @@ def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.C
     (done,) = tmp_path.glob("*/metrics.json")
     assert ",connector=linear," in done.parent.name
     assert train("-m", "connector=linear", "encoder.image_size=40", *few, "seed=3", f"hydra.sweep.dir={tmp_path}") == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["llm.attention=flash_attention_2"], "is not installed: FlashAttention2 has been toggled on"),
+        (["llm.config.model_type=clip"], "AutoModelForCausalLM. Model type should be one of GPT2Config, "),
+        (["llm.config.model_type=foo"], "Unrecognized model identifier: foo"),
+        (
+            ["encoder.name=vit_tiny_patch16_224.foo"],
+            "vit_tiny_patch16_224 has no weights 'foo'; the tags of encoder.name= are augreg",
+        ),
+    ],
+)
+def test_what_a_library_says_is_a_short_sentence(typed: list[str], said: str, tmp_path: Path, told: Any) -> None:
+    assert train(*QUICK, *typed, f"run_dir={tmp_path / 'run'}") == 2
+    line = told()
+    assert said in line
+    assert len(line) < 700

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.entry import fail, quiet
+from vlm.cli.entry import fail, quiet, sentence
 
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
 AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
@@ -218,7 +218,7 @@ def main() -> None:
             }
             merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"), given=given)  # type: ignore[arg-type]
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(sentence(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

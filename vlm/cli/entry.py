@@ -19,6 +19,7 @@ from vlm.files import printable
 
 GO_ON = "go on with resume=<run dir>"
 CONF = str(Path(__file__).parents[2] / "conf")
+LIST = re.compile(r"[^\s,]+(, [^\s,]+){79,}")  # more names than any list of our own has: every class of Transformers
 
 
 def start(job: Callable[[Any], None], *, config_name: str) -> None:
@@ -58,7 +59,7 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
                 raise
             if not sweeps:
                 fail(message)
-            print(f"Error: {message}", file=sys.stderr)
+            print(f"Error: {printable(message)}", file=sys.stderr)
             record_failure(message)
 
     try:
@@ -103,7 +104,18 @@ def mistake(error: Exception) -> str | None:
     if "gloo" in str(error) or type(error).__name__ == "DistBackendError":
         said = re.search(r"connection [a-z ]+ by peer|timed out|timeout", str(error), re.IGNORECASE)
         return f"another process of this run has ended ({said[0] if said else type(error).__name__}); {GO_ON}"
+    if isinstance(error, ImportError) and "site-packages" in _raised_in(error):  # of a library, for what it lacks
+        other = ", or set llm.attention=sdpa" if "attention" in str(error).lower() else ""
+        return f"a package for these options is not installed: {' '.join(sentence(error).split())}; install it{other}"
     return addon_refusal(error)
+
+
+def _raised_in(error: Exception) -> str:
+    """The file whose code has raised an error."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last.tb_frame.f_code.co_filename if last else ""
 
 
 def addon_refusal(error: Exception) -> str | None:
@@ -145,11 +157,18 @@ def resuming(arguments: list[str]) -> list[str]:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, without the stack trace that a data worker puts before it."""
+    """What an error says, without the stack trace that a data worker puts before it, and without a library's tables."""
     text = str(error).rstrip(" .\n")
+    if LIST.search(text):
+        text = " ".join(LIST.sub(_first_of_list, text).split())
     if re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
         text = text.rpartition("\n")[2].partition(": ")[2]
     return text
+
+
+def _first_of_list(found: re.Match[str]) -> str:
+    names = found[0].split(", ")
+    return f"{', '.join(names[:5])}, … ({len(names)} in all)"
 
 
 def exit_code(end: SystemExit) -> Any:

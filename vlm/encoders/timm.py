@@ -70,9 +70,17 @@ class TimmEncoder(nn.Module):
         if not timm.is_model(name):
             close = ", ".join(get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)) or "see timm.list_models()"
             raise ValueError(f"timm has no model {name!r}; close names: {close}")
+        try:
+            published = timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            architecture, _, tag = name.partition(".")
+            tags = ", ".join(each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")) or "none"
+            raise ValueError(
+                f"timm's {architecture} has no weights {tag!r}; the tags of encoder.name= are {tags}"
+            ) from error
         options = dict(model_args or {})
         self._whole = partial(timm.create_model, name, num_classes=0, **options)
-        if image_size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        if image_size is not None and getattr(published, "fixed_input_size", False):
             options["img_size"] = image_size
         headless, skeleton = _headless(name, options)
         if not hasattr(skeleton, "forward_intermediates"):
