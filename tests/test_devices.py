@@ -209,6 +209,21 @@ def test_a_sweep_on_ray(tmp_path: Path) -> None:
     assert len({json.loads(run.read_text())["val/loss"] for run in runs}) == 2
 
 
+@pytest.mark.slow
+def test_a_job_that_fails_on_ray_is_not_started_again(tmp_path: Path) -> None:
+    tiny = ["llm=tiny", "encoder=tiny", "debug=fast", "trainer=cpu", "encoder.image_size=40"]
+    sweep = ["hydra/launcher=ray", "connector=pixel_shuffle,linear"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *sweep, *tiny]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "Error: 1 job of the sweep failed, the others have run: connector=pix"
+    )
+    (run,) = tmp_path.glob("multirun/*/*/metrics.json")
+    assert run.parent.name.startswith("connector=linear,")
+
+
 def test_losses_of_unlike_counts_are_not_added_up(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lm_loss over 2, size_loss over 1, which .*accumulate_grad_batches=1"):
         ranks.fit(tmp_path, ranks.tokens, accumulate=8, objective=ranks.TwoLosses())
