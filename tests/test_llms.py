@@ -189,6 +189,12 @@ def test_what_is_learnt_is_the_answer_and_its_end(option: str) -> None:
     llm = small_llm(option)
     subject = encoder(llm.tokenizer, llm.chat_template, num_image_tokens=2)
     row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "A cat")], 1)
-    end = {"chatml": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "phi": "<|end|>"}
-    assert subject.supervised(row) == ["A cat" + end.get(str(llm.chat_template), "<eos>")]
+    end = {
+        **dict.fromkeys(("chatml", "smollm2", "qwen3"), "<|im_end|>"),
+        **dict.fromkeys(("llama3", "llama3_2"), "<|eot_id|>"),
+        "gemma": "<end_of_turn>",
+        "phi": "<|end|>",
+    }
+    space = " " if llm.chat_template in ("mistral", "vicuna_v1") else ""
+    assert subject.supervised(row) == [space + "A cat" + end.get(str(llm.chat_template), "<eos>")]
     assert max(row.input_ids) < 320
