@@ -262,7 +262,7 @@ def test_replay_beside_a_mixture_keeps_the_names_of_its_sources() -> None:
     assert source.names == ["a", "b", "replay"]
     readable = [index for index in source.order(0, seed=0) if int(index) % 7 != 6 and not 30 <= int(index) < 40]
     assert {source[int(index)].meta["source"] for index in readable} == {"a", "replay"}
-    filtered = Filtered(inner, left_out=range(5, 20))
+    filtered = Filtered(inner, split="train", left_out=range(5, 20))
     lengths = [len(filtered.order(epoch, seed=0)) for epoch in range(9)]
     assert len(set(lengths)) > 1
     source = with_replay(filtered, share=0.2, annotations=None)

@@ -27,7 +27,7 @@ class Forgetting(pl.Callback):
         max: the forgetting above which the run stops, with its artefact saved; None stops none.
     """
 
-    def __init__(self, *, max: Annotated[float, Range(0, 1_000)] | None = None) -> None:
+    def __init__(self, *, max: Annotated[float, Range(-1_000, 1_000)] | None = None) -> None:
         self.max = max
         self._base: float | None = None
 
