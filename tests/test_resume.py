@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.test_cli import QUICK, ROOT, read, told, train
+from tests.test_cli import QUICK, ROOT, evaluate, read, told, train
 from tests.test_sources_webdataset import captions
 from vlm import build
 from vlm.callbacks.save import newest_checkpoint
@@ -241,7 +241,7 @@ def test_what_cannot_be_resumed(whole: Path, tmp_path: Path, told: Any) -> None:
     assert "it has no config.yaml" in told()
     file = whole / "checkpoints" / "last.ckpt"
     assert train(f"resume={file}") == 2
-    assert told() == f"Error: resume={file} is a file; give the run directory that it lies in"
+    assert told() == f"Error: resume={file} is a part of a run directory; give the whole directory, resume={whole}"
     run = tmp_path / "overfit"
     assert train(*QUICK, "debug=overfit", "trainer.max_steps=2", f"run_dir={run}") == 0
     assert train(f"resume={run}") == 2
@@ -304,3 +304,104 @@ def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:
     assert train(f"resume={again}") == 0
     assert_same(again, run)
     assert best_of(again) == best_of(run)
+
+
+@pytest.fixture(scope="module")
+def other(whole: Path) -> Path:
+    """A run of another seed, with the same names and shapes."""
+    run = whole.with_name("other")
+    assert train(*OPTIONS, "seed=5", f"run_dir={run}") == 0
+    return run
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(whole: Path, other: Path, tmp_path: Path, told: Any) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.copyfile(other / "checkpoints" / "last.ckpt", run / "checkpoints" / "last.ckpt")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    assert train(f"resume={run}") == 2
+    error = told()
+    assert f"{run / 'checkpoints' / 'last.ckpt'} is of another run: its id is " in error
+    assert "its seed is 5, here it is 0; put the run's own checkpoint there, or start a new run with ckpt=" in error
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+
+
+def test_an_artifact_of_another_run_is_refused_by_name(whole: Path, other: Path, tmp_path: Path, told: Any) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.copyfile(other / "artifact" / "weights.safetensors", run / "artifact" / "weights.safetensors")
+    for program in (lambda: train(f"resume={run}"), lambda: evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2")):
+        assert program() == 2
+        assert "has the weights of another run: weights.safetensors is of run '" in told()
+    shutil.copyfile(other / "artifact" / "manifest.json", run / "artifact" / "manifest.json")
+    for program in (lambda: train(f"resume={run}"), lambda: evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2")):
+        assert program() == 2
+        assert "has the artifact of another run: manifest.json is of run '" in told()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "weights", "nan", "gone"])
+def test_a_damaged_artifact_beside_whole_checkpoints(
+    damage: str, whole: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run resumes from the checkpoint before the last, and ends as it would have."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
+    manifest, stored = run / "artifact" / "manifest.json", run / "artifact" / "weights.safetensors"
+    if damage == "manifest":
+        manifest.write_text(manifest.read_text()[:500])
+    elif damage == "weights":
+        cut(stored)
+    elif damage == "nan":
+        tensors = load_file(stored)
+        next(iter(tensors.values())).view(-1)[3] = float("nan")
+        save_file(tensors, stored, metadata={"step": "8"})
+    else:
+        shutil.rmtree(run / "artifact")
+    assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2") == 2
+    said = {
+        "manifest": "is not a manifest",
+        "weights": "cannot be read",
+        "nan": f"1 of the {next(iter(weights(whole).values())).numel():,} values of {min(weights(whole))} are NaN",
+        "gone": "it has no artifact/manifest.json",
+    }[damage]
+    assert said in told()
+    assert train(f"resume={run}") == 0
+    assert "; the run goes on from its checkpoint" in capfd.readouterr().out
+    assert_same(run, whole)
+
+
+def test_a_checkpoint_with_nan_gives_way_to_the_one_before(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name].view(-1)[0] = float("inf")
+    torch.save(content, last)
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint == (last.with_name("last-1.ckpt"), 6)
+    assert f"values of {name} are NaN or infinite); it is damaged-last.ckpt now" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("edit", ["edited", "shuffled"])
+def test_other_rows_are_refused_by_the_splits_name(edit: str, tmp_path: Path, told: Any) -> None:
+    """As many rows as before, in resume= and eval.py; what the user allows, or names again, is taken."""
+    file, run = tmp_path / "captions.jsonl", tmp_path / "run"
+    for number in range(12):
+        Image.new("RGB", (40, 30), (20 * number, 99, 200)).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": f"{number}.png", "caption": f"color number {number}"}) for number in range(12)]
+    file.write_text("\n".join(lines))
+    images = f"data.images={tmp_path}"
+    assert (
+        train(*QUICK, "data=captions", f"data.annotations={file}", images, "data.val_fraction=0.4", f"run_dir={run}")
+        == 0
+    )
+    assert train(f"resume={run}") == 0
+    changed = [line.replace("color", "Color") for line in lines] if edit == "edited" else lines[::-1]
+    file.write_text("\n".join(changed))
+    assert train(f"resume={run}") == 2
+    assert "the rows of the train split are not those that this run was trained with" in told()
+    options = [f"ckpt={run}", "trainer=cpu", "num_samples=2", "batch_size=2"]
+    assert evaluate(*options) == 2
+    assert "the rows of the val split are not those that this run was trained with" in told()
+    assert evaluate(*options, f"data.annotations={file}") == 0
+    assert train(f"resume={run}", "resume.allow=[data]") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -158,7 +159,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def change(run_dir: Path, key: str, value: Any, *, file: str = "config.yaml") -> None:
     """Write another value into a file of a run."""
     path = run_dir / file
-    content = yaml.safe_load(path.read_text())
+    content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
     *groups, last = key.split("/")
     inner = content
     for group in groups:
@@ -309,3 +310,110 @@ def test_a_stored_choice_is_none_of_hydra(sent: Path) -> None:
     evil = ("hydra", "hydra/callbacks", "hydra.searchpath", "+hydra.callbacks.a", "~a", "connector@hydra.callbacks")
     found = trust.group_choices({"choices": {**content["choices"], **dict.fromkeys(evil, "mlp")}})
     assert found == honest
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefghij")
+)
+BROKEN_CONFIGS = {
+    "empty": (b"", "holds nothing"),
+    "a list": (b"- a\n", "holds no settings"),
+    "binary": (bytes(range(256)), "is not a text in UTF-8 (invalid start byte)"),
+    "zeros": (bytes(100), "is not YAML"),
+    "cut": (b"encoder:\n  name: x\nconnector:", "is not whole: its connector is None"),
+    "cut in a line": (b"encoder:\n  name: 'x", "is not YAML in line 2 (found unexpected end of stream)"),
+    "nested": (b"[" * 100_000, "is not YAML"),
+    "alias bomb": (BOMB.encode(), "(it has an alias (*), which no config of a run has)"),
+    "too large": (b"#" * (2**20 + 1), "has 1,048,577 bytes, more than the limit of 1,048,576"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BROKEN_CONFIGS.values(), ids=list(BROKEN_CONFIGS))
+def test_a_broken_config_is_one_sentence(content: bytes, said: str, sent: Path, tmp_path: Path, told: Any) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    (run_dir / "config.yaml").write_bytes(content)
+    for program in PROGRAMS.values():
+        assert program(run_dir, tmp_path) == 2
+        error = told()
+        assert str(run_dir / "config.yaml") in error
+        assert said in error
+
+
+def test_a_config_that_is_a_pipe(sent: Path, tmp_path: Path, told: Any) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    (run_dir / "config.yaml").unlink()
+    os.mkfifo(run_dir / "config.yaml")
+    for program in PROGRAMS.values():
+        assert program(run_dir, tmp_path) == 2
+        assert "config.yaml is not a regular file; replace it with one" in told()
+
+
+BROKEN_MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no stages": ({"stages": None}, "is not whole: its stages is None"),
+    "a stage without a run": ({"stages": [{"name": "a"}]}, "is not whole: it has no stages[0].run"),
+    "tensors": ({"tensors": ["connector.a", 5]}, "is not whole: its tensors[1] is 5"),
+    "bases": ({"bases": {"encoder": {"fingerprint": None}, "llm": {}}}, "its bases.encoder.fingerprint is None"),
+    "parts": ({"parts": []}, "is not whole: its parts is []"),
+    "code": ({"code": {}}, "is not whole: it has no code.packages"),
+    "version": ({"format_version": "2"}, "is not a manifest: its format_version is '2'"),
+    "version 1": ({"format_version": 1, "parts": None}, "is not whole (TypeError: "),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), BROKEN_MANIFESTS.values(), ids=list(BROKEN_MANIFESTS))
+def test_a_broken_manifest_is_one_sentence(
+    fields: dict[str, Any], said: str, sent: Path, tmp_path: Path, told: Any
+) -> None:
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    for key, value in fields.items():
+        change(run_dir, key, value, file="artifact/manifest.json")
+    programs = [
+        lambda: train(*QUICK, f"ckpt={run_dir}", f"run_dir={tmp_path / 'next'}"),
+        lambda: artifact_program("show", run_dir),
+        lambda: artifact_program("diff", sent, run_dir),
+        *(lambda program=program: PROGRAMS[program](run_dir, tmp_path) for program in ("eval", "merge", "doctor")),
+    ]
+    for program in programs:
+        assert program() == 2
+        error = told()
+        assert str(run_dir / "artifact" / "manifest.json") in error
+        assert said in error
+
+
+def test_a_pattern_of_a_manifest_is_not_matched(sent: Path, tmp_path: Path, told: Any) -> None:
+    """Nor is an adapter made that the weights are not of."""
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    change(run_dir, "lora/target_modules", "(([a-z]+)+)+[!]", file="artifact/manifest.json")
+    assert PROGRAMS["eval"](run_dir, tmp_path) == 0
+    change(run_dir, "lora/r", 10**9, file="artifact/manifest.json")
+    for program in ("eval", "merge", "doctor"):
+        assert PROGRAMS[program](run_dir, tmp_path) == 2
+        assert "has an adapter with r=1000000000, and tensors of rank [16]" in told()
+
+
+def test_a_metrics_line_without_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\xfe\n{"step": 3}\n{"st')
+    run.forget_after(tmp_path, step=2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    for line in ("{}", "5", "[]", '{"step": null}', '{"step": "x"}'):
+        file.write_text(f'{{"step": 1}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 names no step; remove that line"):
+            run.forget_after(tmp_path, step=2)
+
+
+def test_terminal_escapes_are_shown_and_not_obeyed(
+    sent: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m\ud800"
+    run_dir = shutil.copytree(sent, tmp_path / "run")
+    change(run_dir, "code/git", evil, file="artifact/manifest.json")
+    assert artifact_program("show", run_dir) == 0
+    assert artifact_program("diff", sent, run_dir) == 0
+    change(run_dir, "quantization", evil, file="artifact/manifest.json")
+    assert PROGRAMS["eval"](run_dir, tmp_path) == 2
+    run.print_samples([{"id": evil, "prediction": evil, "reference": evil, "correct": True}])
+    run.print_figures({evil: 1.0})
+    seen = "".join(capfd.readouterr())
+    assert not {"\x1b", "\x07", "\x9b", "\ud800"} & set(seen)
+    assert seen.count("\\x1b]0;title\\x07\\x1b[2J") >= 5

@@ -39,6 +39,7 @@ class PlainConsole(Console):
 
 
 CONSOLE = PlainConsole(width=None if Console().is_terminal else 120, soft_wrap=False)
+MAX_METRICS = 2**30  # bytes
 
 
 def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
@@ -81,7 +82,10 @@ def identity(run_id: str, settings: Mapping[str, Any], choices: Mapping[str, str
 def finished(run_dir: Path) -> bool:
     """Whether a run went to its end. One that a signal stopped also has figures, but not those of the answers."""
     file = run_dir / "metrics.json"
-    return file.is_file() and "val/exact_match" in json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return file.is_file() and "val/exact_match" in json.loads(files.read(file, max_bytes=MAX_METRICS))
+    except (ValueError, TypeError) as error:  # written by renaming, so no run has left it so
+        raise ValueError(f"{file} cannot be read ({error}); remove it, and the run ends anew with resume=") from error
 
 
 def first_rank() -> bool:
@@ -106,16 +110,19 @@ def forget_after(run_dir: Path, *, step: int) -> None:
     """Drop the metrics of steps that will be done again."""
     file = run_dir / "metrics.jsonl"
     if file.exists():
-        kept = [line for line in file.read_text().splitlines(keepends=True) if _step(line) <= step]
+        lines = files.read(file, max_bytes=MAX_METRICS).decode(errors="replace").split("\n")
+        kept = [f"{line}\n" for number, line in enumerate(lines, start=1) if line and _step(file, number, line) <= step]
         write(aside(file), "".join(kept))
         put(file)
 
 
-def _step(line: str) -> float:
+def _step(file: Path, number: int, line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except json.JSONDecodeError:  # a line that was being written when the run was killed
+    except (json.JSONDecodeError, RecursionError):  # a line that was being written when the run was killed
         return float("inf")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} line {number} names no step; remove that line") from error
 
 
 def provenance() -> dict[str, Any]:
