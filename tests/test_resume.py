@@ -310,7 +310,7 @@ def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:
 def other(whole: Path) -> Path:
     """A run of another seed, with the same names and shapes."""
     run = whole.with_name("other")
-    assert train(*OPTIONS, "seed=5", f"run_dir={run}") == 0
+    assert train(*QUICK, "stage=instruct", "seed=5", f"run_dir={run}") == 0
     return run
 
 
@@ -337,7 +337,7 @@ def test_an_artifact_of_another_run_is_refused_by_name(whole: Path, other: Path,
         assert "has the artifact of another run: manifest.json is of run '" in told()
 
 
-@pytest.mark.parametrize("damage", ["manifest", "weights", "nan", "gone"])
+@pytest.mark.parametrize("damage", ["manifest", "nan"])
 def test_a_damaged_artifact_beside_whole_checkpoints(
     damage: str, whole: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,20 +347,14 @@ def test_a_damaged_artifact_beside_whole_checkpoints(
     manifest, stored = run / "artifact" / "manifest.json", run / "artifact" / "weights.safetensors"
     if damage == "manifest":
         manifest.write_text(manifest.read_text()[:500])
-    elif damage == "weights":
-        cut(stored)
-    elif damage == "nan":
+    else:
         tensors = load_file(stored)
         next(iter(tensors.values())).view(-1)[3] = float("nan")
         save_file(tensors, stored, metadata={"step": "8"})
-    else:
-        shutil.rmtree(run / "artifact")
     assert evaluate(f"ckpt={run}", "trainer=cpu", "num_samples=2") == 2
     said = {
         "manifest": "is not a manifest",
-        "weights": "cannot be read",
         "nan": f"1 of the {next(iter(weights(whole).values())).numel():,} values of {min(weights(whole))} are NaN",
-        "gone": "it has no artifact/manifest.json",
     }[damage]
     assert said in told()
     assert train(f"resume={run}") == 0
