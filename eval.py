@@ -20,6 +20,7 @@ def evaluate(cfg: Any) -> None:
     from vlm.evaluation.looking import check_comparison
     from vlm.evaluation.runner import answer, score, write_samples
 
+    build.check_evaluation(cfg)
     run_dir = Path(cfg.ckpt).absolute()
     manifest = artifact.read_manifest(run_dir)
     loader = {"data.batch_size": cfg.batch_size, "data.num_val_samples": cfg.num_samples}
@@ -34,8 +35,6 @@ def evaluate(cfg: Any) -> None:
     build.enter_folder_of(run_dir)
     settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
-    if cfg.num_samples is not None and cfg.num_samples < 2:
-        raise ValueError(f"num_samples={cfg.num_samples} is too few to compare images; set it to 2 or more")
     build.check(settings)
 
     interrupt.raise_again()

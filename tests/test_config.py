@@ -152,7 +152,7 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("answers.num_samples=true", ["answers.num_samples=True is not a whole number"]),
         (
             "stage.llm={last_n:two}",
-            ["stage.llm={'last_n': 'two'} is not a state of the llm; choose frozen, "],
+            ["stage.llm.last_n='two' must be a whole number from 1 to 1,000"],
         ),
         ("stage.connector=lora", ["stage.connector='lora' is not a state of the connector; choose frozen or full"]),
         ("stage.connector=frozen", ["the stage trains nothing: every part is frozen"]),

@@ -15,6 +15,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 RANK = {
     "schema": 0,
     "hub": 0,
+    "architecture": 0,
     "ranges": 0,
     "files": 0,
     **dict.fromkeys(("text", "encoders", "connectors", "llms"), 1),

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from vlm.options import fit
-from vlm.ranges import Length, Range, Written
+from vlm.ranges import Known, Length, Range, Written
 
 Small = Annotated[int, Range(1, 64)]
 Pair = Annotated[Sequence[Small], Length(2, 2)]
 Rate = Annotated[float, Range(0, 1)] | dict[str, Annotated[float, Range(0, 1)]] | None
 Part = Literal["encoder", "llm"]
+Facts = Annotated[dict[str, Any], Known({"width": Small, "inner": Annotated[dict[str, Any], Known({"rate": Small})]})]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ Part = Literal["encoder", "llm"]
         (Annotated[str, Written(r"\d+", "12")], "7"),
         (dict[str, Any], {"anything": [1, "x", None]}),
         (list[list[int]], []),
+        (Facts, {"width": 8, "other": [None, "x"]}),
     ],
 )
 def test_a_value_that_fits(hint: Any, value: Any) -> None:
@@ -53,7 +55,7 @@ def test_a_value_that_fits(hint: Any, value: Any) -> None:
         (Small, None, "part.option=null must be a whole number from 1 to 64"),
         (Small | None, "x", "part.option='x' must be a whole number from 1 to 64 or null"),
         (float, float("nan"), "part.option=nan must be a number"),
-        (Any, {"a": [1, float("inf")]}, "part.option={'a': [1, inf]} must be finite"),
+        (Any, {"a": [1, float("inf")]}, "part.option.a[1]=inf must be finite"),
         (Annotated[int, Range(1)], 0, "part.option=0 must be a whole number at least 1"),
         (
             Annotated[float, Range(least=0, below=1)],
@@ -79,6 +81,10 @@ def test_a_value_that_fits(hint: Any, value: Any) -> None:
         (str | Path | None, 5, "part.option=5 must be a path or null"),
         (Literal["a", "b"], [], "part.option=[] must be one of a, b"),
         (Literal[1, 2], True, "part.option=true must be one of 1, 2"),
+        (Facts | None, {"width": 0}, "part.option.width=0 must be a whole number from 1 to 64"),
+        (Facts | None, {"inner": {"rate": "x"}}, "part.option.inner.rate='x' must be a whole number from 1 to 64"),
+        (Facts | None, {"other": float("nan")}, "part.option.other=nan must be finite"),
+        (Facts | None, 3, "part.option=3 must be a mapping or null"),
         (bool, 1, "part.option=1 must be true or false"),
         (Annotated[str, Written(r"\d+", "12")], "x", "part.option='x' must be a text such as 12"),
         (Annotated[str, Length(1)], "", "part.option='' must be a text that is not empty"),
@@ -90,5 +96,5 @@ def test_a_value_that_does_not_fit(hint: Any, value: Any, said: str) -> None:
 
 
 def test_a_long_value_is_shortened() -> None:
-    with pytest.raises(ValueError, match=r"part\.option='x{39} … x{19}' \(1,002 characters\) must be a whole number"):
+    with pytest.raises(ValueError, match=r"^part\.option='x{80}…' \(1,000 characters\) must be a whole number$"):
         fit("part", {"option": "x" * 1000}, {"option": int})

@@ -118,7 +118,7 @@ def test_what_a_stage_trains(stage: str, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_file_says_all_that_a_stage_is(stage: str) -> None:
     """Nothing is left to a default in the code, which a reader of the file would not see."""
-    keys = {*build.STAGE_KEYS, *parameters(VLMModule)} - {"model"}
+    keys = {*build.SECTIONS["stage"], *parameters(VLMModule)} - {"model"}
     assert set(settings(f"stage={stage}")["stage"]) == keys
 
 

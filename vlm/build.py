@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from vlm import trust
+from vlm.architecture import from_facts
 from vlm.artifact import aside, identity, put, short_hash, write
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
@@ -27,28 +28,70 @@ from vlm.encoders.tiles import Tiles
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import Model
 from vlm.module import VLMModule
-from vlm.optim import check_rates, check_states, check_steps, round_frozen, set_trainable
-from vlm.options import _constructor, bind, bind_class, known, parameters, typed
+from vlm.optim import Rate, check_rates, check_states, check_steps, round_frozen, set_trainable
+from vlm.options import _constructor, bind, bind_class, fit, known, mapping, parameters, shown, typed, unknown_key
+from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Range, Samples, Seed
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 from vlm.sharding import check_strategy
+from vlm.text.templates import TEMPLATES
 
 RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
-STAGE_KEYS = {
-    *("name", "task", "encoder", "connector", "llm", "lr", "lora", "objective"),
-    *("gradient_clip_val", "ema_decay"),
+Tasks = Literal["caption", "instruct", "mixed"]
+PARTS = ("encoder", "connector", "llm")  # for which every stage in conf/ has a state; a model may have others
+# What belongs to no constructor: the values at the top, and the sections whose keys are read one by one.
+VALUES: dict[str, Any] = {
+    **{"seed": Seed, "ckpt": Name | None, "run_dir": Name, "recipe": dict[str, Any] | None},
+    **dict.fromkeys(("checkpoint", "preflight", "answers", "plan", "resume"), dict[str, Any]),
 }
-SECTIONS = {
-    "preflight": {"samples", "show"},
-    "answers": {"num_samples", "batch_size", "max_new_tokens"},
-    "plan": {"show", "json"},
-    "resume": {"run", "allow"},
-    "stage": STAGE_KEYS,  # and the arguments of VLMModule
+SECTIONS: dict[str, dict[str, Any]] = {
+    "preflight": {"samples": Annotated[int, Range(1, 10**6)], "show": Annotated[int, Range(0, 10**6)]},
+    "answers": {
+        "num_samples": Samples,
+        "batch_size": BatchSize,
+        "max_new_tokens": Annotated[int, Range(1, 65_536)],
+    },
+    "plan": {"show": bool, "json": Name | None},
+    "resume": {"run": Name | None, "allow": list[Name]},
+    "stage": {  # and the arguments of VLMModule
+        "name": Name,
+        "task": Tasks,
+        **dict.fromkeys(PARTS, Any),  # as `check_states` has them
+        "lr": dict[str, Rate],
+        "lora": dict[str, Any],
+        "objective": dict[str, Any],
+        "gradient_clip_val": Annotated[Number, Range(0, 10**6)] | None,
+        "ema_decay": Decay | None,
+    },
 }
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+EVALUATION: dict[str, Any] = {  # what conf/eval.yaml has at its top
+    "ckpt": Name,
+    "out": Name | None,
+    "num_samples": Annotated[int, Range(2, 10**8)] | None,  # images are compared
+    **{key: SECTIONS["answers"][key] for key in ("batch_size", "max_new_tokens")},
+    "data": dict[str, Any],
+}
+OPTIONAL = {
+    *PARTS,
+    "run",
+    "allow",
+    "show",
+    "json",
+    "gradient_clip_val",
+    "ema_decay",
+}  # need not be there
+OF_TRAINER = {  # what every trainer here has
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "use_distributed_sampler": False,
+}
 SAVED = dict.fromkeys(("run_dir", "manifest", "inherited"))  # what the checkpoint section does not say
 GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-VALUES = ("seed", "ckpt", "resume", "run_dir", "checkpoint", "preflight", "answers", "plan", "recipe")
+NEEDED = ("encoder", "connector", "llm", "model", "data", "stage", "trainer")  # of the groups; a run has these
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -136,33 +179,28 @@ def enter_folder_of(run_dir: Path) -> None:
 def check(cfg: Mapping[str, Any]) -> None:
     """Raise ValueError, naming the choices, where a file or the command line has a key or value that nothing takes."""
     known("", cfg, {*GROUPS, *VALUES})
-    for section, keys in SECTIONS.items():
-        extra = parameters(VLMModule) if section == "stage" else {}
-        known(section, cfg.get(section) or {}, keys | (extra.keys() - {"model"}))
-    typed(
-        "stage", {k: v for k, v in cfg["stage"].items() if k in parameters(VLMModule)} | {"objective": None}, VLMModule
-    )
-    build_ema(cfg["stage"])
+    for group in NEEDED:
+        if not isinstance(cfg.get(group), Mapping):
+            raise ValueError(f"{group}={shown(cfg.get(group))} is not an option of this group; choose {group}=<option>")
+    fit("", {key: value for key, value in cfg.items() if key in VALUES}, VALUES)
     model: Any = _constructor("model", cfg["model"].get("_target_"))
+    for section, hints in SECTIONS.items():
+        extra = {*model.parts, *parameters(VLMModule)} - {"model"} if section == "stage" else set()
+        known(section, cfg.get(section) or {}, hints.keys() | extra)
+        fit(section, cfg.get(section) or {}, hints)
+        complete(section, cfg.get(section) or {}, hints.keys() - OPTIONAL)
+    known("stage.lr", cfg["stage"]["lr"], {*model.parts, *PARTS})
+    for part in model.parts:
+        if isinstance(state := cfg["stage"].get(part), Mapping):
+            fit(f"stage.{part}", state, {"last_n": Depth})
+    typed("stage", {k: v for k, v in cfg["stage"].items() if k not in SECTIONS["stage"]}, VLMModule)
     check_states(cfg["stage"], model)
     check_rates(cfg["stage"], model, lr=cfg["stage"]["lr"], layer_decay=cfg["stage"].get("layer_decay"))
     bind_class("checkpoint", Save, cfg["checkpoint"], SAVED)
-    for section in ("preflight", "answers"):
-        for key, value in cfg[section].items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{section}.{key}={value!r} is not a whole number")
-            if section == "answers" and value < 1:
-                raise ValueError(f"answers.{key}={value} leaves nothing to answer; set it to 1 or more")
-    allow = (cfg.get("resume") or {}).get("allow", [])
-    if not isinstance(allow, list) or not all(isinstance(key, str) for key in allow):
-        raise ValueError(f"resume.allow={allow!r} is no list of keys; write 'resume.allow=[trainer.max_steps]'")
-    if (show := cfg.get("plan", {}).get("show", False)) not in (True, False):
-        raise ValueError(f"plan={show!r} is neither true nor false")
+    if file := (cfg.get("plan") or {}).get("json"):
+        existing_parent("plan.json", file)
     loader, source = split_data(cfg["data"])
-    typed("data", loader, VLMDataModule)
-    if augment := loader.get("augment"):
-        bind_class("data.augment", Augment, augment)
-    bind_class("data.reading", Reading, loader.get("reading") or {})
+    check_loader("data", loader)
     bind_source("data", source)
     encoder, tiles = split_tiles(cfg["encoder"])
     bind("encoder", encoder)
@@ -174,17 +212,23 @@ def check(cfg: Mapping[str, Any]) -> None:
             f"connector {connector.__name__} shows the llm one image at a time and encoder.tiles.grids="
             f"{tiles.grids} makes several of one; set encoder.tiles.grids=[] or connector=mlp"
         )
+    for part in ("encoder", "llm"):
+        if isinstance(facts := cfg[part].get("config"), Mapping) and "model_type" in facts:
+            from_facts(facts, option=f"{part}.config")
     _check_llm(cfg, connector=connector, llm=llm)
     bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm")))
     bind("stage.objective", cfg["stage"]["objective"])
     quantization, ema_decay = cfg["llm"].get("quantization", "none"), cfg["stage"].get("ema_decay")
+    if not isinstance(strategy := cfg["trainer"].get("strategy", "auto"), str):
+        bind("trainer.strategy", strategy)
     check_strategy(cfg["trainer"], quantization=quantization, ema_decay=ema_decay)
     check_steps(cfg["trainer"])
-    trainer = {**cfg["trainer"], "precision": precision(cfg)}
-    if isinstance(trainer.get("strategy"), dict):
-        bind("trainer.strategy", trainer.pop("strategy"))
-    bind("trainer", trainer, derived={"callbacks": None, "logger": None})
+    complete("trainer", cfg["trainer"], ("_target_", "accelerator", "precision"))
+    trainer = {key: value for key, value in cfg["trainer"].items() if key not in ("precision", "strategy")}
+    bind("trainer", trainer, derived={**OF_TRAINER, **dict.fromkeys(("callbacks", "logger", "default_root_dir"))})
+    precision(cfg)
     for group in ("callbacks", "logger"):
+        mapping(group, cfg[group])
         _bind_named(cfg, group)
 
 
@@ -207,6 +251,19 @@ def _bind_named(cfg: Mapping[str, Any], group: str) -> list[partial[Any]]:
     return [bind(f"{group}.{name}", options) for name, options in given.items()]
 
 
+def check_evaluation(cfg: Any) -> None:
+    """Raise ValueError for a value of eval.py's own that it cannot use; `check` looks at its data and trainer."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    fit("", {key: value for key, value in settings.items() if key in EVALUATION}, EVALUATION)
+    mapping("trainer", settings.get("trainer"))
+
+
+def existing_parent(option: str, file: str) -> None:
+    """Raise ValueError where a file cannot be written because the folder for it is not there."""
+    if not Path(file).parent.is_dir():
+        raise ValueError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}; make it first")
+
+
 def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
     """Raise ValueError, before anything is loaded, where connector, LLM and stage are right each and wrong together."""
     options, state = cfg["llm"], cfg["stage"]["llm"]
@@ -222,8 +279,25 @@ def _check_llm(cfg: Mapping[str, Any], *, connector: Any, llm: Any) -> None:
             "set stage.llm=lora or llm.quantization=none"
         )
     check_quantization(quantization, weights=options["weights"])
+    if (template := options.get("chat_template")) is not None and template not in TEMPLATES:
+        raise ValueError(unknown_key(f"llm.chat_template={template}", TEMPLATES, asked=template))
+    if isinstance(modules := cfg["stage"]["lora"].get("target_modules"), str):
+        _check_pattern("stage.lora.target_modules", modules)
     known("stage.lora", cfg["stage"]["lora"], parameters(llm.add_lora).keys() - {"self"})
     typed("stage.lora", cfg["stage"]["lora"], llm.add_lora)
+
+
+def complete(name: str, given: Mapping[str, Any], needed: Iterable[str]) -> None:
+    """Raise ValueError where a section lacks a key that is read from it."""
+    if missing := [key for key in sorted(needed) if key not in given]:
+        raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={shown(pattern)} is no regular expression ({error}); give a list of names") from error
 
 
 def _of_loader(cfg: Mapping[str, Any], option: str) -> Any:
@@ -238,10 +312,23 @@ def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return loader, {key: value for key, value in options.items() if key not in shared}
 
 
+def check_loader(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of the loader that it cannot use."""
+    typed(name, options, VLMDataModule)
+    if augment := options.get("augment"):
+        bind_class(f"{name}.augment", Augment, augment)
+    bind_class(f"{name}.reading", Reading, options.get("reading") or {})
+
+
 def bind_source(name: str, options: Mapping[str, Any]) -> partial[Any]:
     """The call that makes a split of a source; those that it mixes are bound first, each with its own options."""
     if isinstance(mixed := options.get("sources"), dict):
-        parts = {key: bind_source(f"{name}.sources.{key}", split_data(part)[1]) for key, part in mixed.items()}
+        parts = {}
+        for key, part in mixed.items():
+            mapping(f"{name}.sources.{key}", part)
+            loader, source = split_data(part)
+            check_loader(f"{name}.sources.{key}", loader)
+            parts[key] = bind_source(f"{name}.sources.{key}", source)
         options = {**options, "sources": parts}
     return bind(name, options, derived={"split": "train"})
 
@@ -249,8 +336,7 @@ def bind_source(name: str, options: Mapping[str, Any]) -> partial[Any]:
 def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
     """The options of the encoder, and the tiling around it."""
     encoder = dict(options)
-    tiles = encoder.pop("tiles", None) or {}
-    return encoder, bind_class("encoder.tiles", Tiles, tiles)()
+    return encoder, bind_class("encoder.tiles", Tiles, encoder.pop("tiles", {}))()
 
 
 def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -262,19 +348,16 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]
         torch.manual_seed(RANDOM_WEIGHTS_SEED)
         options, tiles = split_tiles(cfg["encoder"])
         encoder = bind("encoder", options)().requires_grad_(False)
+        seen = {"vision_width": encoder.width, "grid": tuple(encoder.grid)}
+        with torch.device("meta"):  # what does not fit is said before the LLM is loaded
+            bind("connector", cfg["connector"], {**seen, "llm_width": 64, "output_rms": 1.0})()
         llm = bind("llm", cfg["llm"], {"dtype": "bfloat16" if rounded else "float32"})().requires_grad_(False)
     llm.check_length(_of_loader(cfg, "max_length"))
     if _of_loader(cfg, "packing") and cfg["llm"]["weights"] != "meta":
         llm.check_packing()
     bases = {"encoder": identity(encoder, options), "llm": identity(llm, cfg["llm"])}
     torch.manual_seed(cfg["seed"])
-    derived = {
-        "vision_width": encoder.width,
-        "grid": tuple(encoder.grid),
-        "llm_width": llm.width,
-        "output_rms": llm.embed_rms,
-    }
-    connector = bind("connector", cfg["connector"], derived)()
+    connector = bind("connector", cfg["connector"], {**seen, "llm_width": llm.width, "output_rms": llm.embed_rms})()
     model = bind("model", cfg["model"], {"encoder": encoder, "connector": connector, "llm": llm})()
     if bf16:
         round_frozen(model, stage)
@@ -361,12 +444,7 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, extra: list[Any]) -> An
         "callbacks": [*callbacks, *extra],
         "logger": [make() for make in _bind_named(cfg, "logger")] or False,
         "default_root_dir": str(run_dir),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "check_val_every_n_epoch": None,
-        "use_distributed_sampler": False,
+        **OF_TRAINER,
     }
     try:
         if isinstance(options.get("strategy"), dict):

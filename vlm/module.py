@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.looking import CONDITIONS, compared, num_with_images
 from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
-from vlm.ranges import Range, Ratio, RatioAboveZero, RatioBelowOne
+from vlm.ranges import Number, Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput, is_loss
 from vlm.sharding import FullyShard
 
@@ -45,7 +45,7 @@ class VLMModule(pl.LightningModule):
         objective: Any,
         lr: dict[str, Rate],
         layer_decay: RatioAboveZero | None = None,
-        weight_decay: Annotated[float, Range(0, 100)] = 0.0,
+        weight_decay: Annotated[Number, Range(0, 100)] = 0.0,
         schedule: Schedule = "cosine",
         warmup_share: RatioBelowOne = 0.03,
         lr_floor: Ratio = 0.05,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from vlm.models.base import Model
-from vlm.ranges import LearningRate
+from vlm.ranges import LearningRate, Length, RatioAboveZero
 
 Schedule = Literal["cosine", "linear", "constant"]
 # Of a part; or of some of its modules by name, and of the `rest`; None: no rate.
-Rate = LearningRate | dict[str, LearningRate] | None
+Rate = LearningRate | Annotated[dict[str, LearningRate], Length(1)] | None
 STATE_WORDS = {"last_n": "{last_n: N}"}  # how a state is written in a config
 
 
@@ -47,12 +47,15 @@ def check_steps(trainer: Mapping[str, Any]) -> None:
 
 
 def check_rates(
-    states: Mapping[str, Any], model: type[Model], *, lr: Mapping[str, Rate], layer_decay: float | None
+    states: Mapping[str, Any], model: type[Model], *, lr: Mapping[str, Rate], layer_decay: RatioAboveZero | None
 ) -> None:
     """Raise ValueError where a part is trained and has no learning rate, or where its blocks would have odd ones."""
     for part in model.parts:
-        if states[part] != "frozen" and lr.get(part) is None:
+        rate = lr.get(part)
+        if states[part] != "frozen" and rate is None:
             raise ValueError(f"the stage trains the {part} but gives it no learning rate; set stage.lr.{part}")
+        if isinstance(rate, Mapping) and "rest" not in rate:
+            raise ValueError(f"stage.lr.{part} has no rest: {rate}; set stage.lr.{part}.rest, the rate of the others")
     decayed = model.layer_decay_part
     if layer_decay is not None and decayed is not None and isinstance(lr.get(decayed), dict):
         raise ValueError(

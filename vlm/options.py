@@ -6,16 +6,18 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
-from vlm.ranges import LIBRARIES
+from vlm.data.quote import LONGEST, quoted
+from vlm.ranges import LIBRARIES, Known
 
 
 class Kind(NamedTuple):
@@ -55,21 +57,23 @@ WORDS = {
 }
 
 
-def bind(name: str, options: Mapping[str, Any], derived: Mapping[str, Any] | None = None) -> partial[Any]:
+def bind(name: str, options: Any, derived: Mapping[str, Any] | None = None) -> partial[Any]:
     """The call that makes one part, its options checked against the constructor.
 
     Raises ValueError for a target that is no class of the group's kind, an unknown option (naming the choices), a
     missing one, or a value of the wrong type.
     """
+    mapping(name, options)
     arguments = dict(options)
     target = arguments.pop("_target_", None)
     return _bound(name, _constructor(name, target), arguments, derived, target)
 
 
 def bind_class(
-    name: str, constructor: Callable[..., Any], options: Mapping[str, Any], derived: Mapping[str, Any] | None = None
+    name: str, constructor: Callable[..., Any], options: Any, derived: Mapping[str, Any] | None = None
 ) -> partial[Any]:
     """As `bind`, for a section that is always made by the same class and names none."""
+    mapping(name, options)
     return _bound(name, constructor, dict(options), derived)
 
 
@@ -82,12 +86,15 @@ def _bound(
 ) -> partial[Any]:
     derived = dict(derived or {})
     taken = parameters(constructor)
-    passed_on = parameters(_import(PASSED_ON[target])).keys() if target in PASSED_ON else set()
+    receiver = _import(PASSED_ON[target]) if target in PASSED_ON else None
+    passed_on = parameters(receiver).keys() - taken.keys() if receiver is not None else set()
     known(name, arguments, (taken.keys() | passed_on) - derived.keys())
     missing = [key for key, p in taken.items() if p.default is p.empty and key not in arguments and key not in derived]
     if missing:
         raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
-    typed(name, arguments, constructor)
+    typed(name, {key: value for key, value in arguments.items() if key in taken}, constructor)
+    if receiver is not None:
+        typed(name, {key: value for key, value in arguments.items() if key in passed_on}, receiver)
     return partial(constructor, **arguments, **derived)
 
 
@@ -135,6 +142,7 @@ def defaults(target: str) -> dict[str, Any]:
     return {name: p.default for name, p in taken.items() if p.default is not p.empty}
 
 
+@cache
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What a constructor takes by name."""
     signature = inspect.signature(constructor)
@@ -156,74 +164,119 @@ def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
 
 def typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
     """Raise ValueError on a value that the constructor's annotation does not allow, naming the key and what is."""
-    target = constructor.__init__ if inspect.isclass(constructor) else constructor
-    try:
-        hints = get_type_hints(target, include_extras=True)
-    except (NameError, TypeError):  # of a library, with names that only type checkers import
-        hints = {}
+    hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
     whose = f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', '')}"
     fit(name, arguments, {**hints, **LIBRARIES.get(whose, {})})
+
+
+@cache
+def _hints(function: Any) -> dict[str, Any]:
+    """The annotations of a function; in a library's, names that only type checkers import are left out."""
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, TypeError):
+        hints = {}
+        for key, hint in getattr(function, "__annotations__", {}).items():
+            with suppress(NameError, TypeError):
+                # One at a time, so that a name that is missing costs no more than its own hint.
+                hints |= get_type_hints(SimpleNamespace(__annotations__={key: hint}), function.__globals__)
+        return hints
+
+
+def mapping(name: str, value: Any) -> None:
+    """Raise ValueError where a section or group is a single value."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={shown(value)} must be a mapping of options, such as {name}.<option>=<value>")
+
+
+class Misfit(NamedTuple):
+    """A value, or an entry inside one, that its hint does not allow."""
+
+    key: str
+    value: Any
+    hint: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}={shown(self.value)} must be {described(self.hint)}"
+
+
+class UnknownKey(NamedTuple):
+    """A name in a mapping that is none of a few."""
+
+    key: str
+    choices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return unknown_key(self.key, self.choices)
 
 
 def fit(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Raise ValueError on a value that its hint does not allow; what has no hint must be finite all the same."""
     for key, value in values.items():
         full_key = f"{name}.{key}" if name else str(key)
-        if (refused := _refused(full_key, value, hints.get(key, Any))) is not None:
-            raise ValueError(refused)
+        if (misfit := _misfit(full_key, value, hints.get(key, Any))) is not None:
+            raise ValueError(str(misfit))
 
 
-def _refused(key: str, value: Any, hint: Any) -> str | None:
-    """One sentence on the first thing in a value that a hint does not allow; None where there is none."""
+def _misfit(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
+    """The first thing in a value that a hint does not allow; None where there is none."""
+    if hint is Any and isinstance(value, Mapping | list):
+        hint = dict[Any, Any] if isinstance(value, Mapping) else list[Any]  # each entry must be finite
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        told = _refused(key, value, inner[0])
-        if told is None and all(value in allowed for allowed in inner[1:]):
-            return None
-        return told if told is not None and not told.startswith(f"{key}=") else _sentence(key, value, hint)
+        return _outside(key, value, hint)
     if origin in (Union, UnionType):
-        refusals = [_refused(key, value, each) for each in inner]
-        if None in refusals:
-            return None
-        deeper = [sentence for sentence in refusals if sentence and not sentence.startswith(f"{key}=")]
-        return deeper[0] if deeper else _sentence(key, value, hint)
+        misfits = []
+        for each in inner:
+            if (misfit := _misfit(key, value, each)) is None:
+                return None
+            misfits.append(misfit)
+        return next((misfit for misfit in misfits if misfit.key != key), Misfit(key, value, hint))
     if origin in (list, tuple, Sequence, dict, Mapping):
-        return _refused_inside(key, value, hint)
+        return _misfit_inside(key, value, hint)
     if origin is Literal:
         fits = any(type(value) is type(choice) and value == choice for choice in inner)
     elif hint in (int, float):
         kinds = (int,) if hint is int else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool) and _finite(value)
-    elif hint is Any:
-        fits = _finite(value)
     else:
-        fits = _bearable(value, hint) and _finite(value)
-    return None if fits else _sentence(key, value, hint)
+        fits = (hint is Any or _bearable(value, hint)) and _finite(value)
+    return None if fits else Misfit(key, value, hint)
 
 
-def _refused_inside(key: str, value: Any, hint: Any) -> str | None:
-    """As `_refused`, of a list's or a mapping's hint: the entry that does not fit is named."""
+def _outside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
+    """As `_misfit`, of a hint with bounds."""
+    kind, *bounds = get_args(hint)
+    if (misfit := _misfit(key, value, kind)) is not None:
+        return Misfit(key, value, hint) if misfit.key == key else misfit
+    for bound in bounds:
+        if isinstance(bound, Known):
+            entries = ((f"{key}.{name}", entry, bound.hints.get(name, Any)) for name, entry in value.items())
+            return next(filter(None, (_misfit(*entry) for entry in entries)), None)
+        if value not in bound:
+            return Misfit(key, value, hint)
+    return None
+
+
+def _misfit_inside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
+    """As `_misfit`, of a list's or a mapping's hint."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            return _sentence(key, value, hint)
+            return Misfit(key, value, hint)
         for name, entry in value.items():
-            if _refused(key, name, inner[0]) is not None:
-                full_key = f"{key}.{name}"
-                return (
-                    unknown_key(full_key, get_args(inner[0]))
-                    if get_origin(inner[0]) is Literal
-                    else _sentence(f"the name in {key}", name, inner[0])
-                )
-            if told := _refused(f"{key}.{name}", entry, inner[1]):
-                return told
+            if get_origin(inner[0]) is Literal and name not in get_args(inner[0]):
+                return UnknownKey(f"{key}.{name}", get_args(inner[0]))
+            misfit = _misfit(f"the name in {key}", name, inner[0]) or _misfit(f"{key}.{name}", entry, inner[1])
+            if misfit:
+                return misfit
         return None
     fixed = origin is tuple and Ellipsis not in inner
     if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
-        return _sentence(key, value, hint)
+        return Misfit(key, value, hint)
     for index, entry in enumerate(value):
-        if told := _refused(f"{key}[{index}]", entry, inner[index] if fixed else inner[0]):
-            return told
+        if misfit := _misfit(f"{key}[{index}]", entry, inner[index] if fixed else inner[0]):
+            return misfit
     return None
 
 
@@ -241,15 +294,13 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _sentence(key: str, value: Any, hint: Any) -> str:
-    return f"{key}={shown(value)} must be {described(hint)}"
-
-
-def shown(value: Any, length: int = 80) -> str:
-    """A value as one would write it on the command line; the middle of a long one is left out."""
+def shown(value: Any) -> str:
+    """A value as one would write it on the command line, of a long one the beginning."""
     words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 4 :]} ({len(text):,} characters)"
+    if value is None or isinstance(value, bool):
+        return words[value]
+    text = repr(value)
+    return quoted(value) if isinstance(value, str) else text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def described(hint: Any) -> str:
@@ -257,7 +308,8 @@ def described(hint: Any) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         kind, comma, entries = described(inner[0]).partition(", each")
-        return " ".join([kind, *map(str, inner[1:])]) + comma + entries
+        bounds = [str(bound) for bound in inner[1:] if not isinstance(bound, Known)]
+        return " ".join([kind, *bounds]) + comma + entries
     if origin in (Union, UnionType):
         within = {int: float in inner, str: Path in inner, type(None): True}  # said by the other, or last
         kinds = [each for each in inner if not within.get(_base(each), False)]
@@ -271,7 +323,7 @@ def described(hint: Any) -> str:
     if origin is tuple:
         return f"a list of {len(inner)}, each entry {described(inner[0])}"
     if origin in (dict, Mapping):
-        return f"a mapping, each value {described(inner[1])}"
+        return "a mapping" if inner[1] is Any else f"a mapping, each value {described(inner[1])}"
     return WORDS.get(hint) or str(getattr(hint, "__name__", hint)).replace("typing.", "")
 
 

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+Number = int | float  # a whole number is also one where `float` alone is checked at run time
+
 
 @dataclass(frozen=True)
 class Range:
     """Finite numbers from `least` to `most`; `above` and `below` are bounds that are not allowed themselves."""
 
-    least: int | float | None = None
-    most: int | float | None = None
-    above: int | float | None = None
-    below: int | float | None = None
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
+    below: Number | None = None
 
-    def __contains__(self, value: int | float) -> bool:
+    def __contains__(self, value: Number) -> bool:
         return (
             (isinstance(value, int) or math.isfinite(value))
             and (self.least is None or value >= self.least)
@@ -71,7 +73,14 @@ class Written:
         return f"such as {self.form}"
 
 
-def _number(value: int | float) -> str:
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What some keys of an open mapping hold, where they are given; other keys may hold anything."""
+
+    hints: dict[str, Any]
+
+
+def _number(value: Number) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
@@ -84,8 +93,8 @@ Layer = Annotated[int, Range(-1_000, 1_000)]
 Layers = Layer | Annotated[list[Layer], Length(1)]
 ImageSize = Annotated[int, Range(1, 8_192)]  # pixels of a side
 Interpolation = Literal["bilinear", "bicubic"]
-Mean = Annotated[Sequence[Annotated[float, Range(-1_000, 1_000)]], Length(3, 3)]  # of a channel each
-Std = Annotated[Sequence[Annotated[float, Range(above=0, most=1_000)]], Length(3, 3)]
+Mean = Annotated[Sequence[Annotated[Number, Range(-1_000, 1_000)]], Length(3, 3)]  # of a channel each
+Std = Annotated[Sequence[Annotated[Number, Range(above=0, most=1_000)]], Length(3, 3)]
 
 # Counts
 BatchSize = Annotated[int, Range(1, 65_536)]
@@ -96,15 +105,55 @@ Workers = Annotated[int, Range(0, 512)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
 
 # Ratios
-Ratio = Annotated[float, Range(0, 1)]
-RatioBelowOne = Annotated[float, Range(least=0, below=1)]
-RatioAboveZero = Annotated[float, Range(above=0, most=1)]
-Decay = Annotated[float, Range(above=0, below=1)]
+Ratio = Annotated[Number, Range(0, 1)]
+RatioBelowOne = Annotated[Number, Range(least=0, below=1)]
+RatioAboveZero = Annotated[Number, Range(above=0, most=1)]
+Decay = Annotated[Number, Range(above=0, below=1)]
 
 # Learning rates of a part: one, some of its modules' by name with the `rest`, or none.
-LearningRate = Annotated[float, Range(0, 100)]
+LearningRate = Annotated[Number, Range(0, 100)]
 
 Name = Annotated[str, Length(1)]
+
+# Facts of an architecture by the names that Transformers and timm give them. Any other may stand beside them.
+Positive = Annotated[Number, Range(above=0, most=10**9)]
+Factors = Annotated[list[Positive], Length(1)]
+Epsilon = Annotated[Number, Range(above=0, below=1)]
+Position = Annotated[int, Range(0, 10**7)]  # of a token in a text, or of its row in the vocabulary
+RopeParameters = Annotated[
+    dict[str, Any],
+    Known(
+        {
+            "rope_type": Name,
+            **dict.fromkeys(("short_factor", "long_factor"), Factors),
+            **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), Positive),
+            "partial_rotary_factor": RatioAboveZero,
+            "original_max_position_embeddings": Annotated[int, Range(1, 10**7)],
+        }
+    ),
+]
+Facts = Annotated[
+    dict[str, Any],
+    Known(
+        {
+            **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "feed_forward_proj"), Name),
+            **dict.fromkeys(("hidden_size", "d_model", "d_kv", "embed_dim", "head_dim"), Width),
+            **dict.fromkeys(("word_embed_proj_dim", "projection_dim"), Width),
+            **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim"), Annotated[int, Range(1, 10**6)]),
+            **dict.fromkeys(("num_hidden_layers", "num_layers", "depth"), Depth),
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), Heads),
+            **dict.fromkeys(("vocab_size", "max_position_embeddings"), Annotated[int, Range(1, 10**7)]),
+            "sliding_window": Annotated[int, Range(1, 10**7)] | None,
+            **dict.fromkeys(("image_size", "patch_size"), ImageSize),
+            **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), Epsilon),
+            "query_pre_attn_scalar": Positive,
+            "rope_parameters": RopeParameters | None,
+            "pad_token_id": Position | None,
+            "decoder_start_token_id": Position,
+            "tie_word_embeddings": bool,
+        }
+    ),
+]
 
 # What constructors that are not ours take, where their own annotations allow more than a run here can use.
 Devices = (
@@ -116,28 +165,30 @@ Devices = (
 Duration = (
     Annotated[str, Written(r"\d{1,4}:\d\d:\d\d:\d\d", "00:04:30:00 (days, hours, minutes, seconds)")]
     | Annotated[
-        dict[Literal["days", "hours", "minutes", "seconds", "weeks"], Annotated[float, Range(0, 10**6)]], Length(1)
+        dict[Literal["days", "hours", "minutes", "seconds", "weeks"], Annotated[Number, Range(0, 10**6)]], Length(1)
     ]
 )
-Batches = Annotated[int, Range(0, 10**9)] | Annotated[float, Range(0, 1)]  # a number of them, or a share of all
+Batches = Annotated[int, Range(0, 10**9)] | Annotated[Number, Range(0, 1)]  # a number of them, or a share of all
 LIBRARIES: dict[str, dict[str, Any]] = {
     "lightning.pytorch.trainer.trainer.Trainer": {
         "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
         "devices": Devices,
         "num_nodes": Annotated[int, Range(1, 65_536)],
         "max_steps": Steps,
-        "min_steps": Steps | None,
+        **dict.fromkeys(("min_steps", "max_epochs", "min_epochs"), Steps | None),
+        "fast_dev_run": bool | Steps,
+        "profiler": Literal["simple", "advanced", "pytorch"] | None,
         "max_time": Duration | None,
         "limit_train_batches": Batches | None,
-        "limit_val_batches": Batches | None,
+        **dict.fromkeys(("limit_val_batches", "limit_test_batches", "limit_predict_batches"), Batches | None),
         "overfit_batches": Batches,
         "val_check_interval": Steps,
         "log_every_n_steps": Steps,
         "accumulate_grad_batches": Annotated[int, Range(1, 10**6)],
-        "gradient_clip_val": Annotated[float, Range(0, 10**6)] | None,
+        "gradient_clip_val": Annotated[Number, Range(0, 10**6)] | None,
         "gradient_clip_algorithm": Literal["norm", "value"] | None,
         "reload_dataloaders_every_n_epochs": Annotated[int, Range(0, 10**6)],
     },
-    "lightning.pytorch.strategies.deepspeed.DeepSpeedStrategy": {"stage": Literal[1, 2, 3]},
+    "lightning.pytorch.loggers.wandb.WandbLogger": {"experiment": type(None)},
     "lightning.pytorch.loggers.csv_logs.CSVLogger": {"flush_logs_every_n_steps": Steps},
 }

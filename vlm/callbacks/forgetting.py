@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from vlm.evaluation.texts import text_batches, text_loss
 from vlm.module import Ended
-from vlm.ranges import Range
+from vlm.ranges import Number, Range
 
 
 class Forgotten(Ended):
@@ -27,7 +27,7 @@ class Forgetting(pl.Callback):
         max: the forgetting above which the run stops, with its artefact saved; None stops none.
     """
 
-    def __init__(self, *, max: Annotated[float, Range(-1_000, 1_000)] | None = None) -> None:
+    def __init__(self, *, max: Annotated[Number, Range(-1_000, 1_000)] | None = None) -> None:
         self.max = max
         self._base: float | None = None
 

@@ -20,7 +20,7 @@ from vlm import artifact, files
 from vlm.callbacks.ema import averaged
 from vlm.callbacks.stop import between_steps
 from vlm.module import Ended
-from vlm.ranges import Range, Steps
+from vlm.ranges import Number, Range, Steps
 from vlm.run import CONSOLE
 from vlm.sharding import FullyShard, gather
 
@@ -55,7 +55,7 @@ class Save(pl.Callback):
         manifest: Mapping[str, Any],
         inherited: list[str],
         every_n_steps: Steps = 100,
-        every_n_minutes: Annotated[float, Range(above=0, most=10**6)] | None = None,
+        every_n_minutes: Annotated[Number, Range(above=0, most=10**6)] | None = None,
         keep_last: Annotated[int, Range(1, 1_000)] = 2,
         best: Literal["val/loss", "val/visual_gain"] | None = None,
     ) -> None:

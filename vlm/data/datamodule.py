@@ -22,7 +22,7 @@ from vlm.data.reading import Reading, applied
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
 from vlm.data.workers import WorkerContext
-from vlm.ranges import BatchSize, Name, Range, Ratio, Samples, Seed, Tokens, Workers
+from vlm.ranges import BatchSize, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.turns import count
@@ -67,7 +67,7 @@ class VLMDataModule(pl.LightningDataModule):
         batching: Literal["samples", "tokens"] = "samples",
         batch_tokens: Tokens = 8192,
         packing: bool = False,
-        augment: dict[str, float] | None = None,
+        augment: dict[str, Ratio] | None = None,
         num_workers: Workers = 0,
         max_length: Tokens = 512,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
@@ -79,7 +79,7 @@ class VLMDataModule(pl.LightningDataModule):
         seed: Seed = 0,
         bad_samples_file: Path | None = None,
         filter: Name | None = None,
-        text_replay: Annotated[float, Range(0, 0.9)] = 0.0,
+        text_replay: Annotated[Number, Range(0, 0.9)] = 0.0,
         replay_annotations: Name | None = None,
         reading: dict[str, Any] | None = None,
     ) -> None:

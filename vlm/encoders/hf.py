@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, ImageProcessingMixin, PretrainedConfig, PreTrainedModel
 
+from vlm.architecture import facts_of, from_facts
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import check_complete, first_line, look_up, readable_weights
-from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Range, Std
+from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Range, Std
 
 
 class HFEncoder(nn.Module):
@@ -45,7 +46,7 @@ class HFEncoder(nn.Module):
         self,
         *,
         pretrained: Name,
-        config: dict[str, Any] | None = None,
+        config: Facts | None = None,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
         layer: Layers = -2,
         image_size: ImageSize | None = None,
@@ -70,7 +71,7 @@ class HFEncoder(nn.Module):
         self._layers = resolve_layers(layer, first=1, last=architecture.num_hidden_layers)
         self.width = architecture.hidden_size * len(self._layers)
 
-        with torch.device("meta"):
+        with torch.device("meta"), facts_of("encoder.config"):
             skeleton = AutoModel.from_config(architecture)
         self._published_size = sum(p.numel() for p in skeleton.parameters())
         # Towers that interpolate unasked, or have no positions to interpolate, have no such argument.
@@ -152,8 +153,7 @@ def _architecture(pretrained: str, config: dict[str, Any] | None) -> Any:
         with _reading(pretrained, "config.json", "encoder.config.model_type=<Transformers' name> and its facts"):
             architecture = _vision_config(pretrained)
     else:
-        facts = dict(config)
-        architecture = AutoConfig.for_model(facts.pop("model_type"), **facts)
+        architecture = from_facts(config, option="encoder.config")
     for fact in ("hidden_size", "num_hidden_layers", "image_size", "patch_size"):
         value = getattr(architecture, fact, None)
         if not isinstance(value, int):

@@ -6,14 +6,14 @@ Axes: N images, P patches per image, Dv encoder width, the sum of the encoders'.
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm.encoders.timm import TimmEncoder
-from vlm.ranges import ImageSize, Layers, Name
+from vlm.ranges import Facts, ImageSize, Layers, Length, Name
 
 
 class JoinedEncoder(nn.Module):
@@ -38,14 +38,14 @@ class JoinedEncoder(nn.Module):
     def __init__(
         self,
         *,
-        name: list[Name],
-        pretrained: list[Name | None],
+        name: Annotated[list[Name], Length(1)],
+        pretrained: Annotated[list[Name | None], Length(1)],
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
         image_size: ImageSize | None = None,
         layer: Layers = -2,
         resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
-        model_args: list[dict[str, Any]],
+        model_args: Annotated[list[Facts], Length(1)],
     ) -> None:
         super().__init__()
         if not len(name) == len(pretrained) == len(model_args) > 0:

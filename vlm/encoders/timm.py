@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vlm.architecture import facts_of
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import check_files, first_line, look_up
-from vlm.ranges import ImageSize, Interpolation, Layers, Mean, Name, Std
+from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Std
 
 
 class TimmEncoder(nn.Module):
@@ -64,7 +65,7 @@ class TimmEncoder(nn.Module):
         interpolation: Interpolation | None = None,
         resize: Literal["squash", "pad", "crop"] = "squash",
         gradient_checkpointing: bool = False,
-        model_args: dict[str, Any] | None = None,
+        model_args: Facts | None = None,
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
@@ -82,7 +83,8 @@ class TimmEncoder(nn.Module):
         self._whole = partial(timm.create_model, name, num_classes=0, **options)
         if image_size is not None and getattr(published, "fixed_input_size", False):
             options["img_size"] = image_size
-        headless, skeleton = _headless(name, options)
+        with facts_of("encoder.name with encoder.model_args"):
+            headless, skeleton = _headless(name, options)
         if not hasattr(skeleton, "forward_intermediates"):
             raise ValueError(f"timm's {name!r} does not tell its intermediate features; choose another encoder")
         data = resolve_model_data_config(skeleton)

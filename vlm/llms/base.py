@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.loading import load, make
 from vlm.llms.quantization import Quantization, check_quantization
-from vlm.ranges import Length, Name, Range, RatioBelowOne
+from vlm.ranges import Facts, Length, Name, Range, RatioBelowOne
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # what PEFT's LoRA stands beside
 
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module, ABC):
         self,
         *,
         pretrained: Name | None,
-        config: dict[str, Any] | None,
+        config: Facts | None,
         weights: Literal["pretrained", "random", "meta"] = "pretrained",
         package: Name | None = None,
         chat_template: str | None = None,

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
+from vlm.architecture import facts_of, from_facts
 from vlm.hub import check_complete, first_line, look_up, readable_weights
 from vlm.llms.gguf import convert_package
 from vlm.llms.quantization import Quantization, loading_options
@@ -40,9 +41,8 @@ def make(
                 "set llm.pretrained=<folder> or write its facts into llm.config"
             ) from error
     else:
-        facts = dict(config)
-        architecture = _without_dropout(AutoConfig.for_model(facts.pop("model_type"), **facts))
-    with torch.device(device):
+        architecture = _without_dropout(from_facts(config, option="llm.config"))
+    with torch.device(device), facts_of("llm.config"):
         model = auto_class.from_config(
             architecture, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust
         )

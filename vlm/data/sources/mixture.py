@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.data.fingerprint import fingerprint, hashed
-from vlm.ranges import Range, Samples
+from vlm.ranges import Length, Number, Range, Samples
 from vlm.schema import BadSample, Sample, Source, Split
 
 
@@ -31,9 +31,9 @@ class Mixture:
         self,
         *,
         split: Split,
-        sources: dict[str, Callable[..., Source]],
-        weights: dict[str, Annotated[int | float, Range(0, 10**9)]] | None = None,
-        temperature: Annotated[int | float, Range(above=0, most=1_000)] = 1.0,
+        sources: Annotated[dict[str, Callable[..., Source]], Length(1)],
+        weights: Annotated[dict[str, Annotated[Number, Range(0, 10**9)]], Length(1)] | None = None,
+        temperature: Annotated[Number, Range(above=0, most=1_000)] = 1.0,
         num_samples: Samples | None = None,
     ) -> None:
         if not sources:
