@@ -148,8 +148,8 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("stage.lr.connector=abc", ["stage.lr.connector='abc' must be a number from 0 to 100"]),
         ("stage.betas=[0.9,b]", ["stage.betas[1]='b' must be a number at least 0 and below 1"]),
         ("connector.depth=two", ["connector.depth='two' must be a whole number"]),
-        ("preflight.show=x", ["preflight.show='x' is not a whole number"]),
-        ("answers.num_samples=true", ["answers.num_samples=True is not a whole number"]),
+        ("preflight.show=x", ["preflight.show='x' must be a whole number"]),
+        ("answers.num_samples=true", ["answers.num_samples=true must be a whole number"]),
         (
             "stage.llm={last_n:two}",
             ["stage.llm.last_n='two' must be a whole number from 1 to 1,000"],
@@ -174,7 +174,7 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         # a section that has one class names none: a file's would take its place
         (
             "data.augment={_target_:vlm.cli.launch.wait_for}",
-            ["data.augment={'_target_': 'vlm.cli.launch.wait_for'} is a dict, but"],
+            ["data.augment._target_='vlm.cli.launch.wait_for' must be a number"],
         ),
         ("+encoder.tiles._target_=vlm.cli.launch.wait_for", ["there is no option encoder.tiles._target_"]),
         ("+checkpoint._target_=vlm.cli.launch.wait_for", ["there is no option checkpoint._target_"]),
