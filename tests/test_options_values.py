@@ -108,7 +108,7 @@ def test_every_option_with_every_value() -> None:
     assert {key.rpartition(".")[2] for key, value in accepted if value == 0 and type(value) is int} == ZERO
 
 
-MINUS_ONE = {"layer", "devices", "version"}  # the last layer, all devices; of a logger
+MINUS_ONE = {"layer", "devices", "version", "max"}  # the last layer, all devices; of a logger; of forgetting
 ZERO = {
     *("layer", "drop_tokens", "pad_token_id", "decoder_start_token_id", "version", "seed", "num_workers", "show"),
     *("max_bad_share", "text_replay", "val_fraction", "max", "encoder", "connector", "llm", "lr_floor", "warmup_share"),

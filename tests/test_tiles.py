@@ -213,11 +213,11 @@ def test_without_grids_nothing_changes() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("encoder.tiles.grids=[[1,0]]", r"encoder.tiles.grids holds \[1, 0\]; give pairs of rows and columns"),
-        ("encoder.tiles.grids=[[2]]", r"encoder.tiles.grids holds \[2\]; give pairs of rows and columns"),
-        ("encoder.tiles.grids=3", r"encoder.tiles.grids=3 is a int"),
+        ("encoder.tiles.grids=[[1,0]]", r"encoder.tiles.grids\[0\]\[1\]=0 must be a whole number from 1"),
+        ("encoder.tiles.grids=[[2]]", r"encoder.tiles.grids\[0\]=\[2\] must be a list with 2 entries"),
+        ("encoder.tiles.grids=3", "encoder.tiles.grids=3 must be a list"),
         ("+encoder.tiles.grid=[[1,2]]", "there is no option encoder.tiles.grid; did you mean grids"),
-        ("encoder.tiles.row_separator=2", "encoder.tiles.row_separator=2 is a int"),
+        ("encoder.tiles.row_separator=2", "encoder.tiles.row_separator=2 must be true or false"),
     ],
 )
 def test_a_slip_is_named(override: str, said: str) -> None:

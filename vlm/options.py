@@ -175,7 +175,7 @@ def _hints(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
-        hints = {}
+        hints: dict[str, Any] = {}
         for key, hint in getattr(function, "__annotations__", {}).items():
             with suppress(NameError, TypeError):
                 # One at a time, so that a name that is missing costs no more than its own hint.
@@ -251,8 +251,10 @@ def _outside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
         return Misfit(key, value, hint) if misfit.key == key else misfit
     for bound in bounds:
         if isinstance(bound, Known):
-            entries = ((f"{key}.{name}", entry, bound.hints.get(name, Any)) for name, entry in value.items())
-            return next(filter(None, (_misfit(*entry) for entry in entries)), None)
+            for name, entry in value.items():
+                if (misfit := _misfit(f"{key}.{name}", entry, bound.hints.get(name, Any))) is not None:
+                    return misfit
+            return None
         if value not in bound:
             return Misfit(key, value, hint)
     return None

@@ -6,7 +6,7 @@ Axes: N images, P patches per image, Dv encoder width, the sum of the encoders'.
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
