@@ -106,7 +106,7 @@ def test_a_plan_without_data(train: Callable[..., int], tmp_path: Path, capfd: p
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("plan=perhaps", "plan='perhaps' is neither true nor false"),
+        ("plan=perhaps", "plan.show='perhaps' must be true or false"),
         ("plan.jsn=x", "there is no option plan.jsn; did you mean json?"),
     ],
 )
