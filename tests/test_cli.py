@@ -321,7 +321,7 @@ def test_a_bad_sample_stops_the_run_that_wants_it(captions: list[str], tmp_path:
     assert train(*captions, f"run_dir={tmp_path / 'run'}", "data.on_bad_sample=raise") == 2
     line = told()
     assert "3.png" in line
-    assert "1 bad samples of 20, 0 allowed" in line
+    assert "1 bad sample of 20, 0 allowed" in line
 
 
 def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_hf_takes_what_the_folder_says(model_type: str, facts: dict[str, Any], t
     ("weights", "words"),
     [
         ("pretrained", "no weights for the llm: looked for the folder or hub id 'no/such' with its safetensors"),
-        ("random", "no configuration for the llm: looked for the folder or hub id 'no/such'; set llm.pretrained="),
+        ("random", r"no configuration for the llm: looked for the folder or hub id 'no/such' \(no/such\)"),
     ],
 )
 def test_what_is_not_there_is_named(weights: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

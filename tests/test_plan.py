@@ -164,7 +164,9 @@ def test_quantised_weights_count_in_their_bits_and_an_adapter_in_full(quantizati
 def test_an_adapter_of_an_earlier_stage_is_counted(tmp_path: Path) -> None:
     lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj"]}
     (tmp_path / "artifact").mkdir()
-    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({"format_version": 2, "lora": lora}))
+    earlier = Path(__file__).parent / "earlier_runs" / "2026_11_25" / "instruct" / "artifact" / "manifest.json"
+    manifest = {**json.loads(earlier.read_text()), "lora": lora}
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps(manifest))
     cfg, model = planned(f"ckpt={tmp_path}")
     assert describe(cfg, model)[0]["parts"]["llm"] == {"total": LLM + 2 * 2 * (64 + 64), "trainable": 0}
 

@@ -84,14 +84,16 @@ def read(file: Path, *, max_bytes: int) -> bytes:
 def refuse_links(folder: Path, *, within: Path | None = None) -> None:
     """Raise ValueError where a link in the folder leads out of `within`, so that a file elsewhere would be written.
 
-    Without `within` that is the folder itself, whose own name the user gave: it may be a link.
+    Without `within` that is the folder itself, whose own name the user gave: it may be a link. W&B links its debug log
+    in a run directory to its cache, where nothing but logs is written.
     """
-    home = os.path.join(os.path.realpath(within or folder), "")
+    logs = os.path.join(os.environ.get("WANDB_CACHE_DIR") or os.path.expanduser("~/.cache/wandb"), "logs")
+    homes = tuple(os.path.join(os.path.realpath(home), "") for home in (within or folder, logs))
     top: list[tuple[str, list[str], list[str]]] = [(str(folder.parent), [folder.name], [])] if within else []
     for place, folders, names in chain(top, os.walk(folder)):
         for name in (*folders, *names):
             path = os.path.join(place, name)
-            if os.path.islink(path) and not os.path.realpath(path).startswith(home):
+            if os.path.islink(path) and not os.path.realpath(path).startswith(homes):
                 raise ValueError(
                     f"{path} is a link to {os.path.realpath(path)}, outside {within or folder}; remove it, or put a "
                     "copy of that in its place"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -36,8 +36,7 @@ class Model(nn.Module, ABC):
 
     def blocks(self, part: str) -> list[nn.Module]:
         """The blocks of a part in the order of computation; none where it is not made of blocks."""
-        module: Any = getattr(self, part)
-        return list(module.blocks()) if hasattr(module, "blocks") else []
+        return []
 
     def diagnostics(self, batch: Batch) -> dict[str, float]:
         """Figures of the model on a validation batch that help to see what is wrong; logged as `val/<name>`."""

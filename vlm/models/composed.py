@@ -46,7 +46,9 @@ class Composed(Model):
         self.check_parts()
 
     def blocks(self, part: str) -> list[nn.Module]:
-        return list(self.llm.layers()) if part == "llm" else super().blocks(part)
+        if part == "encoder":
+            return list(self.encoder.blocks())
+        return list(self.llm.layers()) if part == "llm" else []
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         visual = self.connector(self.encoder(batch.pixels))  # N K D
