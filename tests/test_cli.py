@@ -412,7 +412,7 @@ def test_an_add_on_of_lightning_that_refuses_is_one_sentence(tmp_path: Path, tol
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn starts processes without the command line"),
         (
             ["+trainer.profiler=foo"],
-            "Lightning's Trainer refuses its options: When passing string value for the `profiler`",
+            "trainer.profiler='foo' must be one of simple, advanced, pytorch or null",
         ),
         (["+trainer.barebones=true"], "Lightning's Trainer refuses its options: `Trainer(barebones=True, log_every"),
         (["trainer.accelerator=tpu"], "this machine cannot run this trainer: Requirement 'torch_xla"),
