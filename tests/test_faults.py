@@ -160,13 +160,16 @@ def another_process(run_dir: Path) -> Iterator[tuple[int, int]]:
 
     process = context.Process(target=hold)
     process.start()
-    worker = ours.recv() if ours.poll(30) else 0
+    worker = ours.recv() if ours.poll(120) else None
     try:
-        yield process.pid or 0, worker
+        assert process.pid is not None
+        assert worker is not None, "the process did not start its worker within two minutes"
+        yield process.pid, worker
     finally:
         process.kill()
         process.join()
-        os.kill(worker, signal.SIGKILL)
+        if worker is not None:  # os.kill(0, …) would end this process and its whole group
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_two_runs_on_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
