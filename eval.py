@@ -29,13 +29,13 @@ def evaluate(cfg: Any) -> None:
     settings, _ = build.read_config(run_dir, given={**loader, **asked})
     options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]
     out = Path(cfg.out or run_dir / "eval").absolute()
-    if cfg.out is None:
-        files.refuse_links(out, within=run_dir)
-        _keep_other_results(out, options)
     build.enter_folder_of(run_dir)
     settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
     build.check(settings)
+    if cfg.out is None:
+        files.refuse_links(out, within=run_dir)
+        _keep_other_results(out, options)
 
     interrupt.raise_again()
     model, ours = build.build_model(settings)
