@@ -142,7 +142,7 @@ def test_a_stage_may_clip_otherwise_and_the_command_line_has_the_last_word() -> 
         ("stage.layer_decay=1.5", "stage.layer_decay=1.5 must be a number above 0 and at most 1"),
         ("stage.ema_decay=often", "stage.ema_decay='often' must be a number above 0 and below 1"),
         ("stage.ema_decay=1.0", "stage.ema_decay=1.0 must be a number above 0 and below 1"),
-        ("stage.gradient_clip_val=hard", "trainer.gradient_clip_val='hard' must be a number from 0 to 1,000,000"),
+        ("stage.gradient_clip_val=hard", "stage.gradient_clip_val='hard' must be a number from 0 to 1,000,000"),
         ("stage.llm=full", "the stage trains the llm but gives it no learning rate; set stage.lr.llm"),
     ],
 )
