@@ -26,6 +26,7 @@ TRAINED_WITH = {
     **dict.fromkeys(("convnext_b", "dino"), IMAGENET),
     "timm": ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "bilinear"),
     **dict.fromkeys(("siglip", "vit", "efficientnet", "tiny", "hf"), HALF),
+    "siglip2": (*HALF[:2], "bilinear"),  # as its image processor resizes
 }
 
 
