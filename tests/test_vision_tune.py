@@ -130,7 +130,15 @@ def test_float32_blocks_on_a_bfloat16_encoder_train(option: str, state: Any) -> 
 
 def test_blocks_of_an_earlier_stage_run_frozen_on_a_bfloat16_encoder(tmp_path: Path) -> None:
     """Batch norm takes its statistics in the type of its weights, which come back from an artefact as float32."""
-    manifest = {"bases": {}, "parts": PARTS, "quantization": "none", "lora": None}
+    manifest = {
+        "bases": {"encoder": {"fingerprint": ""}, "llm": {"fingerprint": ""}},
+        "parts": PARTS,
+        "quantization": "none",
+        "lora": None,
+        "num_image_tokens": 1,
+        "stages": [],
+        "code": {"packages": {}},
+    }
     earlier = model_of("efficientnet_lite0", {"last_n": 2}, torch.bfloat16)
     names = [name for name, p in earlier.named_parameters() if p.requires_grad]
     artifact.save(tmp_path / "artifact", tensors=gather(earlier, names), manifest=manifest, step=1)
