@@ -260,7 +260,7 @@ def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.C
     ("typed", "said"),
     [
         (["llm.attention=flash_attention_2"], "is not installed: FlashAttention2 has been toggled on"),
-        (["llm.config.model_type=clip"], "(Model type should be one of GPT2Config, "),
+        (["llm.config.model_type=clip"], " in all); correct it"),
         (["llm.config.model_type=foo"], "llm.config.model_type=foo is not a name that Transformers knows"),
         (
             ["encoder.name=vit_tiny_patch16_224.foo"],

@@ -43,6 +43,8 @@ Facts = Annotated[dict[str, Any], Known({"width": Small, "inner": Annotated[dict
 )
 def test_a_value_that_fits(hint: Any, value: Any) -> None:
     fit("part", {"option": value}, {"option": hint})
+    with pytest.raises(ValueError, match="must be something else"):
+        fit("part", {"option": value}, {"option": Literal["something else"]})
 
 
 @pytest.mark.parametrize(

@@ -37,4 +37,5 @@ def facts_of(option: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         cause = str(error).strip().rpartition("\n")[2].strip() or type(error).__name__
-        raise ValueError(f"{option} describes no architecture that can be made ({cause}); correct it") from error
+        cause = cause.rstrip(".")
+        raise ValueError(f"{option} describes no architecture that can be built: {cause}; correct it") from error

@@ -167,8 +167,9 @@ def sentence(error: Exception) -> str:
 
 
 def _first_of_list(found: re.Match[str]) -> str:
-    names = found[0].split(", ")
-    return f"{', '.join(names[:5])}, … ({len(names)} in all)"
+    names = found[0].rstrip("); ").split(", ")
+    end = found[0].removeprefix(found[0].rstrip("); ")).rstrip()
+    return f"{', '.join(names[:5])}, … ({len(names)} in all){end}"
 
 
 def exit_code(end: SystemExit) -> Any:
