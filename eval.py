@@ -10,7 +10,7 @@ from vlm.cli import interrupt
 
 
 def evaluate(cfg: Any) -> None:
-    """Loss, visual gain and answers of a run's artefact on its bases, into <run dir>/eval/ or `out`."""
+    """Loss, visual gain and answers of a run's artifact on its bases, into <run dir>/eval/ or `out`."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 

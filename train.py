@@ -1,6 +1,6 @@
 """Train one stage: python train.py [encoder=… connector=… llm=… data=… stage=…] [key=value …].
 
-`python train.py resume=<run dir>` goes on with a run that ended too soon; `python train.py experiment=…` may run
+`python train.py resume=<run dir>` resumes a run that ended too soon; `python train.py experiment=…` may run
 several stages one after the other.
 """
 
@@ -109,7 +109,7 @@ def train(cfg: Any) -> None:
         with run.disk_of_loggers(trainer):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint and checkpoint[0], weights_only=True)
     except Ended:
-        if trainer.is_global_zero:  # which tells it for all
+        if trainer.is_global_zero:  # rank 0 reports for all
             raise
         return
     except Exception as error:
