@@ -94,6 +94,8 @@ def train(cfg: Any) -> None:
     run.print_parts(run.count_parameters(model), choices, stage)
     checks = settings["preflight"]
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])))
+    if first and (remark := data.check_shared()):
+        run.CONSOLE.print(remark, soft_wrap=True)
     if remark := check_comparison(data, best=settings["checkpoint"].get("best")):
         run.CONSOLE.print(remark, soft_wrap=True)
 

@@ -294,13 +294,17 @@ def captions(tmp_path: Path) -> list[str]:
     return [*QUICK, "data=captions", *options, "trainer.max_steps=10", "trainer.val_check_interval=10"]
 
 
-def test_a_bad_sample_is_named_and_the_run_goes_on(captions: list[str], tmp_path: Path) -> None:
+def test_a_bad_sample_is_named_and_the_run_goes_on(
+    captions: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert train(*captions, f"run_dir={run}", "data.max_bad_share=0.06", "logger=csv") == 0
     (line,) = read(run / "bad_samples.jsonl")
     assert line["index"] == 3
     assert "3.png" in line["error"]
     assert files(run) - FILES == {"bad_samples.jsonl", "csv/metrics.csv", "csv/hparams.yaml"}
+    shared = "6 of 6 validation pictures are also in the training split, the first one '4.png', in train '4.png'"
+    assert shared in capfd.readouterr().out
 
 
 def test_a_bad_held_out_sample_is_not_asked_about(captions: list[str], tmp_path: Path) -> None:

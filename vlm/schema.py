@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NotRequired, Protocol, TypedDict, get_args, runtime_checkable
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,6 +77,14 @@ class BadSample(ValueError):
         self.kind = kind
 
 
+class StoredImage(NamedTuple):
+    """Where an image lies. Both functions raise `OSError` or `BadSample` where it cannot be read."""
+
+    name: str
+    size: Callable[[], int]  # bytes
+    read: Callable[[int, int], bytes]  # from a start, as many
+
+
 @runtime_checkable
 class Source(Protocol):
     """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read.
@@ -84,7 +92,8 @@ class Source(Protocol):
     A source that can tell a sample's text without opening its images has `outline(index) -> Sample`, whose `images` are
     empty; one that does not read each sample once an epoch has `order(epoch, *, seed) -> Sequence[int]`, the indices of
     that epoch in the order to read them; one that passes over some of the data has `left_out: dict[str, int]`, how many
-    of what. None of them is required.
+    of what; one whose images lie in files has `stored_images(indices) -> Iterator[StoredImage]`, those of these samples
+    (None: of all), each once. None of them is required.
     """
 
     def __len__(self) -> int: ...

@@ -18,9 +18,11 @@ from vlm.data.filter import filtered
 from vlm.data.fingerprint import fingerprint
 from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
+from vlm.data.quote import quoted
 from vlm.data.reading import Reading, applied
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
+from vlm.data.shared import shared_images
 from vlm.data.workers import WorkerContext
 from vlm.ranges import BatchSize, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
@@ -29,6 +31,9 @@ from vlm.text.turns import count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+COMPARED = 4096  # validation samples whose pictures are looked for in train
 
 
 class VLMDataModule(pl.LightningDataModule):
@@ -154,6 +159,22 @@ class VLMDataModule(pl.LightningDataModule):
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
         """Read some samples of each split as training will, and stop where it could not."""
         return [preflight(rows, num_samples=num_samples, show=show) for rows in self._rows.values()]
+
+    def check_shared(self) -> str | None:
+        """What to say of pictures that are in both splits, or None; their bytes are compared, whatever their names.
+
+        Of a large validation split 4,096 samples are compared, and those that every validation takes.
+        """
+        indices = sorted({*self.val_indices(COMPARED), *self.val_indices(self.num_val_samples)})
+        num, of, example = shared_images(self.splits["train"], self.splits["val"], indices)
+        if example is None:
+            return None
+        first = f"{'the first one' if num > 1 else 'namely'} {quoted(example[0])}, in train {quoted(example[1])}"
+        return (
+            f"{num:,} of {count(of, 'validation picture')} {'is' if num == 1 else 'are'} also in the training split, "
+            f"{first}: figures on them are too good. Leave them out of training by data.filter=<filter.json of "
+            "vlm-doctor>, or validate on other data, such as by data.val_annotations="
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.splits["train"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from vlm.data.reading import current
 from vlm.schema import BadKind, BadSample
@@ -26,8 +29,15 @@ def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: 
     `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. `option`
     of data.reading holds the most bytes that it may have, unless `limit` says otherwise. Raises BadSample.
     """
-    limit = getattr(current(), option) if limit is None else limit
-    kind: BadKind = "unreadable_image" if what == "image" else "other_defect"
+    with open_inside(path, root=root, what=what) as (handle, size):
+        check_bytes(f"{what} '{path}'", size, option=option, kind=_kind(what), limit=limit)
+        return handle.read(size)  # told more, Python would make room for all of it
+
+
+@contextmanager
+def open_inside(path: str | Path, *, root: Path, what: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file under `root`, open for reading, and its size in bytes; as `read_inside` has them."""
+    kind = _kind(what)
     try:
         home = _resolved(root)
         file = os.path.realpath(os.path.join(home, path))  # in half the time that pathlib takes
@@ -39,9 +49,8 @@ def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: 
         if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
             file_kind = "an image file" if what == "image" else f"a {what} file"
             raise BadSample(f"{what} '{path}' under '{root}' is not a regular file; replace it with {file_kind}", kind)
-        check_bytes(f"{what} '{path}'", status.st_size, option=option, kind=kind, limit=limit)
         with open(file, "rb") as handle:
-            return handle.read(status.st_size)  # told more, Python would make room for all of it
+            yield handle, status.st_size
     except BadSample:
         raise
     except FileNotFoundError as error:
@@ -52,6 +61,10 @@ def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: 
         raise BadSample(f"{what} '{path}' cannot be read ({reason}); replace the file", kind) from error
     except ValueError as error:  # a null byte or half a surrogate pair in the name
         raise BadSample(f"{what} {str(path)!r} is not a usable path ({error}); rename the file", kind) from error
+
+
+def _kind(what: str) -> BadKind:
+    return "unreadable_image" if what == "image" else "other_defect"
 
 
 def check_bytes(

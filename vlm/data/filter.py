@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from vlm.data.files import read_inside
 from vlm.data.fingerprint import fingerprint, hashed
 from vlm.data.judge import read
 from vlm.data.reading import current
-from vlm.schema import BadSample, Sample, Source, Split
+from vlm.data.shared import stored_images
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage
 
 CHECKED = 32  # samples whose ids are compared: each has to be read
 BYTES = 1024  # of the file, for each sample that it may name
@@ -45,6 +46,10 @@ class Filtered:
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.kept[index]]
+
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """Those of the source, of these samples (None: of all that are left)."""
+        return stored_images(self.source, self.kept if indices is None else [self.kept[index] for index in indices])
 
     def _outline(self, index: int) -> Sample:
         return self.source.outline(self.kept[index])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlm.data.files import open_inside
 from vlm.data.images import BadImage, decode_image, load_image
 from vlm.data.paths import likely_path, no_path
 from vlm.data.quote import LONGEST, quoted
 from vlm.data.split import digest
-from vlm.schema import BadSample
+from vlm.schema import BadSample, StoredImage
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.-]+)*;base64,", re.ASCII)
 
@@ -41,7 +42,7 @@ def open_image(name: str, *, root: Path) -> Image.Image:
         cause = "begins with '~', which is not expanded in data; write its path relative to the folder of images"
     if cause:
         raise BadImage(f"image {quoted(name)} {cause}")
-    path = name if "\\" not in name or os.path.lexists(os.path.join(root, name)) else name.replace("\\", "/")
+    path = _with_slashes(name, root)
     try:
         return load_image(path, root=root)
     except BadSample as error:
@@ -50,6 +51,27 @@ def open_image(name: str, *, root: Path) -> Image.Image:
         if len(path) > LONGEST:
             raise BadSample(str(error).replace(path, path[:LONGEST] + "…"), error.kind) from error
         raise
+
+
+def stored_image(name: str, *, root: Path) -> StoredImage:
+    """Where the image lies that `open_image` would open; of a data URL the short name is given, and stands for it."""
+    if is_data_url(name):
+        data = name.encode()
+        return StoredImage(name, lambda: len(data), lambda start, size: data[start : start + size])
+
+    def num_bytes() -> int:
+        return os.stat(os.path.join(root, _with_slashes(name, root))).st_size
+
+    def read(start: int, size: int) -> bytes:
+        with open_inside(_with_slashes(name, root), root=root, what="image") as (handle, _):
+            handle.seek(start)
+            return handle.read(size)
+
+    return StoredImage(name, num_bytes, read)
+
+
+def _with_slashes(name: str, root: Path) -> str:
+    return name if "\\" not in name or os.path.lexists(os.path.join(root, name)) else name.replace("\\", "/")
 
 
 def _decode_url(name: str) -> Image.Image:

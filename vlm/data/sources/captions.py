@@ -20,12 +20,12 @@ from vlm.data.annotations import (
 )
 from vlm.data.conversations import Malformed, RecordReader, as_text, caption_messages, check_columns, renamed
 from vlm.data.fingerprint import hashed
-from vlm.data.image_names import open_image, short_name
+from vlm.data.image_names import open_image, short_name, stored_image
 from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, image_key, in_split
 from vlm.data.tables import read_table
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadKind, BadSample, Sample, Split
+from vlm.schema import BadKind, BadSample, Sample, Split, StoredImage
 
 # How files name an image and what is said of it; the first of each is ours.
 IMAGE_KEYS = (
@@ -111,6 +111,12 @@ class CaptionedImages:
     def outline(self, index: int) -> Sample:
         """The sample without its image, which is not opened."""
         return self._read(index)[0]
+
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The image files of these samples (None: of all), each once."""
+        chosen = range(len(self)) if indices is None else indices
+        names = {short_name(Caption(*self._records[index][0]).image): None for index in chosen}
+        return (stored_image(name, root=self.images) for name in names if name)
 
     def _read(self, index: int) -> tuple[Sample, str]:
         """The sample without its image, and the image's name."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from vlm.data.conversations import (
     turns_record,
 )
 from vlm.data.fingerprint import hashed
-from vlm.data.image_names import open_image
+from vlm.data.image_names import open_image, stored_image
 from vlm.data.images import BadImage, decode_image
 from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.ranges import Name, RatioBelowOne
-from vlm.schema import BadSample, Sample, Split
+from vlm.schema import BadSample, Sample, Split, StoredImage
 
 BATCH = 256  # rows whose images are looked at together
 
@@ -119,6 +120,23 @@ class HuggingFace:
                 names.append([_content(picture) for picture in _pictures(cell)] or [f"row {row}"])
         return group_keys(names)
 
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The images in the image column of these samples (None: of all), those of a row once."""
+        rows = np.unique(self._rows if indices is None else self._rows[np.asarray(indices, dtype=np.int64)])
+        for first in range(0, len(self._table), BATCH):  # slices, which copy nothing
+            wanted = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + BATCH)].tolist()
+            column = self._table[first : first + BATCH].column(self.image_column) if wanted else ()
+            for row in wanted:
+                for number, picture in enumerate(_pictures(column[row - first]), start=1):
+                    if (stored := _stored(picture)) is not None:
+                        yield self._stored_image(f"{self.split_name}/{row} (image {number})", stored)
+
+    def _stored_image(self, name: str, stored: Any) -> StoredImage:
+        if "string" in str(stored.type):
+            return stored_image(stored.as_py(), root=self.root)
+        buffer = stored.as_buffer()
+        return StoredImage(name, partial(int, buffer.size), partial(_part, buffer))
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -197,12 +215,21 @@ class HuggingFace:
 
 def _content(picture: Any) -> str:
     """What a picture is told from others by: its bytes, else its path. Nothing is decoded, and little is copied."""
-    parts = [picture.get("bytes"), picture.get("path")] if hasattr(picture, "keys") else [picture]
-    found = [part for part in parts if hasattr(part, "as_buffer") and part.is_valid]
-    if not found:
+    stored = _stored(picture)
+    if stored is None:
         return "nothing"
-    buffer = found[0].as_buffer()
-    return content_key(buffer.size, lambda start, size: buffer.slice(start, size).to_pybytes())
+    buffer = stored.as_buffer()
+    return content_key(buffer.size, partial(_part, buffer))
+
+
+def _stored(picture: Any) -> Any:
+    """The Arrow scalar of a picture's bytes, else that of its path, else None."""
+    parts = [picture.get("bytes"), picture.get("path")] if hasattr(picture, "keys") else [picture]
+    return next((part for part in parts if hasattr(part, "as_buffer") and part.is_valid), None)
+
+
+def _part(buffer: Any, start: int, size: int) -> bytes:
+    return buffer.slice(start, size).to_pybytes()
 
 
 def _pictures(value: Any) -> list[Any]:

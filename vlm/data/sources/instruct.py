@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt64
 
-from vlm.data.annotations import Row, existing_file, existing_folder
+from vlm.data.annotations import Records, Row, existing_file, existing_folder
 from vlm.data.conversations import Malformed, RecordReader
 from vlm.data.fingerprint import hashed, hashed_file
-from vlm.data.image_names import is_data_url, open_image, short_name
+from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadSample, Sample, Split
+from vlm.schema import BadSample, Sample, Split, StoredImage
 
 LONGEST_ID = 200  # characters
 
@@ -54,7 +54,9 @@ class Instruct:
             file = existing_file(annotations, option="annotations")
         status = file.stat()
         root = self.images.absolute() if self.images is not None else Path()
-        self._records, digests, num_with_files = _index(file, root, self.reader, status.st_mtime_ns, status.st_size)
+        self._records, self._names, digests, num_with_files = _index(
+            file, root, self.reader, status.st_mtime_ns, status.st_size
+        )
         if images is None and num_with_files:
             raise ValueError(
                 f"{num_with_files} of {len(digests)} conversations in '{file}' have images and data.images is null; "
@@ -87,6 +89,12 @@ class Instruct:
         """The sample without its images, which are not opened."""
         return self._read(index)[0]
 
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The image files of these samples (None: of all), each once."""
+        rows = self._rows if indices is None else self._rows[np.asarray(indices, dtype=np.int64)]
+        names = {name: None for row in rows.tolist() for name in self._names[row]}
+        return (stored_image(name, root=self.images or Path()) for name in names)
+
     def _read(self, index: int) -> tuple[Sample, list[str]]:
         row = self._records[int(self._rows[index])]
         name, record = _id(row), row.record
@@ -103,9 +111,10 @@ class Instruct:
 @lru_cache(maxsize=2)  # the train and the val split of a file look through it once
 def _index(
     file: Path, root: Path, reader: RecordReader, changed: int, size: int
-) -> tuple[RecordFile, UInt64[np.ndarray, " n"], int]:
-    """The records of a file as it is now, what each is split by, and how many name image files."""
+) -> tuple[RecordFile, Records, UInt64[np.ndarray, " n"], int]:
+    """The records of a file as it is now, the images each names, what it is split by, and how many name image files."""
     names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
+    images: list[list[str]] = []
     num_with_files = 0
 
     def visit(row: Row) -> None:
@@ -114,9 +123,11 @@ def _index(
             paths = reader.images(row.record)
         except Malformed:  # a bad sample: it is refused when read, in whichever split
             paths = []
-        if paths:
+        short = [short_name(path) for path in paths]
+        images.append(short)
+        if short:
             num_with_files += not all(map(is_data_url, paths))
-            names.append(tuple([image_key(short_name(path), root=root) for path in paths]))
+            names.append(tuple([image_key(name, root=root) for name in short]))
         else:
             names.append((f"id:{_id(row)}",))
 
@@ -124,7 +135,7 @@ def _index(
     if not len(records):
         raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
-    return records, digests, num_with_files
+    return records, Records(images), digests, num_with_files
 
 
 def _id(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any
@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vlm.data.fingerprint import fingerprint, hashed
+from vlm.data.shared import stored_images
 from vlm.ranges import Length, Number, Range, Samples
-from vlm.schema import BadSample, Sample, Source, Split
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage
 
 
 class Mixture:
@@ -82,6 +83,15 @@ class Mixture:
     def outline(self, index: int) -> Sample:
         """The sample without its images; a source without outlines opens them."""
         return self._read(index, _outline)
+
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The image files of these samples (None: of all), each once in a source."""
+        start = 0
+        for (name, source), end in zip(self.sources.items(), self._ends.tolist(), strict=True):
+            inside = None if indices is None else [index - start for index in indices if start <= index < end]
+            for image in stored_images(source, inside):
+                yield image._replace(name=f"{name}/{image.name}")
+            start = end
 
     def order(self, epoch: int, *, seed: int) -> list[int]:
         """The `num_samples` indices of an epoch."""

@@ -35,7 +35,7 @@ from vlm.data.quote import quoted
 from vlm.data.reading import current
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadSample, Sample, Split
+from vlm.schema import BadSample, Sample, Split, StoredImage
 
 SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
 KINDS = ("image", "txt", "json")
@@ -131,6 +131,14 @@ class WebDataset:
         """The sample without its images, which are not read."""
         return self._read(index)[0]
 
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The image members of these samples (None: of all)."""
+        for index in range(len(self)) if indices is None else indices:
+            _, pictures = self._of(index)
+            for number, (_, offset, size) in enumerate(pictures, start=1):
+                name = f"{self._name(index)} (image {number})"
+                yield StoredImage(name, partial(int, size), partial(self._part, index, offset))
+
     def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
         """Every sample once: shards in random order, samples shuffled among those of a few shards at a time.
 
@@ -146,11 +154,9 @@ class WebDataset:
 
     def _read(self, index: int) -> tuple[Sample, list[list[int]]]:
         """The sample without its images, and the members that hold these."""
-        key = self._keys[index]  # also the check of the index
         index = range(len(self))[index]
-        name = f"{self.shards[self._shard[index]].name}/{key}"
-        members = self._members[self._first[index] : self._first[index + 1]].tolist()
-        pictures = [member for member in members if KINDS[member[0]] == "image"]
+        name = self._name(index)
+        members, pictures = self._of(index)
         texts = {KINDS[kind]: (offset, size) for kind, offset, size in members if kind > 0}
         try:
             if not texts:
@@ -175,6 +181,17 @@ class WebDataset:
         except Malformed as error:
             raise BadSample(f"sample '{name}' {error}", error.kind) from error
         return Sample(id=name, images=[], messages=messages, meta={}), pictures
+
+    def _name(self, index: int) -> str:
+        return f"{self.shards[self._shard[index]].name}/{self._keys[index]}"
+
+    def _of(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
+        """All members of a sample, and those that hold its images."""
+        members = self._members[self._first[index] : self._first[index + 1]].tolist()
+        return members, [member for member in members if KINDS[member[0]] == "image"]
+
+    def _part(self, index: int, offset: int, start: int, size: int) -> bytes:
+        return self._bytes(index, offset + start, size)
 
     def _bytes(self, index: int, offset: int, size: int) -> bytes:
         try:

@@ -1,0 +1,84 @@
+"""Pictures that are in both splits: found by the bytes of their files, of which few have to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from itertools import islice
+from multiprocessing.pool import ThreadPool
+from typing import Any, NamedTuple
+
+from vlm.data.split import content_key
+from vlm.schema import BadSample, Source, StoredImage
+
+THREADS = 16  # a network mount answers slowly, and many questions at a time
+BATCH = 10_000  # images whose sizes are asked for together
+
+
+class Shared(NamedTuple):
+    """How many of the validation pictures that were compared are in train too, and the first of them in both."""
+
+    num_shared: int
+    num_compared: int
+    example: tuple[str, str] | None  # names in val and in train
+
+
+def stored_images(source: Any, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+    """Where the images of these samples (None: of all) lie; none for a source that stores none."""
+    own = getattr(source, "stored_images", None)
+    return iter(()) if own is None else own(indices)
+
+
+def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
+    """Compare the pictures of these validation samples with all of train.
+
+    Of a training picture only the size is asked for, unless a validation picture has the same one; and only a few
+    kilobytes are read, unless they are equal too. A picture that cannot be read is equal to none.
+    """
+    with ThreadPool(THREADS) as pool:
+        sizes: dict[StoredImage, int] = dict(_sized(stored_images(val, indices), pool))
+        wanted = set(sizes.values())
+        candidates = [image for image, size in _sized(stored_images(train), pool) if size in wanted]
+        by_key: dict[str, list[StoredImage]] = {}
+        for image, key in zip(candidates, pool.map(_key, candidates), strict=True):
+            by_key.setdefault(key, []).append(image)
+        held_out = list(sizes) if candidates else []
+        pairs = [(image, by_key.get(key, [])) for image, key in zip(held_out, pool.map(_key, held_out), strict=True)]
+        found = {image.name: other for image, other in zip(held_out, pool.starmap(_equal, pairs), strict=True) if other}
+    return Shared(len(found), len(sizes), next(iter(found.items()), None))
+
+
+def _sized(images: Iterator[StoredImage], pool: ThreadPool) -> Iterator[tuple[StoredImage, int]]:
+    """The images that there are, with their sizes."""
+    while batch := list(islice(images, BATCH)):
+        yield from (pair for pair in zip(batch, pool.map(_size, batch), strict=True) if pair[1] >= 0)
+
+
+def _size(image: StoredImage) -> int:
+    try:
+        return image.size()
+    except (OSError, ValueError):  # not there, or a name that no file can have
+        return -1
+
+
+def _key(image: StoredImage) -> str:
+    """A key of some of its bytes; empty where they cannot be read."""
+    try:
+        return content_key(image.size(), image.read)
+    except (BadSample, OSError):
+        return ""
+
+
+def _equal(image: StoredImage, candidates: Sequence[StoredImage]) -> str | None:
+    """The name of the first candidate with the same bytes."""
+    if not candidates:
+        return None
+    mine = _digest(image)
+    return next((other.name for other in candidates if mine is not None and _digest(other) == mine), None)
+
+
+def _digest(image: StoredImage) -> bytes | None:
+    try:
+        return blake2b(image.read(0, image.size())).digest()
+    except (BadSample, OSError):
+        return None
