@@ -346,16 +346,17 @@ PART = '"num_samples": 2, "ids": [null], "indices"'
     ("text", "says"),
     [
         ("{", "Expecting property name"),
-        ("[]", "list indices"),
-        ("{}", "'train'"),
-        ('{"train": {"num_samples": 1, "indices": [0]}}', "'ids'"),
-        ('{"train": {"num_samples": 2, "indices": [0, 1], "ids": ["a"]}}', "zip"),
+        ("[]", "it has no 'train' with num_samples, indices and ids"),
+        ("{}", "it has no 'train'"),
+        ('{"train": {"num_samples": 1, "indices": [0]}}', "it has no 'train'"),
+        ('{"train": {"num_samples": "2", "indices": {}, "ids": null}}', "it has no 'train'"),
+        ('{"train": {"num_samples": 2, "indices": [0, 1], "ids": ["a"]}}', "train has 2 indices and 1 ids"),
         (f'{{"train": {{{PART}: [-1]}}}}', "train has 2 samples, which index -1 is none of"),
         (f'{{"train": {{{PART}: [2]}}}}', "train has 2 samples, which index 2 is none of"),
         (f'{{"train": {{{PART}: [true]}}}}', "which index True is none of"),
         (f'{{"train": {{{PART}: ["0"]}}}}', "which index '0' is none of"),
         ("[" * 99999, "recursion"),
-        ("\xff", "JSONDecodeError|UnicodeDecodeError"),
+        ("\xff", "can't decode byte 0xff|Expecting value"),
     ],
 )
 def test_a_file_that_is_no_filter(tmp_path: Path, text: str, says: str) -> None:

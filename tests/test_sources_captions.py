@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.test_sources_files import answer, picture, refusal, samples, write
+from vlm.data.images import load_image
 from vlm.data.sources.captions import Captions
+from vlm.schema import BadSample
 
 
 @pytest.fixture
@@ -179,3 +182,30 @@ def test_caption_files_that_are_not_there_or_not_text(images: Path, tmp_path: Pa
 def test_one_bad_caption(images: Path, tmp_path: Path, name: str, content: Any, message: str) -> None:
     source = Captions(split="train", annotations=write(tmp_path / name, content), images=images, val_fraction=0.0)
     assert refusal(source).startswith(f"sample {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "only points to a file that Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "is a web page; download the file itself"),
+        (b"\x1f\x8b\x08\x00", "is packed by gzip; unpack it"),
+        (b"PK\x03\x04xl/worksheets", "is a zip archive, as Excel's files are; unpack it, or save it as CSV"),
+        (b"PAR1\x15\x04", "is a Parquet file; read it with data=huggingface"),
+    ],
+)
+def test_files_of_another_kind_are_named(images: Path, tmp_path: Path, content: bytes, says: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.jsonl' {says}"):
+        Captions(split="train", annotations=file, images=images)
+    with pytest.raises(BadSample, match=rf"image 'a\.jsonl' {says}"):
+        load_image("a.jsonl", root=tmp_path)
+
+
+def test_an_annotation_file_is_a_regular_file(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json' is not a regular file; set data\.annotations="):
+        Captions(split="train", annotations=tmp_path / "pipe.json", images=images)
+    with pytest.raises(ValueError, match=rf"'{images}' is a folder; set data\.annotations="):
+        Captions(split="train", annotations=images, images=images)

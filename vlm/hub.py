@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 
+from vlm.file_kinds import LFS_POINTER
+
 CACHED = ("config.json", "model.safetensors")  # either shows that the repository was read before
-LFS_POINTER = b"version https://git-lfs"  # how a file begins that stands for another one, in a clone without Git LFS
 LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from vlm.data.fingerprint import hashed
 from vlm.data.paths import likely_path, no_path
 from vlm.data.quote import quoted
+from vlm.file_kinds import HEAD, kind_of
 
 
 class Row(NamedTuple):
@@ -52,10 +53,16 @@ class Records:
 def existing_file(path: str | Path, *, option: str) -> Path:
     """The path, once it is known to be a file that is not empty; else a `ValueError` that names the option to set."""
     file = Path(path).expanduser()
+    remedy = f"set data.{option}= to the annotation file"
     if not file.is_file():
-        raise ValueError(f"there is no file '{file}'{_hint(str(path))}; set data.{option}= to the annotation file")
+        if file.exists():
+            raise ValueError(f"'{file}' is {'a folder' if file.is_dir() else 'not a regular file'}; {remedy}")
+        raise ValueError(f"there is no file '{file}'{_hint(str(path))}; {remedy}")
+    with file.open("rb") as opened:
+        if kind := kind_of(opened.read(HEAD)):
+            raise ValueError(f"'{file}' {kind}")
     if file.stat().st_size < 4096 and not file.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
-        raise ValueError(f"'{file}' is an empty file; set data.{option}= to the annotation file")
+        raise ValueError(f"'{file}' is an empty file; {remedy}")
     return file
 
 

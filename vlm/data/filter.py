@@ -72,9 +72,9 @@ def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
     data = read_inside(path.name, root=path.parent, what="filter", option="max_text_bytes", limit=limit)
     try:
         parts = json.loads(data)
-        named = {split: _named(split, **parts[split]) for split in sources}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"'{file}' is not a filter.json ({error!r}); run vlm-doctor again") from error
+        named = {split: _named(split, parts) for split in sources}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{file}' is not a filter.json ({error}); run vlm-doctor again") from error
     kept: dict[Split, Source] = {}
     for split, source in sources.items():
         num_samples, ids = named[split]
@@ -83,11 +83,18 @@ def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
     return kept
 
 
-def _named(split: Split, *, num_samples: int, indices: list[Any], ids: list[Any]) -> tuple[int, dict[int, Any]]:
+def _named(split: Split, parts: Any) -> tuple[int, dict[int, Any]]:
     """The number of samples of a split, and the ids of those to leave out by their index."""
+    part = parts.get(split) if isinstance(parts, dict) else None
+    kinds = {"num_samples": int, "indices": list, "ids": list}
+    if not isinstance(part, dict) or any(type(part.get(key)) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"it has no {split!r} with num_samples, indices and ids")
+    num_samples, indices, ids = (part[key] for key in kinds)
     for index in indices:
         if type(index) is not int or not 0 <= index < num_samples:
             raise ValueError(f"{split} has {num_samples} samples, which index {index!r} is none of")
+    if len(indices) != len(ids):
+        raise ValueError(f"{split} has {len(indices)} indices and {len(ids)} ids")
     return num_samples, dict(zip(indices, ids, strict=True))
 
 

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vlm.data.files import check_bytes, read_inside
 from vlm.data.reading import current
+from vlm.file_kinds import kind_of
 from vlm.schema import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also reads EPS (runs Ghostscript), FITS, PSD, ...
@@ -111,7 +112,8 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
         says = f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller, or set data.reading."
         raise BadImage(f"{says}max_image_pixels= higher") from error
     except UnidentifiedImageError as error:
-        raise BadImage(f"image '{name}' is none of {', '.join(FORMATS)}; convert it to one of them") from error
+        kind = kind_of(data) or f"is none of {', '.join(FORMATS)}; convert it to one of them"
+        raise BadImage(f"image '{name}' {kind}") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadImage(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
