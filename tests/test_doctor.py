@@ -239,6 +239,9 @@ def test_what_pictures_and_texts_say_of_each_other(
     printed = capfd.readouterr().out
     assert "[/b] :smile: \\x1b[31m 0 lungs" in printed
     assert "filter.json leaves out 100 % of train, 10 of 10 (shared_with_val 10)" in printed
+    assert "data.filter=" not in printed  # which would leave nothing to train on
+    first = "plain_image, the first: sample 'x.jsonl:1' has an image that is very dark"
+    assert first in " ".join(printed.split())
     assert found(Path("out"))["contradiction"] == {"x.jsonl:10"}
     assert found(Path("out"))["plain_image"] == {f"x.jsonl:{line}" for line in range(1, 11)}
     assert doctor(*data, *tiny, "data.reading.image_range=found", "doctor.out=scaled") == 0

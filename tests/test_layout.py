@@ -18,6 +18,7 @@ RANK = {
     "architecture": 0,
     "ranges": 0,
     "files": 0,
+    "file_kinds": 0,
     **dict.fromkeys(("text", "encoders", "connectors", "llms"), 1),
     **dict.fromkeys(("models", "data", "evaluation"), 2),
     "objectives": 3,
@@ -33,7 +34,8 @@ RANK = {
     "build": 7,
     "cli": 8,
 }
-ALLOWED_PEERS = {("evaluation", "data")}  # a benchmark reads samples
+# A benchmark reads samples; a hub file may be a Git LFS pointer.
+ALLOWED_PEERS = {("evaluation", "data"), ("hub", "file_kinds")}
 
 
 def part(module: str) -> str:

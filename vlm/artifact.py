@@ -185,7 +185,8 @@ def read_manifest(run: str | Path) -> dict[str, Any]:
     """
     path = Path(run) / "artifact" / "manifest.json"
     if not path.exists():
-        raise Damaged(f"ckpt={run} is no run directory: it has no artifact/manifest.json")
+        why = "it has no artifact/manifest.json" if Path(run).exists() else "there is no such folder"
+        raise Damaged(f"ckpt={run} is no run directory: {why}; give the folder that a run has made")
     try:
         manifest = json.loads(files.read(path, max_bytes=MAX_MANIFEST))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

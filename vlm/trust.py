@@ -94,7 +94,8 @@ def stored_config(run_dir: str | Path) -> tuple[dict[str, Any], bool]:
     """
     file = Path(run_dir, "config.yaml")
     if not file.exists():
-        raise ValueError(f"'{run_dir}' is no run directory: it has no config.yaml; give the folder that a run has made")
+        why = "it has no config.yaml" if file.parent.exists() else "there is no such folder"
+        raise ValueError(f"'{run_dir}' is no run directory: {why}; give the folder that a run has made")
     remedy = "take it from a copy of the run, or start a new run"
     try:
         text = files.read(file, max_bytes=MAX_BYTES).decode("utf-8")

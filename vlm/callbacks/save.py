@@ -242,8 +242,9 @@ def newest_checkpoint(run_dir: Path, run: Mapping[str, Any] | None = None) -> tu
                 os.replace(broken, aside)
         return path, step
     if found:
+        first, reason = damaged[0]
         raise ValueError(
-            f"none of the {len(found)} checkpoints in {file.parent} can be read; start a new run with ckpt={run_dir}"
+            f"no checkpoint in {file.parent} can be read ({first.name}: {reason}); start a new run with ckpt={run_dir}"
         )
     return None
 

@@ -75,8 +75,9 @@ def doctor(cfg: Any) -> None:
     if settings["data"].get("filter") is None:
         chosen = doctor_report.filter_of(checkups, findings, kinds)
         artifact.write_json(out / "filter.json", chosen)
-        told = [*doctor_report.left_out(chosen, findings, kinds)]
-        told.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
+        told = doctor_report.left_out(chosen, findings, kinds)
+        if told and all(len(part["indices"]) < part["num_samples"] for part in chosen.values()):
+            told.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
     else:
         told = ["No filter.json: the samples came through data.filter; run without it for a new one"]
     run.CONSOLE.print(Text("\n".join([*told, f"Report: {out / 'report.html'}"])), soft_wrap=True)

@@ -135,6 +135,9 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
     if not findings:
         table.add_row("none", *("0" for _ in splits), "", "nothing was found")
     CONSOLE.print(table)
+    for kind in KINDS:
+        if first := next((finding for finding in findings if finding.kind == kind), None):
+            CONSOLE.print(Text(printable(f"{kind}, the first: {first.message}")), soft_wrap=True)
     table = Table(title=f"Lengths, {report['visual_tokens_per_image']} visual tokens an image")
     for heading in ("split", "of a sample", "mean", "p50", "p95", "max"):
         table.add_column(heading, justify="left" if heading in ("split", "of a sample") else "right")
@@ -144,7 +147,8 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
                 digits = "+z,.3f" if name == "score" else ",.0f"
                 figures = (format(part[name][figure], digits) for figure in ("mean", "p50", "p95", "max"))
                 table.add_row(split, name.replace("_", " "), *figures)
-    CONSOLE.print(table)
+    if table.row_count:
+        CONSOLE.print(table)
     for split, part in splits.items():
         for name, total in _tops(part).items():
             shown = ", ".join(f"{what} {count:,}" for what, count in total)
