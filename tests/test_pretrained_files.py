@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -23,12 +25,17 @@ from vlm.llms.causal import CausalLM
 from vlm.llms.seq2seq import Seq2SeqLM
 from vlm.module import NotFinite
 
+SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n"
 
 
 def folder_of(part: str, folder: Path) -> Path:
     if part == "llm":
         return Path(saved(tiny_llm(), folder))
+    if part == "timm":
+        small = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
+        timm.models.save_for_hf(small, folder, safe_serialization=True)
+        return folder
     CLIPVisionModel(CLIPVisionConfig(**FACTS)).save_pretrained(folder)
     return folder
 
@@ -37,25 +44,71 @@ def read(part: str, folder: Path) -> Any:
     if part == "llm":
         return CausalLM(pretrained=str(folder), config=None)
     if part == "timm":
-        small = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
-        return TimmEncoder(name="vit_tiny_patch16_224", pretrained=str(folder), image_size=16, model_args=small)
+        return TimmEncoder(name="vit_tiny_patch16_224", pretrained=str(folder), image_size=16, model_args=SMALL)
     return HFEncoder(pretrained=str(folder), config=CLIP, **NORMAL)
 
 
-@pytest.mark.parametrize("part", ["llm", "encoder"])
+LAYERS_OF = {"llm": "model.layers.", "encoder": "encoder.layers.", "timm": "blocks."}
+
+
+@pytest.mark.parametrize("part", list(LAYERS_OF))
 def test_weights_that_lack_tensors_are_refused(part: str, tmp_path: Path) -> None:
     file = folder_of(part, tmp_path) / "model.safetensors"
-    layer = "model.layers.1." if part == "llm" else "encoder.layers.0."
+    layer = f"{LAYERS_OF[part]}{0 if part == 'encoder' else 1}."
     whole = load_file(file)
+    read(part, tmp_path)
     kept = {name: tensor for name, tensor in whole.items() if layer not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    num, first = len(whole) - len(kept), sorted(whole.keys() - kept.keys())[0]
+    num = len(whole) - len(kept)
     assert num > 8
-    with pytest.raises(ValueError, match=rf"lacks {num} of the {part}'s tensors, the first '.*{layer}.*'; download it"):
+    with pytest.raises(ValueError, match=rf"lacks {num} of the {part_of(part)}'s tensors, the first '.*{layer}.*'; do"):
         read(part, tmp_path)
-    save_file({**whole, "model.layers.7.extra": torch.zeros(1)}, file, metadata={"format": "pt"})
-    read(part, tmp_path)
-    assert layer in first
+
+
+@pytest.mark.parametrize("part", list(LAYERS_OF))
+@pytest.mark.parametrize(
+    ("more", "num"),
+    [
+        (["7.mlp.fc1.weight", "7.mlp.fc1.bias", "10.mlp.fc1.weight"], 3),  # of a larger model
+        (["0.self_attn.more.weight"], 1),  # of another one
+        (["7.rotary_emb.inv_freq", "0.attn.bias", "0.self_attn.rotary_emb.inv_freq"], 0),
+    ],
+)
+def test_layers_that_would_be_left_unused_are_refused(part: str, more: list[str], num: int, tmp_path: Path) -> None:
+    file = folder_of(part, tmp_path) / "model.safetensors"
+    beside = ["vision_tower.layers.0.mlp.weight", "lm_head.bias", "pooler.weight", "position_ids", "text.layers.9.bias"]
+    added = {name: torch.zeros(1) for name in [*(LAYERS_OF[part] + name for name in more), *beside]}
+    save_file(load_file(file) | added, file, metadata={"format": "pt"})
+    if num:
+        first = min(LAYERS_OF[part] + name for name in more)
+        said = rf"holds {num} tensors that its configuration has no place for in the {part_of(part)}'s layers, the fir"
+        with pytest.raises(ValueError, match=rf"{said}st '.*{first}'; correct the number of layers"):
+            read(part, tmp_path)
+    else:
+        read(part, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "per_layer", "load"),
+    [
+        ("llm", 9, lambda folder: CausalLM(pretrained=folder, config=None)),
+        ("encoder", 16, lambda folder: HFEncoder(pretrained=folder, config=None, layer=-1, **NORMAL)),
+    ],
+)
+def test_a_checkpoint_of_more_layers_than_its_configuration(
+    part: str, per_layer: int, load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder_of(part, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    left = config["num_hidden_layers"] - 1
+    assert left
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "layer_types": None}))
+    with pytest.raises(ValueError, match=rf"holds {left * per_layer} tensors that .*, the first '{LAYERS_OF[part]}1\."):
+        load(str(tmp_path))
+
+
+def part_of(part: str) -> str:
+    return "encoder" if part == "timm" else part
 
 
 @pytest.mark.parametrize("part", ["llm", "encoder", "timm"])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
+from torch import nn
 
 from vlm.file_kinds import LFS_POINTER
 
 CACHED = ("config.json", "model.safetensors")  # either shows that the repository was read before
+MASKS = ("attn.bias", "attention.bias")  # buffers of GPT-2 and its kin
 LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 
 
@@ -96,16 +99,34 @@ def _whole_size(opened: Any) -> int | None:
         return None
 
 
-def check_complete(report: Mapping[str, Any], pretrained: str, part: str) -> None:
-    """Raise ValueError where Transformers' report on the loading of a model names tensors that the files lack.
+def check_match(model: nn.Module, pretrained: str, part: str, *, missing: Iterable[str], unused: Iterable[str]) -> None:
+    """Raise ValueError where the files lack tensors of a model, or have weights of layers that it leaves unused.
 
-    It would draw them at random.
+    Its library would draw the former at random and pass over the latter: those of a larger model, or of another one.
+    What stands beside the layers (another tower, a head, a pooler) may be unused, and so may buffers.
     """
-    if missing := sorted(report["missing_keys"]):
+    if lacking := sorted(missing):
         raise ValueError(
-            f"{pretrained!r} lacks {len(missing)} of the {part}'s tensors, the first {missing[0]!r}; "
+            f"{pretrained!r} lacks {len(lacking)} of the {part}'s tensors, the first {lacking[0]!r}; "
             f"download it again, or set {part}.pretrained to weights of this architecture"
         )
+    if left := sorted(name for name in unused if _is_weight_of_layer(name, model)):
+        raise ValueError(
+            f"{pretrained!r} holds {len(left)} tensors that its configuration has no place for in the {part}'s layers, "
+            f"the first {left[0]!r}; correct the number of layers and the like there, or set {part}.pretrained to "
+            "weights of this architecture"
+        )
+
+
+def _is_weight_of_layer(name: str, model: nn.Module) -> bool:
+    """Whether a tensor's name is that of a weight in a list of layers, whether or not the list is so long."""
+    found = re.match(r"(.+?)\.\d+\.(.+)", name)
+    if found is None or not name.endswith((".weight", ".bias")) or name.endswith(MASKS):
+        return False
+    try:
+        return isinstance(model.get_submodule(found[1]), nn.ModuleList | nn.Sequential)
+    except AttributeError:
+        return False
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, ImageProcessingMixin, Pretrained
 from vlm.architecture import facts_of, from_facts
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
-from vlm.hub import check_complete, first_line, look_up, readable_weights
+from vlm.hub import check_match, first_line, look_up, readable_weights
 from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Range, Std
 
 
@@ -199,7 +199,7 @@ def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str,
             pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     model, report = loaded
-    check_complete(report, pretrained, "encoder")
+    check_match(model, pretrained, "encoder", missing=report["missing_keys"], unused=report["unexpected_keys"])
     return model
 
 

@@ -5,6 +5,8 @@ Axes: N images, P patches per image, Dv encoder width; R rows and S columns of a
 
 from __future__ import annotations
 
+import logging
+import re
 from difflib import get_close_matches
 from functools import partial
 from importlib.resources import files
@@ -24,8 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vlm.architecture import facts_of
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
-from vlm.hub import check_files, first_line, look_up
+from vlm.hub import check_files, check_match, first_line, look_up
 from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Std
+
+TIMM_LOG = logging.getLogger("timm.models._builder")
 
 
 class TimmEncoder(nn.Module):
@@ -107,13 +111,17 @@ class TimmEncoder(nn.Module):
             resize=resize,
         )
 
+        report = LoadingReport()
         if weights == "meta":
             self.model: Any = skeleton
         elif weights == "random":
             self.model = timm.create_model(name, **headless)
         else:
-            self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
+            with report:
+                self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
         self.model.prune_intermediate_layers(self._layers, prune_norm=True, prune_head=True)
+        missing = report.missing & self.model.state_dict().keys()  # of what features need
+        check_match(self.model, str(pretrained), "encoder", missing=missing, unused=report.unexpected)
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
         self.train()  # batch norm stays in evaluation mode
@@ -230,6 +238,30 @@ def _pretrained(
             f"no weights for the encoder {name}: looked for {wheel}the folder or hub id {source!r} "
             f"({first_line(error)}); download it and set encoder.pretrained=<folder>, or encoder.weights=random"
         ) from error
+
+
+class LoadingReport(logging.Handler):
+    """Which tensors timm finds missing, and which it has no use for, while this is entered: it tells its log alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing, self.unexpected = set[str](), set[str]()
+
+    def __enter__(self) -> None:
+        self._before = TIMM_LOG.level, TIMM_LOG.propagate
+        TIMM_LOG.addHandler(self)
+        TIMM_LOG.setLevel(logging.INFO)
+        TIMM_LOG.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        TIMM_LOG.removeHandler(self)
+        level, TIMM_LOG.propagate = self._before
+        TIMM_LOG.setLevel(level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for kind, names in (("Missing", self.missing), ("Unexpected", self.unexpected)):
+            if found := re.match(rf"{kind} keys \((.*)\)", record.getMessage()):
+                names.update(found[1].split(", "))
 
 
 def _package_weights(package: str) -> dict[str, Tensor]:

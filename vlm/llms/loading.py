@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from vlm.architecture import facts_of, from_facts
-from vlm.hub import check_complete, first_line, look_up, readable_weights
+from vlm.hub import check_match, first_line, look_up, readable_weights
 from vlm.llms.gguf import convert_package
 from vlm.llms.quantization import Quantization, loading_options
 
@@ -80,7 +80,7 @@ def load(
             )
     except OSError as error:
         raise _not_found("weights", folder, package, error) from error
-    check_complete(report, folder, "llm")
+    check_match(model, folder, "llm", missing=report["missing_keys"], unused=report["unexpected_keys"])
     return model, load_tokenizer(pretrained, package=package, trust=trust)
 
 
