@@ -45,9 +45,9 @@ def evaluate(cfg: Any) -> None:
     if not build.names_rows(asked):
         rows = {"val": data.fingerprints()["val"]}
         build.check_rows(manifest.get("data") or {}, rows, "name them again with data.annotations= or its like")
-    if remark := check_comparison(data):
-        run.CONSOLE.print(remark, markup=False, soft_wrap=True)
     trainer = build.build_trainer(settings, run_dir, [])
+    if remark := check_comparison(data, num_ranks=trainer.num_nodes * trainer.num_devices):
+        run.CONSOLE.print(remark, markup=False, soft_wrap=True)
     trainer.validate(module, datamodule=data, verbose=False)
     records, failure = [], None
     try:

@@ -96,12 +96,12 @@ def train(cfg: Any) -> None:
     run.CONSOLE.print(render(data.preflight(num_samples=checks["samples"], show=checks["show"])))
     if first and (remark := data.check_shared()):
         run.CONSOLE.print(remark, soft_wrap=True)
-    if remark := check_comparison(data, best=settings["checkpoint"].get("best")):
-        run.CONSOLE.print(remark, soft_wrap=True)
-
     save = Save(run_dir=run_dir, manifest=manifest, inherited=inherited, **settings["checkpoint"])
     watchers = [*build.build_ema(stage), save, *([ConfiguredRates()] if checkpoint else [])]
     trainer = build.build_trainer(settings, run_dir, watchers)
+    num_ranks = trainer.num_nodes * trainer.num_devices
+    if remark := check_comparison(data, num_ranks=num_ranks, best=settings["checkpoint"].get("best")):
+        run.CONSOLE.print(remark, soft_wrap=True)
     if first:
         build.write_config(run_dir, settings, choices, run_id)  # from here on the directory is taken
         run.forget_after(run_dir, step=checkpoint[1] if checkpoint else 0)

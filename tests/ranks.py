@@ -152,6 +152,20 @@ def fit(
     return {"steps": steps.seen, "tensors": gather(module, names), "val": figures, "answers": answers}
 
 
+def unlike(folder: Path, strategy: Any = "auto", *, num_ranks: int = 1) -> dict[str, Any]:
+    """The validation of batches with two pictures on one rank; on the other with one picture twice, and with none."""
+    model, states = tokens()
+    num_tokens = model.connector.num_tokens
+    repeated = make_batch(*PICTURED[:2], images=[pictures(8)[5]] * 2, num_tokens=num_tokens)
+    batches = [part_of(PICTURED, start, start + 2, num_tokens) for start in (0, 2)]
+    batches += [repeated, part_of(TEXT, 0, 2, num_tokens)]
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    mine = batches[rank * 4 // num_ranks : (rank + 1) * 4 // num_ranks]
+    trainer = make_trainer(folder, strategy=strategy, devices=num_ranks, use_distributed_sampler=False)
+    module = make_module(model, states=states)
+    return trainer.validate(module, DataLoader(mine, batch_size=None), verbose=False)[0]
+
+
 def stopped(folder: Path, strategy: Any) -> str:
     """What this rank says of a NaN on the other one."""
     model, states = tokens()
@@ -173,6 +187,7 @@ def main(folder: Path) -> None:
         for make in (tokens, layers):
             results[name, make.__name__] = fit(folder, make, strategy(), num_ranks=2)
         results[name, "losses"] = fit(folder, tokens, strategy(), num_ranks=2, objective=TwoLosses())
+        results[name, "unlike"] = unlike(folder, strategy(), num_ranks=2)
         results[name, "stopped"] = stopped(folder / f"stopped_{name}", strategy())
     results["ddp", "average"] = fit(folder, tokens, "ddp", num_ranks=2, ema_decay=0.9)
     results["fsdp", "accumulated"] = fit(folder, tokens, FullyShard(), num_ranks=2, accumulate=2)

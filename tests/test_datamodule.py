@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from vlm.data.batching import EvenBatches
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.reading import Reading, current
+from vlm.evaluation.looking import check_comparison
 from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
 
 K = 3
@@ -257,3 +258,20 @@ def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
 def test_a_split_needs_two_samples() -> None:
     with pytest.raises(ValueError, match="the train split has 1 sample and needs at least 2; give more data, or set"):
         module(size=1)
+
+
+def test_the_comparison_is_that_of_the_batches_of_all_ranks() -> None:
+    """Four pictures, the first two alike and the last two, which two ranks do not see together."""
+
+    class Pairs(Numbered):
+        def __getitem__(self, index: int) -> Sample:
+            picture = Image.new("RGB", (8, 8), (index // 2, 0, 0))
+            return replace(super().__getitem__(1), images=[picture])
+
+    data = VLMDataModule(source=lambda split: Pairs(split, 4))
+    spec = VisualSpec(num_tokens=K, image_size=(4, 4), transform=pixels)
+    data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
+    assert check_comparison(data, num_ranks=1) is None
+    said = check_comparison(data, num_ranks=2)
+    assert said is not None
+    assert said.startswith("There will be no val/visual_gain: no batch of the validation samples has two different")

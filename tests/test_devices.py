@@ -94,6 +94,17 @@ def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: s
     assert all(rank[strategy, case]["answers"].tolist() == one[case]["answers"].tolist() for rank in two[1])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_without_pictures_to_compare(two: Any, strategy: str, tmp_path: Path) -> None:
+    """The gain is that of the other rank's rows, and the loss that of all."""
+    alone = ranks.unlike(tmp_path)
+    for rank in two[1]:
+        ours = rank[strategy, "unlike"]
+        assert ours["val/num_not_compared"] == alone["val/num_not_compared"] == 2
+        for name in ("val/loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain"):
+            assert ours[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-6)
+
+
 def test_two_ranks_keep_the_average_of_one(two: Any, one: dict[str, Any], tmp_path: Path) -> None:
     alone = ranks.fit(tmp_path, ranks.tokens, ema_decay=0.9)
     assert_same(two[1][0]["ddp", "average"], alone)

@@ -206,11 +206,12 @@ class VLMDataModule(pl.LightningDataModule):
         indices = self.val_indices(self.num_val_samples)
         return self._loader("val", EvenBatches(indices, batch_size=self._val_size, rank=rank, num_ranks=num_ranks))
 
-    def val_batches(self) -> Iterator[Batch]:
-        """The validation batches of a single process, read in this one as they are asked for."""
-        collated = self._collated("val")
-        for batch in EvenBatches(self.val_indices(self.num_val_samples), batch_size=self._val_size):
-            yield collated([self._rows["val"][indices] for indices in batch])
+    def val_batches(self, num_ranks: int) -> Iterator[Batch]:
+        """The validation batches of all ranks, read in this process as they are asked for."""
+        collated, chosen = self._collated("val"), self.val_indices(self.num_val_samples)
+        for rank in range(num_ranks):
+            for batch in EvenBatches(chosen, batch_size=self._val_size, rank=rank, num_ranks=num_ranks):
+                yield collated([self._rows["val"][indices] for indices in batch])
 
     def val_indices(self, limit: int | None) -> list[int]:
         """Up to `limit` held-out samples, spread evenly over the split."""

@@ -36,12 +36,14 @@ def num_with_images(batch: Batch) -> int:
     return int((batch.num_images > 0).sum())
 
 
-def check_comparison(data: VLMDataModule, *, best: str | None = None) -> str | None:
+def check_comparison(data: VLMDataModule, *, num_ranks: int, best: str | None = None) -> str | None:
     """What to say of a validation that has no rows to compare, or None; reads as far as the first batch that has some.
+
+    Those of all ranks are looked at: one with nothing to compare runs along with the others.
 
     Raises ValueError where the artifact of the `best` visual gain is to be kept, which there will not be.
     """
-    if any(swapped(batch)[1] for batch in data.val_batches()):
+    if any(swapped(batch)[1] for batch in data.val_batches(num_ranks)):
         return None
     why = "no batch of the validation samples has two different images of one layout, whose places could be changed"
     if best == "val/visual_gain":
