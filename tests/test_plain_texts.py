@@ -16,21 +16,21 @@ from tests.test_cli import QUICK, evaluate, read, told, train
 from vlm import artifact, build, run
 from vlm.evaluation import runner
 from vlm.evaluation.runner import score, write_samples
-from vlm.files import printable
+from vlm.files import escape_controls
 from vlm.module import VLMModule
 
 __all__ = ["told"]  # a fixture
 HOSTILE = ["[/b] and [red]", "a :smile: b", r"a \[bold]", "[link=x]", "\x1b[31mred", "Z\udcfcrich", "\u202etxt.exe"]
 
 
-def test_printable() -> None:
-    assert [printable(text) for text in HOSTILE] == [
+def test_controls_are_escaped() -> None:
+    assert [escape_controls(text) for text in HOSTILE] == [
         *HOSTILE[:4],
         r"\x1b[31mred",
         r"Z\udcfcrich",
         r"\u202etxt.exe",
     ]
-    assert printable("a\tb\n日本 👩‍🚀\x9b\r") == "a\tb\n日本 👩‍🚀" + r"\x9b\r"
+    assert escape_controls("a\tb\n日本 👩‍🚀\x9b\r") == "a\tb\n日本 👩‍🚀" + r"\x9b\r"
 
 
 def test_tables_show_texts_as_they_are() -> None:
@@ -40,10 +40,10 @@ def test_tables_show_texts_as_they_are() -> None:
         run.print_figures({f"val/accuracy/{text}": 0.5 for text in HOSTILE})
         run.CONSOLE.print("runs/" + "".join(HOSTILE), soft_wrap=True)
     lines = shown.get().splitlines()
-    for text in map(printable, HOSTILE):
+    for text in map(escape_controls, HOSTILE):
         assert any(line.startswith(f"│ {text} ") and f"│ {text}. " in line and "wrong" in line for line in lines), text
         assert any(line.startswith(f"│ val/accuracy/{text} ") for line in lines), text
-    assert lines[-1] == "runs/" + printable("".join(HOSTILE))
+    assert lines[-1] == "runs/" + escape_controls("".join(HOSTILE))
     assert not {character for line in lines for character in line} & {"\x1b", "\udce9", "\u202e", "😄"}
 
 
@@ -59,7 +59,7 @@ def test_files_keep_what_is_no_unicode(tmp_path: Path) -> None:
     artifact.write_json(tmp_path / "metrics.json", records)
     assert read(tmp_path / "samples.jsonl") == json.loads((tmp_path / "metrics.json").read_text("utf-8")) == records
     assert artifact.short_hash(HOSTILE) == artifact.short_hash(json.loads(json.dumps(HOSTILE)))
-    assert f"accuracy/{printable(HOSTILE[5])}" in score(records)
+    assert f"accuracy/{escape_controls(HOSTILE[5])}" in score(records)
     settings: Any = {"seed": 0, "data": {"annotations": HOSTILE[5]}}
     build.write_config(tmp_path, settings, {})
     assert OmegaConf.load(tmp_path / "config.yaml").data == settings["data"]
@@ -91,9 +91,9 @@ def test_a_run_whose_files_have_names_in_latin_1(tmp_path: Path, capfd: pytest.C
     assert printed.count(r"Z\udcfcrich [/b] :smile: 0.png") == 1
     (sample, *_) = read(out / "samples.jsonl")
     assert sample["reference"] == "[/b] number 0 :smile:"
-    assert printable(sample["id"]).endswith(r"Z\udcfcrich [/b] :smile: 0.png")
+    assert escape_controls(sample["id"]).endswith(r"Z\udcfcrich [/b] :smile: 0.png")
     (bad,) = read(out / "bad_samples.jsonl")
-    assert r"Z\udcfcrich [/b] :smile: 4.png" in printable(bad["error"])
+    assert r"Z\udcfcrich [/b] :smile: 4.png" in escape_controls(bad["error"])
     with open(out / "csv" / "metrics.csv") as table:
         assert "val/exact_match" in next(csv.reader(table))
     assert evaluate(f"ckpt='{out}'", "trainer=cpu", "num_samples=5", "batch_size=2", "max_new_tokens=2") == 0

@@ -100,13 +100,13 @@ def refuse_links(folder: Path, *, within: Path | None = None) -> None:
                 )
 
 
-def printable(text: str) -> str:
-    r"""The text as every terminal and every file takes it; line breaks and tabs stay.
+def escape_controls(text: str) -> str:
+    r"""The text as every terminal and every file takes it; line breaks and tabs stay (`vlm.data.quote.one_line`).
 
     Control characters, which a terminal would obey, marks that turn the direction of writing, and halves of surrogate
     pairs are written as `\x1b` or `\udce9`.
     """
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -35,7 +35,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(files.printable(text), **options)
+        return super().render_str(files.escape_controls(text), **options)
 
 
 CONSOLE = PlainConsole(width=None if Console().is_terminal else 120, soft_wrap=False)

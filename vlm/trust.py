@@ -162,7 +162,7 @@ def restrict(
         for key, value, hint in _values("", chosen)
         if not trusted(key, value) and _reaches_out(key, value, hint, run_dir)
     ]:
-        again = " ".join(f"{key}={files.printable(str(value)):.120}" for key, value in wanted)
+        again = " ".join(f"{key}={files.escape_controls(str(value)):.120}" for key, value in wanted)
         raise ValueError(
             f"{run_dir / 'config.yaml'} was not written by your own programs here, or was changed since, so the paths, "
             f"classes and patterns in it are not used; give them on the command line if they are right ({again})"

@@ -263,8 +263,8 @@ def _refuse(path: Path, theirs: Mapping[str, Any], run: Mapping[str, Any]) -> No
     """Raise ValueError, naming in what the run of a checkpoint is another."""
     odd = [f"its {key} is {theirs.get(key)}, here it is {run[key]}" for key in run if theirs.get(key) != run[key]]
     raise ValueError(
-        f"{path} is of another run: {', '.join(map(artifact.files.printable, odd))}; put the run's own checkpoint "
-        f"there, or start a new run with ckpt={path.parents[1]}"
+        f"{path} is of another run: {', '.join(map(artifact.files.escape_controls, odd))}; put the run's own "
+        f"checkpoint there, or start a new run with ckpt={path.parents[1]}"
     )
 
 

@@ -22,7 +22,7 @@ from vlm.artifact import write_json
 from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
 from vlm.data.images import to_rgb
-from vlm.data.judge import printable
+from vlm.data.quote import one_line
 from vlm.run import CONSOLE
 from vlm.schema import Source, Split
 
@@ -152,7 +152,7 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
     for split, part in splits.items():
         for name, total in _tops(part).items():
             shown = ", ".join(f"{what} {count:,}" for what, count in total)
-            CONSOLE.print(Text(printable(f"{split} {name}: {shown}")))
+            CONSOLE.print(Text(one_line(f"{split} {name}: {shown}")))
 
 
 def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vlm.files import printable
+from vlm.files import escape_controls
 
 GO_ON = "go on with resume=<run dir>"
 CONF = str(Path(__file__).parents[2] / "conf")
@@ -59,7 +59,7 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
                 raise
             if not sweeps:
                 fail(message)
-            print(f"Error: {printable(message)}", file=sys.stderr)
+            print(f"Error: {escape_controls(message)}", file=sys.stderr)
             record_failure(message)
 
     try:
@@ -180,7 +180,7 @@ def exit_code(end: SystemExit) -> Any:
 
 
 def fail(message: str) -> None:
-    print(f"Error: {printable(message)}", file=sys.stderr)
+    print(f"Error: {escape_controls(message)}", file=sys.stderr)
     sys.exit(2)
 
 

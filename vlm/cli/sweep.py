@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 
-from vlm.files import printable
+from vlm.files import escape_controls
 
 FILE = "failed_jobs.jsonl"  # in the sweep's folder, because a launcher may run the jobs in other processes
 
@@ -38,5 +38,5 @@ class FailedJobs(Callback):
         failed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         names = "; ".join(f"{each['job']} ({each['error']})" for each in failed)
         jobs = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
-        print(f"Error: {jobs} failed, the others have run: {printable(names)}", file=sys.stderr)
+        print(f"Error: {jobs} failed, the others have run: {escape_controls(names)}", file=sys.stderr)
         sys.exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 from PIL.Image import Image
 
 from vlm.data.collate import Row, make_row
+from vlm.data.quote import one_line
 from vlm.data.reading import Reading, applied
 from vlm.schema import BadSample, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
-
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -109,15 +107,10 @@ def read(source: Any, index: int, *, reading: Reading, outline: bool = False) ->
         try:
             sample = source.outline(index) if outline else source[index]
         except BadSample as error:
-            if str(error) == printable(str(error)):
+            if str(error) == one_line(str(error)):
                 raise
-            raise BadSample(printable(str(error)), error.kind) from error
-    return replace(sample, id=printable(sample.id))
-
-
-def printable(text: str) -> str:
-    """The text on one line, with what no terminal and no file should get as escapes: controls, half a surrogate."""
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+            raise BadSample(one_line(str(error)), error.kind) from error
+    return replace(sample, id=one_line(sample.id))
 
 
 def _blamed(encode: Callable[..., Encoded], sample: Sample, num_images: int) -> Encoded:

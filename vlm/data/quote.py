@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 LONGEST = 80  # characters of a value that are shown
 NUM_NAMED = 5  # items of a list of names that are shown
+NOT_ON_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def quoted(value: Any, *, longest: int = LONGEST) -> str:
@@ -35,3 +37,8 @@ def named(names: Iterable[Any], *, at_most: int = NUM_NAMED) -> str:
     shown = ", ".join(quoted(str(name), longest=LONGEST // 2) for name in islice(names, at_most))
     more = len(names) - at_most
     return f"{shown} and {more:,} more" if more > 0 else shown or "nothing"
+
+
+def one_line(text: str) -> str:
+    r"""The text on one line: controls, line breaks too, and halves of surrogate pairs are written as `\x1b` or `\n`."""
+    return NOT_ON_A_LINE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -53,7 +53,9 @@ def score(records: Sequence[dict[str, Any]]) -> dict[str, float]:
         by_type[record["type"]].append(record["correct"])
     result = {"exact_match": sum(r["correct"] for r in records) / len(records)}
     return result | {
-        f"accuracy/{files.printable(kind)}": sum(v) / len(v) for kind, v in sorted(by_type.items(), key=str) if kind
+        f"accuracy/{files.escape_controls(kind)}": sum(v) / len(v)
+        for kind, v in sorted(by_type.items(), key=str)
+        if kind
     }
 
 
