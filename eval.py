@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def evaluate(cfg: Any) -> None:
 
     from vlm import artifact, build, files, run
     from vlm.artifact import write_json
+    from vlm.cli import launch
     from vlm.cli.overrides import absolute_paths
     from vlm.evaluation.looking import check_comparison
     from vlm.evaluation.runner import answer, score, write_samples
@@ -33,6 +35,8 @@ def evaluate(cfg: Any) -> None:
     settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
     settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
     build.check(settings)
+    launch.check_machine(settings, run_dir)
+    _check_out(out)
     if cfg.out is None:
         files.refuse_links(out, within=run_dir)
         _keep_other_results(out, options)
@@ -81,6 +85,14 @@ def evaluate(cfg: Any) -> None:
     run.CONSOLE.print(f"Results: {out / 'results.json'}", soft_wrap=True)
     if failure is not None:
         raise failure
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError where a folder cannot be made or written to, before anything loads."""
+    there = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"out={out} cannot be made because {there} {why}; give out=<folder>")
 
 
 def _keep_other_results(out: Path, options: list[str]) -> None:

@@ -48,7 +48,10 @@ def train(cfg: Any) -> None:
     settings, choices = resume.settings(cfg, run_dir) if resumed else (build.plain(cfg), chosen(hydra))
     build.check(settings)
     launch.check_ranks(hydra)
-    if launch.in_its_own_process(hydra, settings, __file__):
+    if settings["ckpt"] and not resumed:
+        artifact.read_manifest(settings["ckpt"])
+    trainer = launch.check_machine(settings, run_dir)
+    if launch.in_its_own_process(hydra, trainer, __file__):
         return
     first = run.first_rank()
     run.CONSOLE.quiet = not first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,14 @@ def test_encoders_side_by_side_keep_their_list() -> None:
 def test_commas_separate_paths_in_a_sweep(tmp_path: Path) -> None:
     whole = tmp_path / "seed=0,llm=tiny"
     for name, expected in (("a b,c", ["a b", "c"]), ("[q,v]/1,[q,v]/2", ["[q,v]/1", "[q,v]/2"]), ("glob(*)", None)):
-        flag, argument = translate([f"ckpt={name}", "-m"], config_name="train")
+        flag, _, argument = translate([f"ckpt={name}", "-m"], config_name="train")
         assert flag == "-m"
         sweep = OverridesParser.create().parse_override(argument)
         assert sweep.is_sweep_override()
         if expected:
             assert [getattr(each, "text", each) for each in sweep.value().list] == expected
     whole.mkdir()
-    _, argument = translate(["-m", f"ckpt={whole}"], config_name="train")
+    *_, argument = translate(["-m", f"ckpt={whole}"], config_name="train")
     assert value(argument) == str(whole)
 
 
@@ -127,6 +128,13 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("stage=null", "a run cannot do without it; choose stage= one of align, full, instruct, vision_tune"),
         ("~encoder", "~encoder is refused because a run cannot do without it; choose encoder= one of clip_"),
         ("stage=[align,instruct]", "stage=[align,instruct] is refused because a run has one of them"),
+        ("trainer=5", "trainer=5 is refused because it is not the name of an option; choose trainer= one of auto, "),
+        ("logger={}", "logger={} is refused because it is not the name of an option; choose logger= one of csv, none"),
+        ("encoder=a/b", "there is no option encoder=a/b; choose one of clip_vit_b32_224"),
+        ("recipe.stages=[1]", "there is no option recipe.stages; recipe has no options here"),
+        ("stage.lr={}", "the options that are there (encoder, connector, llm); set them one by one, such as stage.lr"),
+        ("+data.reading={}", "Error: data.reading={} changes nothing"),
+        ("ckpt=5", "ckpt=5 is no run directory: it has no artifact/manifest.json"),
     ],
 )
 def test_a_sentence_in_place_of_hydras_grammar(typed: str, said: str, told: Any) -> None:
@@ -164,6 +172,34 @@ def test_a_sweep_names_no_run_dir(told: Any) -> None:
         assert train("-m", "seed=0,1", option) == 2
     with pytest.raises(ValueError, match=r"-m makes one a job; set hydra.sweep.dir=<folder>"):
         translate(["seed=0,1", "run_dir=a", "-m"], config_name="train")
+    with pytest.raises(ValueError, match=r"out= names the folder of one evaluation, but -m makes several"):
+        translate(["ckpt=a,b", "out=c", "-m"], config_name="eval")
+
+
+@pytest.mark.parametrize(
+    ("typed", "excluded"),
+    [
+        (["seed=0,1", "ckpt=a/b", "data.prompt=x"], "ckpt,data.prompt"),
+        (["seed=0,1", "ckpt=a,b", "+data.filter=c"], "data.filter"),
+        (["seed=0", "ckpt=a/b"], "ckpt"),
+        (["experiment=x", "seed=0,1", "ckpt=a/b", "llm=tiny"], "ckpt"),
+    ],
+)
+def test_a_job_is_named_by_the_options_in_which_it_differs(typed: list[str], excluded: str) -> None:
+    names = translate(["-m", "--config-dir=x", *typed], config_name="train")[1]
+    assert names == f"hydra.job.config.override_dirname.exclude_keys=[{excluded}]"
+
+
+@pytest.mark.slow
+def test_a_sweep_over_runs_to_start_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(*QUICK, "run_dir=runs/a b") == 0
+    shutil.copytree("runs/a b", "runs/c")
+    assert train("-m", *QUICK, f"ckpt=runs/a b,{tmp_path}/runs/c", "hydra.sweep.dir=sweep") == 0
+    names = ["ckpt=runs_a b", f"ckpt={tmp_path}/runs/c".replace("/", "_")]
+    assert sorted(path.name for path in Path("sweep").iterdir() if path.is_dir()) == sorted(names)
+    started = [OmegaConf.load(Path("sweep", name, "config.yaml")).ckpt for name in names]
+    assert started == ["runs/a b", f"{tmp_path}/runs/c"]
 
 
 def test_a_part_of_a_run_directory_is_told_the_whole(tmp_path: Path, told: Any) -> None:
@@ -193,9 +229,18 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, told: Any) -> None:
         ("data=captions", "eval.py evaluates on the run's own data, so data=captions cannot be given"),
         ("llm=tiny", "eval.py takes the llm that the run has, so leave out llm=tiny"),
         ("connector.depth=3", "eval.py takes the connector that the run has, so leave out connector.depth=3"),
+        ("trainer=null", "trainer=null is refused because a run cannot do without it; choose trainer= one of auto, "),
+        ("ckpt=null", "ckpt=null must be a text that is not empty"),
+        ("ckpt=5", "/5 is no run directory: it has no artifact/manifest.json"),
+        ("batch_size=0", "batch_size=0 must be a whole number from 1 to 65,536"),
+        ("max_new_tokens=nan", "max_new_tokens=nan must be a whole number from 1 to 65,536"),
+        ("num_samples=1", "num_samples=1 must be a whole number from 2 to 100,000,000 or null"),
+        ("foo=1", "there is no option foo; choose one of batch_size, ckpt, "),
+        ("+foo=1", "there is no option foo; choose one of batch_size, ckpt, "),
+        ("trainer.foo=1", "there is no option trainer.foo; choose one of _target_, accelerator"),
     ],
 )
-def test_evaluation_takes_the_parts_of_the_run(typed: str, said: str, told: Any) -> None:
+def test_a_slip_in_the_options_of_an_evaluation(typed: str, said: str, told: Any) -> None:
     assert evaluate("ckpt=x", typed) == 2
     assert said in told()
 
@@ -250,9 +295,9 @@ def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.C
     assert first.startswith("Error: ")
     assert "grid" in first
     assert last.startswith("Error: 1 job of the sweep failed, the others have run: ")
-    assert ",connector=pixel_shuffle," in last
+    assert " connector=pixel_shuffle (" in last
     (done,) = tmp_path.glob("*/metrics.json")
-    assert ",connector=linear," in done.parent.name
+    assert done.parent.name == "connector=linear"
     assert train("-m", "connector=linear", "encoder.image_size=40", *few, "seed=3", f"hydra.sweep.dir={tmp_path}") == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from tests import ranks
 from tests.parts import make_module
 from tests.test_cli import QUICK, ROOT, call, evaluate, files, read, told, train
 from vlm import artifact
+from vlm.cli import launch
 from vlm.cli.entry import quiet
 from vlm.data.batching import EvenBatches
 from vlm.sharding import check_strategy
@@ -179,12 +181,11 @@ def test_a_sliced_run_is_evaluated_by_one_process(two: Any, alone: Path) -> None
 def test_a_sweep_over_ranks_of_their_own(two: Any, tmp_path: Path) -> None:
     """Lightning's own start of a second rank, in both jobs of a sweep."""
     options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.val_check_interval=4"]
-    short = "hydra.sweep.subdir=${hydra.job.num}"  # the names of so many options are longer than a folder's may be
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *ranks.RUN, *options, short, "seed=0,1"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *ranks.RUN, *options, "seed=0,1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    runs = sorted(tmp_path.glob("multirun/*/[01]"))
-    assert [run.name for run in runs] == ["0", "1"]
+    runs = sorted(tmp_path.glob("multirun/*/seed=*"))
+    assert [run.name for run in runs] == ["seed=0", "seed=1"]
     assert not (tmp_path / "runs").exists()
     assert done.stdout.count("What trains") == 2, "one rank talks"
     losses = [
@@ -199,6 +200,70 @@ def test_ranks_from_outside_must_share_a_directory(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train(*QUICK) == 2
     assert told() == "Error: 2 processes were started and need one run directory between them; set run_dir=<folder>"
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, cores: int = 2, **trainer: Any) -> None:
+    """Check a trainer on a machine with so many devices."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    options = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "precision": "32-true", **trainer}
+    launch.check_machine({"trainer": options}, Path())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"devices": 3}, "trainer.devices=3 is more than the number of CPU cores here, 2; set 2 at most"),
+        ({"devices": "99"}, "trainer.devices=99 is more than the number of CPU cores here, 2; set 2 at most"),
+        (
+            {"devices": -1},
+            "trainer.devices=-1 is for GPUs, and this run is on the CPU; set a number of processes, such ",
+        ),
+        ({"devices": [0, 1]}, "trainer.devices=[0, 1] is for GPUs, and this run is on the CPU"),
+        (
+            {"devices": 1, "num_nodes": 5},
+            "trainer.num_nodes=5 needs the command on 5 machines, and it was started on 1; start it with torchrun or",
+        ),
+        (
+            {"devices": 9, "accelerator": "auto", "gpus": 8},
+            "trainer.devices=9 is more than the number of GPUs here, 8; set 8 at most",
+        ),
+    ],
+)
+def test_more_than_the_machine_has(trainer: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        machine(monkeypatch, **trainer)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "20", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_NTASKS": "20", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "5", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {**TORCHRUN, "GROUP_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},
+        {**SRUN, "SLURM_JOB_NAME": "train", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"},
+    ],
+)
+def test_many_machines_with_a_launcher(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    machine(monkeypatch, devices=4, num_nodes=5)
+
+
+def test_processes_that_would_each_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in TORCHRUN.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=r"^20 processes were started, but trainer\.devices=1 uses 1; set trainer=ddp"):
+        machine(monkeypatch, devices=1)
+
+
+def test_a_trainer_is_refused_before_anything_loads(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.build.build_model", None)
+    assert train(*QUICK, "trainer.devices=1000") == 2
+    assert told().startswith("Error: trainer.devices=1000 is more than the number of CPU cores here, ")
 
 
 def test_a_launcher_that_is_not_installed(told: Any) -> None:
@@ -232,7 +297,7 @@ def test_a_job_that_fails_on_ray_is_not_started_again(tmp_path: Path) -> None:
         "Error: 1 job of the sweep failed, the others have run: connector=pix"
     )
     (run,) = tmp_path.glob("multirun/*/*/metrics.json")
-    assert run.parent.name.startswith("connector=linear,")
+    assert run.parent.name == "connector=linear"
 
 
 def test_losses_of_unlike_counts_are_not_added_up(tmp_path: Path) -> None:

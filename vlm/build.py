@@ -30,7 +30,7 @@ from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.optim import Rate, check_rates, check_states, check_steps, round_frozen, set_trainable
 from vlm.options import _constructor, bind, bind_class, fit, known, mapping, parameters, shown, typed, unknown_key
-from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Range, Samples, Seed
+from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Range, Samples, Seed, Written
 from vlm.run import native_precision
 from vlm.schema import VisualSpec
 from vlm.sharding import check_strategy
@@ -54,7 +54,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "plan": {"show": bool, "json": Name | None},
     "resume": {"run": Name | None, "allow": list[Name]},
     "stage": {  # and the arguments of VLMModule
-        "name": Name,
+        "name": Annotated[str, Written("[^/]+", "align")],  # of a folder
         "task": Tasks,
         **dict.fromkeys(PARTS, Any),  # as `check_states` has them
         "lr": dict[str, Rate],
@@ -254,12 +254,15 @@ def _bind_named(cfg: Mapping[str, Any], group: str) -> list[partial[Any]]:
 def check_evaluation(cfg: Any) -> None:
     """Raise ValueError for a value of eval.py's own that it cannot use; `check` looks at its data and trainer."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    known("", settings, {*EVALUATION, "trainer", *PARTS})
     fit("", {key: value for key, value in settings.items() if key in EVALUATION}, EVALUATION)
     mapping("trainer", settings.get("trainer"))
 
 
 def existing_parent(option: str, file: str) -> None:
-    """Raise ValueError where a file cannot be written because the folder for it is not there."""
+    """Raise ValueError where a file cannot be written: there is no folder for it, or it is one."""
+    if Path(file).is_dir():
+        raise ValueError(f"{option}={file} is a folder; name a file in it")
     if not Path(file).parent.is_dir():
         raise ValueError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}; make it first")
 

@@ -25,13 +25,14 @@ class Kind(NamedTuple):
 
     base: str
     folders: tuple[str, ...]
+    needs: tuple[str, ...] = ()  # what a class of any module must have, where a base says nothing of it
 
 
 MODULE = "torch.nn.Module"
 KINDS = {  # a key stands for all below it, unless a longer one does
-    "encoder": Kind(MODULE, ("vlm.encoders.",)),
-    "connector": Kind(MODULE, ("vlm.connectors.",)),
-    "llm": Kind(MODULE, ("vlm.llms.",)),
+    "encoder": Kind(MODULE, ("vlm.encoders.",), ("blocks",)),
+    "connector": Kind(MODULE, ("vlm.connectors.",), ("fusion",)),
+    "llm": Kind(MODULE, ("vlm.llms.",), ("fusions", "layers", "add_lora")),
     "model": Kind("vlm.models.base.Model", ("vlm.models.",)),
     "stage.objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
     "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),
@@ -116,6 +117,8 @@ def _constructor(name: str, target: Any) -> Callable[..., Any]:
         raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
     if not inspect.isclass(found) or not (found.__module__.startswith(kind.folders) or _derived(found, kind.base)):
         raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
+    if missing := [attribute for attribute in kind.needs if not hasattr(found, attribute)]:
+        raise ValueError(f"{name}._target_={target} cannot be the {name}: it has no attribute {missing[0]}; {wanted}")
     if inspect.isabstract(found):
         raise ValueError(f"{name}._target_={target} is abstract and cannot be made; {wanted}")
     return found
@@ -157,6 +160,8 @@ def known(name: str, given: Mapping[str, Any], choices: Any) -> None:
 
 def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
     """What to say of a key that does not exist; `asked` is the word that was misspelt, the key's last by default."""
+    if not choices:
+        return f"there is no option {full_key}; {full_key.rpartition('.')[0]} has no options here"
     close = get_close_matches(asked or full_key.rpartition(".")[2], list(map(str, choices)), n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"there is no option {full_key}; {hint}choose one of {', '.join(sorted(map(str, choices)))}"

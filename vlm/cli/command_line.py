@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from vlm.cli.overrides import MANY, for_shell, holds_path, override, written
 
@@ -36,6 +37,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     keys = {argument.partition("=")[0] for argument in words}
     if flags and "run_dir" in keys:
         raise ValueError("run_dir= names the folder of one run, but -m makes one a job; set hydra.sweep.dir=<folder>")
+    if flags and config_name == "eval" and "out" in keys:
+        raise ValueError("out= names the folder of one evaluation, but -m makes several; give a command for each")
     if flags and "resume" in keys:
         raise ValueError("resume= goes on with one run; leave out -m and give a command for each run")
     for argument in words:
@@ -43,7 +46,19 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
         key, _, _ = argument.partition("=")
         if key in ("ckpt", "resume") and isinstance(path := _parse(argument).value(), str):
             check_run_dir(key, Path(path))
-    return [*flags, *words]  # argparse wants flags first
+    return [*flags, *(_job_names(words) if flags else []), *words]  # argparse wants flags first
+
+
+def _job_names(words: Sequence[str]) -> list[str]:
+    """The option that leaves what all jobs of a sweep share out of the names of their folders.
+
+    Of a sweep with one job, and of an experiment, whose sweeps have one folder for all, only paths are left out.
+    """
+    options = [_parse(word) for word in words if not word.startswith("-")]
+    shared = {each.key_or_group for each in options if not each.is_sweep_override()}
+    if len(shared) == len(options) or "experiment" in shared:
+        shared = {*filter(holds_path, shared)}
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"]
 
 
 def quote_path(argument: str, *, sweep: bool) -> str:
@@ -65,6 +80,24 @@ def quote_path(argument: str, *, sweep: bool) -> str:
         return argument  # a list is of encoders side by side
     paths = _split(value) if sweep else [value]
     return f"{key}={','.join(written(os.path.expanduser(path)) for path in paths)}"
+
+
+def refuse_empty_mappings(cfg: Any, arguments: Any) -> None:
+    """Raise ValueError for a `key={}` that changes nothing, because Hydra merges it into the mapping that is there."""
+    given: Any = OmegaConf.to_container(arguments)  # as typed: a ${ in a value is not resolved here
+    for each in OverridesParser.create().parse_overrides(given):
+        key = each.key_or_group
+        if not each.is_delete() and each.value() == {} and (kept := _mapping(cfg, key)):
+            names = ", ".join(map(str, kept))
+            raise ValueError(
+                f"{key}={{}} changes nothing, because it is merged into the options that are there ({names}); set them "
+                f"one by one, such as {key}.{next(iter(kept))}=<value>"
+            )
+
+
+def _mapping(cfg: Any, key: str) -> Any:
+    found = OmegaConf.select(cfg, key)
+    return found if OmegaConf.is_dict(found) else None
 
 
 def check_run_dir(key: str, path: Path) -> None:
@@ -125,12 +158,25 @@ def _group_option(argument: str) -> list[str]:
         return []
     if group in MANY and absent:
         return [f"{group}=none"]
-    if group in REQUIRED and (absent or value.startswith("[")):
+    if group in (*REQUIRED, *MANY, "experiment", "debug") and (why := _no_option(group, value, absent=absent)):
         choices = ", ".join(sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml")))
-        wrong = "a run cannot do without it" if absent else "a run has one of them"
-        raise ValueError(f"{argument} is refused because {wrong}; choose {group}= one of {choices}")
+        raise ValueError(f"{argument} is refused because {why}; choose {group}= one of {choices}")
     known = group in (*REQUIRED, *MANY, "experiment", "debug")
     return [f"{group}={value}"] if known and key.startswith("+") else [argument]
+
+
+def _no_option(group: str, value: str, *, absent: bool) -> str:
+    """Why a value cannot be an option of a group; empty where it may be the name of one."""
+    if absent:
+        return "a run cannot do without it"
+    if group in REQUIRED and value.startswith("["):
+        return "a run has one of them"
+    try:
+        found = _parse(f"x={value}")
+    except HydraException:  # which _check_grammar explains
+        return ""
+    named = found.is_sweep_override() or isinstance(found.value(), str | list)
+    return "" if named else "it is not the name of an option"
 
 
 def _check_grammar(argument: str, *, sweep: bool) -> None:

@@ -35,16 +35,20 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     keep_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from vlm.cli.command_line import SWEEP, translate
-    from vlm.cli.sweep import record_failure
+    from vlm.cli.command_line import SWEEP, refuse_empty_mappings, translate
+    from vlm.cli.sweep import folder_name, record_failure
 
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # conf/train.yaml names jobs by it
     sweeps = bool({*SWEEP} & {*sys.argv})
 
     def tell(cfg: Any) -> None:
         try:  # in here, or Hydra would print its own lines first
+            refuse_empty_mappings(cfg, HydraConfig.get().overrides.task)
             job(cfg)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -232,7 +236,8 @@ def config_error(error: Exception) -> str:
 
     cause = error.__cause__ or error
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        file = str(error.missing_cfg_file)
+        group, _, option = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
         choices = [name for name in error.options if not name.startswith("_")]
         return unknown_key(f"{group}={option}", choices, asked=option)
     if isinstance(error, MissingMandatoryValue) or isinstance(cause, MissingMandatoryValue):

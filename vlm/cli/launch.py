@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.types import RunMode
 
 from vlm import build
@@ -33,20 +35,63 @@ def check_ranks(hydra: Any) -> None:
         raise ValueError(f"{num} processes were started and need one run directory between them; set run_dir=<folder>")
 
 
-def in_its_own_process(hydra: Any, settings: Mapping[str, Any], script: str) -> bool:
+def check_machine(settings: Mapping[str, Any], run_dir: Path) -> Any:
+    """The trainer without callbacks and loggers, made before anything loads: what this machine cannot run ends here.
+
+    Raises ValueError for more devices than the machine has, for machines on which nothing starts the run, and for
+    processes that would each train alone.
+    """
+    asked = settings["trainer"]
+    num, gpus = asked.get("devices", "auto"), _num_gpus(asked["accelerator"])
+    if isinstance(num, int) and num > gpus > 0:
+        raise ValueError(_too_many(num, gpus, "GPUs"))
+    if not gpus and asked["accelerator"] in ("auto", "cpu") and not re.fullmatch(r"auto|\d+", str(num)):
+        raise ValueError(
+            f"trainer.devices={num} is for GPUs, and this run is on the CPU; set a number of processes, such as 1"
+        )
+    trainer = build.build_trainer({**settings, "logger": {}, "callbacks": {}}, run_dir, [])
+    if (started := num_processes()) > 1 and trainer.world_size == 1:
+        raise ValueError(
+            f"{started} processes were started, but trainer.devices={trainer.num_devices} uses 1; set trainer=ddp and "
+            "trainer.devices=<processes on a machine>"
+        )
+    if started_from_outside(trainer):
+        return trainer
+    if trainer.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"trainer.num_nodes={trainer.num_nodes} needs the command on {trainer.num_nodes} machines, and it was "
+            "started on 1; start it with torchrun or srun, or set trainer.num_nodes=1"
+        )
+    cores = os.cpu_count() or 1
+    if not gpus and trainer.num_devices > cores:
+        raise ValueError(_too_many(trainer.num_devices, cores, "CPU cores"))
+    return trainer
+
+
+def _num_gpus(accelerator: str) -> int:
+    """How many devices this machine has for an accelerator of Lightning's; 0 for the CPU."""
+    return torch.accelerator.device_count() if accelerator != "cpu" and torch.accelerator.is_available() else 0
+
+
+def _too_many(asked: int, available: int, what: str) -> str:
+    return f"trainer.devices={asked} is more than the number of {what} here, {available}; set {available} at most"
+
+
+def started_from_outside(trainer: Any) -> bool:
+    """Whether all processes of a run are there already, from torchrun, srun or Lightning's own start."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return trainer.world_size == 1 or getattr(environment, "creates_processes_externally", False)
+
+
+def in_its_own_process(hydra: Any, trainer: Any, script: str) -> bool:
     """Whether this job of a sweep was one for several devices, and has been run in a process made for it.
 
     Lightning starts the other ranks by the command line, which is that of the whole sweep here, and leaves the process
     in a state that no second job can start from.
     """
-    if hydra.mode != RunMode.MULTIRUN:
+    if hydra.mode != RunMode.MULTIRUN or started_from_outside(trainer):
         return False
-    run_dir = Path(hydra.runtime.output_dir)
-    trainer = build.build_trainer({**settings, "logger": {}, "callbacks": {}}, run_dir, [])
-    outside = getattr(getattr(trainer.strategy, "cluster_environment", None), "creates_processes_externally", False)
-    if trainer.world_size == 1 or outside:
-        return False
-    quoted = str(run_dir).replace("'", r"\'")
+    quoted = str(hydra.runtime.output_dir).replace("'", r"\'")
     options = [*hydra.overrides.task, *searchpath(hydra), f"run_dir='{quoted}'"]
     if code := wait_for([sys.executable, script, *options]):
         sys.exit(code)

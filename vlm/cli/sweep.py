@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from hydra.experimental.callback import Callback
 from vlm.files import escape_controls
 
 FILE = "failed_jobs.jsonl"  # in the sweep's folder, because a launcher may run the jobs in other processes
+
+
+def folder_name(options: str) -> str:
+    r"""What a job was asked for as the name of one folder: paths have _ for /, and Hydra's quotes and \ are dropped."""
+    return re.sub(r"[\\'\"]", "", options).replace("/", "_")
 
 
 def record_failure(message: str) -> None:
