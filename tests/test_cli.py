@@ -363,7 +363,7 @@ def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
 
 
 def test_a_sweep_with_too_long_a_name_is_one_sentence(tmp_path: Path, told: Any) -> None:
-    assert train("-m", *QUICK, f"data.prompt={'x' * 300},y", f"hydra.sweep.dir={tmp_path}") == 2
+    assert train("-m", *QUICK, f"data.system_prompt={'x' * 300},y", f"hydra.sweep.dir={tmp_path}") == 2
     assert "too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'" in told()
 
 
