@@ -137,7 +137,7 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
     CONSOLE.print(table)
     for kind in KINDS:
         if first := next((finding for finding in findings if finding.kind == kind), None):
-            CONSOLE.print(Text(printable(f"{kind}, the first: {first.message}")), soft_wrap=True)
+            CONSOLE.print(Text(one_line(f"{kind}, the first: {first.message}")), soft_wrap=True)
     table = Table(title=f"Lengths, {report['visual_tokens_per_image']} visual tokens an image")
     for heading in ("split", "of a sample", "mean", "p50", "p95", "max"):
         table.add_column(heading, justify="left" if heading in ("split", "of a sample") else "right")
