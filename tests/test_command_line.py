@@ -134,7 +134,7 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("recipe.stages=[1]", "there is no option recipe.stages; recipe has no options here"),
         ("stage.lr={}", "the options that are there (encoder, connector, llm); set them one by one, such as stage.lr"),
         ("+data.reading={}", "Error: data.reading={} changes nothing"),
-        ("ckpt=5", "ckpt=5 is no run directory: it has no artifact/manifest.json"),
+        ("ckpt=5", "ckpt=5 is no run directory: there is no such folder"),
     ],
 )
 def test_a_sentence_in_place_of_hydras_grammar(typed: str, said: str, told: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, told: Any) -> None:
         ("connector.depth=3", "eval.py takes the connector that the run has, so leave out connector.depth=3"),
         ("trainer=null", "trainer=null is refused because a run cannot do without it; choose trainer= one of auto, "),
         ("ckpt=null", "ckpt=null must be a text that is not empty"),
-        ("ckpt=5", "/5 is no run directory: it has no artifact/manifest.json"),
+        ("ckpt=5", "/5 is no run directory: there is no such folder"),
         ("batch_size=0", "batch_size=0 must be a whole number from 1 to 65,536"),
         ("max_new_tokens=nan", "max_new_tokens=nan must be a whole number from 1 to 65,536"),
         ("num_samples=1", "num_samples=1 must be a whole number from 2 to 100,000,000 or null"),
