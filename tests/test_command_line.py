@@ -128,6 +128,12 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("stage=null", "a run cannot do without it; choose stage= one of align, full, instruct, vision_tune"),
         ("~encoder", "~encoder is refused because a run cannot do without it; choose encoder= one of clip_"),
         ("stage=[align,instruct]", "stage=[align,instruct] is refused because a run has one of them"),
+        ("stage=align,instruct", "stage=align,instruct names several options; give one, or add -m for a run of each"),
+        ("logger=[csv,foo]", "there is no option logger=foo; choose one of csv, none, tensorboard, wandb"),
+        (
+            "llm.config.vocab_size=9",
+            "llm.config.vocab_size=9 is less than the 272 tokens of the byte tokenizer; set it",
+        ),
         ("trainer=5", "trainer=5 is refused because it is not the name of an option; choose trainer= one of auto, "),
         ("logger={}", "logger={} is refused because it is not the name of an option; choose logger= one of csv, none"),
         ("encoder=a/b", "there is no option encoder=a/b; choose one of clip_vit_b32_224"),
@@ -155,7 +161,13 @@ def test_a_long_value_is_not_repeated_whole() -> None:
     ("typed", "meant"),
     [
         *[("logger=null", ["logger=none"]), ("~logger", ["logger=none"]), ("callbacks=null", ["callbacks=none"])],
-        *[("experiment=null", []), ("~debug", []), ("+logger=csv", ["logger=csv"]), ("plan=true", ["plan.show=true"])],
+        *[
+            ("resume.run=a", ["resume=a"]),
+            ("experiment=null", []),
+            ("~debug", []),
+            ("+logger=csv", ["logger=csv"]),
+            ("plan=true", ["plan.show=true"]),
+        ],
     ],
 )
 def test_groups_that_a_run_can_do_without(typed: str, meant: list[str]) -> None:

@@ -246,7 +246,8 @@ def _bind_named(cfg: Mapping[str, Any], group: str) -> list[partial[Any]]:
     for name, options in given.items():
         if not isinstance(options, Mapping):
             raise ValueError(
-                f"{group}.{name}={options} stands where a name has options below it; write {group}.<name>.{name}="
+                f"{group}.{name}={options} stands where a name has options below it; write {group}.<name>.{name}=, or "
+                f"{group}.{name}=null for none of that name"
             )
     return [bind(f"{group}.{name}", options) for name, options in given.items()]
 

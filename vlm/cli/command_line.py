@@ -28,6 +28,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     """The arguments for Hydra. Raises ValueError, in the user's words, for what it would ignore or not explain."""
     flags = [argument for argument in arguments if argument in SWEEP]
     words = [re.sub(r"^plan=", "plan.show=", argument) for argument in arguments if argument not in SWEEP]
+    if not any(word.startswith("run_dir=") for word in words):  # else it is what entry.resuming has written
+        words = [re.sub(r"^resume\.run=", "resume=", word) for word in words]
     if config_name == "eval":
         # The run's data has keys of its own, and where weights lie may have to be said again.
         words = [f"++{word}" if word.startswith("data.") or SAID_AGAIN.match(word) else word for word in words]
@@ -187,6 +189,8 @@ def _check_grammar(argument: str, *, sweep: bool) -> None:
     try:
         if sweep or not _parse(argument).is_sweep_override():
             return
+        if key in (*REQUIRED, "experiment", "debug"):
+            raise ValueError(f"{_short(argument)} names several options; give one, or add -m for a run of each")
         why = "has a comma, which separates the values of a sweep (-m)"
     except HydraException:
         why = "has characters that Hydra reads as its own"

@@ -250,6 +250,9 @@ def config_error(error: Exception) -> str:
     if key and parent is not None:
         return unknown_key(key, list(parent))
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if found := re.search(r"Could not load '(\w+)/([^']+)'", text):  # one of a list
+        choices = [file.stem for file in Path(CONF, found[1]).glob("[!_]*.yaml")]
+        return unknown_key(f"{found[1]}={found[2]}", choices, asked=found[2])
     if "No match in the defaults list" in text:
         missing = text.split("'")[1]
         groups = [path.name for path in Path(CONF).iterdir() if path.is_dir()]

@@ -79,6 +79,12 @@ class LanguageModel(nn.Module, ABC):
             device = "meta" if weights == "meta" else "cpu"
             self.model = make(self.auto_class, config, pretrained=pretrained, device=device, **common)
             self.tokenizer = byte_tokenizer()
+            rows, tokens = self.model.get_input_embeddings().num_embeddings, len(self.tokenizer)
+            if rows < tokens:
+                raise ValueError(
+                    f"llm.config.vocab_size={rows} is less than the {tokens} tokens of the byte tokenizer; set it to "
+                    f"{tokens} or more"
+                )
         self.model.eval()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
