@@ -209,3 +209,16 @@ def test_an_annotation_file_is_a_regular_file(images: Path, tmp_path: Path) -> N
         Captions(split="train", annotations=tmp_path / "pipe.json", images=images)
     with pytest.raises(ValueError, match=rf"'{images}' is a folder; set data\.annotations="):
         Captions(split="train", annotations=images, images=images)
+
+
+def test_a_link_as_the_annotation_file_is_followed_and_one_as_a_picture_is_not(images: Path, tmp_path: Path) -> None:
+    """The user names the first, and the data the second."""
+    rows = [{"image": "0.png", "caption": "In."}, {"image": "away.png", "caption": "Out."}]
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere" / "rows.jsonl", rows)
+    picture(tmp_path / "elsewhere" / "away.png")
+    (images / "away.png").symlink_to(tmp_path / "elsewhere" / "away.png")
+    (images / "rows.jsonl").symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
+    source = Captions(split="train", annotations=images / "rows.jsonl", images=images, val_fraction=0.0)
+    assert answer(source[0]) == "In."
+    assert f"image 'away.png' lies outside the folder '{images}'" in refusal(source, 1)

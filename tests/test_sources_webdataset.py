@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_texts_and_pictures_of_a_shard_have_limits(tmp_path: Path) -> None:
             assert refusal(made).startswith(f"sample '0.tar/0000': {says}")
     with applied(Reading(max_text_bytes=6, max_image_bytes=len(png(0)))):
         assert answer(made[0]) == "Dot 0."
+
+
+def test_a_text_of_six_gigabytes_is_not_read(tmp_path: Path) -> None:
+    """A hole in a sparse file; the sample that lies behind it is read as usual."""
+    size, header = 6 * 2**30, tarfile.TarInfo("0.txt")
+    header.size = size
+    parts = [captions(tmp_path / f"{n}.tar", n).read_bytes() for n in (1, 2)]
+    with open(tmp_path / "large.tar", "wb") as file:
+        file.write(parts[0].rstrip(bytes(1)) + bytes(-len(parts[0].rstrip(bytes(1))) % 512) + header.tobuf())
+        file.seek(size, os.SEEK_CUR)
+        file.write(parts[1])
+    large = source(tmp_path / "large.tar")
+    assert [answer(large[index]) for index in (0, 2)] == ["Dot 1.", "Dot 2."]
+    assert "its txt has 6,442,450,944 bytes, more than the limit of 4,194,304; make it smaller" in refusal(large, 1)
 
 
 def test_names_that_begin_at_the_folder_and_turns_in_a_list(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The default template of each named LLM writes what the LLM's published one writes, byte for byte.
 
-`published.json` holds what the Jinja texts in the published tokenizer_config.json wrote, rendered once by
-Transformers' own `apply_chat_template` (5.23) with the special tokens of that LLM, thinking off and Llama 3.2's
-fallback date. The texts are not in this repository: they belong to their authors.
+`published.json` holds what published Jinja texts wrote, rendered once by Transformers' own `apply_chat_template` (5.23)
+with the special tokens of that LLM, thinking off and Llama 3.2's fallback date. The texts are not in this repository:
+they belong to their authors. Those of Llama 3.2 and Mistral are not from the official `tokenizer_config.json`, which is
+gated, but from public copies: rendered again without their tools, llama.cpp's
+`models/templates/meta-llama-Llama-3.2-3B-Instruct.jinja` (commit 7b5e080) and a template of Mistral 7B v0.3 that a user
+had published gave every row of the file. Nobody has compared these copies with the originals.
 """
 
 from __future__ import annotations
