@@ -278,11 +278,30 @@ def test_what_is_not_there_is_named(weights: Any, words: str, monkeypatch: pytes
     def unreachable(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr("vlm.llms.loading.look_up", unreachable)
+    monkeypatch.setattr("vlm.hub.look_up", unreachable)
     with pytest.raises(ValueError, match=words):
         CausalLM(pretrained="no/such", config=None, weights=weights)
     with pytest.raises(ValueError, match=r"no pretrained weights; set llm\.weights=random or llm\.pretrained="):
         CausalLM(pretrained=None, config=None, weights=weights)
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (None, r"\(that folder has no config\.json\); .*llm\.pretrained=<folder>"),
+        ({}, r"\(Transformers knows no model by its config\.json: Unrecognized model in [^.]*\); .*llm\.pretrained="),
+        ({"model_type": "nothing"}, r"\(Transformers knows no model by its config\.json: .*\); .*llm\.pretrained="),
+        ({"model_type": "clip_vision_model"}, r"is a 'clip_vision_model', which .*CausalLM does not read; set llm\.pretr"),
+    ],
+)
+def test_a_folder_of_something_else_is_told_as_that(tmp_path: Path, weights: Any, facts: Any, words: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if facts is not None:
+        (folder / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=words):
+        CausalLM(pretrained=str(folder), config=None, weights=weights)
 
 
 def test_foreign_code_is_not_run(tmp_path: Path) -> None:

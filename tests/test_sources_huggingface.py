@@ -181,6 +181,10 @@ def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"path": "owner/name"},
+            r"there is no folder .owner/name.; set data\.path= to the folder that holds the dataset, or data\.n",
+        ),
         ({"path": None}, r"data\.path=None and data\.name=None are neither given; set data\.path="),
         ({"name": "x/y"}, r"are both given; set"),
         ({"text_column": "caption"}, r"no column 'caption', only 'image', 'text', 'of'; set data\.image_column="),

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, PretrainedConfig
 
 from vlm.file_kinds import LFS_POINTER
 
@@ -39,6 +40,24 @@ def look_up(pretrained: str) -> None:
         HfApi().model_info(repo, revision=revision or None, timeout=20)
     except Exception as error:  # its kinds depend on the HTTP library that the hub client uses
         raise OSError(str(error)) from error
+
+
+def config_of(pretrained: str, **options: Any) -> PretrainedConfig:
+    """The configuration of a folder or hub id.
+
+    Raises OSError where there is none, or where it is of no model that Transformers knows.
+    """
+    look_up(pretrained)
+    if Path(pretrained).is_dir() and not Path(pretrained, "config.json").is_file():
+        raise OSError("that folder has no config.json")
+    try:
+        return AutoConfig.from_pretrained(pretrained, **options)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise
+        raise OSError(
+            f"Transformers knows no model by its config.json: {first_line(error).partition('. ')[0]}"
+        ) from error
 
 
 def _is_path(pretrained: str) -> bool:

@@ -66,15 +66,14 @@ def existing_file(path: str | Path, *, option: str) -> Path:
     return file
 
 
-def existing_folder(path: str | Path, *, option: str) -> Path:
+def existing_folder(path: str | Path, *, option: str, holds: str = "the images") -> Path:
     """The path, once it is known to be a folder; else a `ValueError` that names the option to set."""
     folder = Path(path).expanduser()
+    remedy = f"set data.{option}= to the folder that holds {holds}"
     if not folder.is_dir():
         if folder.is_file():
-            raise ValueError(f"'{folder}' is a file; set data.{option}= to the folder that holds the images")
-        raise ValueError(
-            f"there is no folder '{folder}'{_hint(str(path))}; set data.{option}= to the folder that holds the images"
-        )
+            raise ValueError(f"'{folder}' is a file; {remedy}")
+        raise ValueError(f"there is no folder '{folder}'{_hint(str(path))}; {remedy}")
     return folder
 
 

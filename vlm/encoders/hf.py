@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, ImageProcessingMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, ImageProcessingMixin, PretrainedConfig, PreTrainedModel
 
 from vlm.architecture import facts_of, from_facts
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
-from vlm.hub import check_match, first_line, look_up, readable_weights
+from vlm.hub import check_match, config_of, first_line, look_up, readable_weights
 from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Range, Std
 
 
@@ -166,7 +166,7 @@ def _architecture(pretrained: str, config: dict[str, Any] | None) -> Any:
 
 def _vision_config(pretrained: str) -> PretrainedConfig:
     """A whole CLIP holds its vision tower as one part."""
-    whole = AutoConfig.from_pretrained(pretrained)
+    whole = config_of(pretrained)
     return getattr(whole, "vision_config", whole)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from vlm.architecture import facts_of, from_facts
-from vlm.hub import check_match, first_line, look_up, readable_weights
+from vlm.hub import check_match, config_of, first_line, look_up, readable_weights
 from vlm.llms.gguf import convert_package
 from vlm.llms.quantization import Quantization, loading_options
 
@@ -34,7 +34,7 @@ def make(
     """The model that `config`, or else the configuration of `pretrained`, describes, with random weights or none."""
     if config is None:
         try:
-            architecture = _architecture(_named(pretrained), trust=trust)
+            architecture = _architecture(auto_class, _named(pretrained), trust=trust)
         except OSError as error:
             raise ValueError(
                 f"no configuration for the llm: looked for the folder or hub id {pretrained!r} ({first_line(error)}); "
@@ -67,7 +67,7 @@ def load(
     folder = _folder(pretrained, package)
     try:
         with readable_weights(folder, "llm"):
-            architecture = _architecture(folder, trust=trust)
+            architecture = _architecture(auto_class, folder, trust=trust)
             model, report = auto_class.from_pretrained(
                 folder,
                 config=architecture,
@@ -156,17 +156,22 @@ def _named(pretrained: str | None) -> str:
     return pretrained
 
 
-def _architecture(folder: str, *, trust: bool) -> PretrainedConfig:
-    look_up(folder)
+def _architecture(auto_class: Any, folder: str, *, trust: bool) -> PretrainedConfig:
     try:
-        return _without_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=trust))
+        architecture = config_of(folder, trust_remote_code=trust)
     except ValueError as error:
-        if trust or "trust_remote_code" not in str(error):
+        if trust:
             raise
         raise ValueError(
             f"the weights of {folder} come with code of their own, which is not run; "
             "set llm.trust_remote_code=true if you trust its author"
         ) from error
+    if not trust and type(architecture) not in auto_class._model_mapping:
+        raise ValueError(
+            f"{folder!r} is a {architecture.model_type!r}, which Transformers' {auto_class.__name__} does not read; "
+            "set llm.pretrained= to a model that it reads"
+        )
+    return _without_dropout(architecture)
 
 
 def _without_dropout(architecture: PretrainedConfig) -> PretrainedConfig:

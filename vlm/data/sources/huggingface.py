@@ -71,7 +71,8 @@ class HuggingFace:
                 f"data.path={path} and data.name={name} are {'both' if path else 'neither'} given; set data.path= to a "
                 "folder or data.name= to a dataset on the hub"
             )
-        self.root = existing_folder(path, option="path") if path is not None else Path.cwd()
+        holds = "the dataset, or data.name= to a dataset on the hub"
+        self.root = existing_folder(path, option="path", holds=holds) if path is not None else Path.cwd()
         self.image_column, self.prompt = image_column, prompt
         self.text_column, self.is_messages = messages_column or text_column, messages_column is not None
         self.split_name = val_split if split == "val" and val_split is not None else train_split
