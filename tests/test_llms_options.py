@@ -292,7 +292,10 @@ def test_what_is_not_there_is_named(weights: Any, words: str, monkeypatch: pytes
         (None, r"\(that folder has no config\.json\); .*llm\.pretrained=<folder>"),
         ({}, r"\(Transformers knows no model by its config\.json: Unrecognized model in [^.]*\); .*llm\.pretrained="),
         ({"model_type": "nothing"}, r"\(Transformers knows no model by its config\.json: .*\); .*llm\.pretrained="),
-        ({"model_type": "clip_vision_model"}, r"is a 'clip_vision_model', which .*CausalLM does not read; set llm\.pretr"),
+        (
+            {"model_type": "clip_vision_model"},
+            r"is a 'clip_vision_model', which .*CausalLM does not read; set llm\.pretr",
+        ),
     ],
 )
 def test_a_folder_of_something_else_is_told_as_that(tmp_path: Path, weights: Any, facts: Any, words: str) -> None:

@@ -77,6 +77,8 @@ def pieces(*content: Any) -> list[dict[str, Any]]:
         ({"messages": [*say(("system", "A."), ("system", "B.")), *TEXT]}, ["s: A.\n\nB.", *HI]),
         ({"system": "A.", "conversations": [*say(("system", "B.")), *TEXT]}, ["s: A.\n\nB.", *HI]),
         ({"system": "", "messages": TEXT}, HI),
+        ({"messages": [*say(("system", " \n")), *TEXT]}, HI),
+        ({"messages": [*say(("system", ""), ("system", "B.")), *TEXT]}, ["s: B.", *HI]),
         # pairs
         ({"question": "Hi", "answer": "Hey"}, HI),
         ({"image": ONE, "question": "Red?", "answer": "Yes."}, RED),

@@ -403,16 +403,19 @@ def _refuse_others(given: Mapping[str, Any], read: Set[str], *, where: str, more
 
 
 def _one_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages, several system turns at their start made one, an empty line between them."""
+    """The messages, the system turns at their start made one, an empty line between them; empty ones are left out."""
     opening = 0
     while opening < len(messages) and messages[opening]["role"] == "system":
         opening += 1
-    if opening < 2:
-        return list(messages)
-    content = list(messages[0]["content"])
-    for message in messages[1:opening]:
-        content += [Content(type="text", text="\n\n"), *message["content"]]
-    return [{"role": "system", "content": content}, *messages[opening:]]
+    said = [message["content"] for message in messages[:opening] if _says_something(message)]
+    content = list(said[0]) if said else []
+    for more in said[1:]:
+        content += [Content(type="text", text="\n\n"), *more]
+    return [*([Message(role="system", content=content)] if said else []), *messages[opening:]]
+
+
+def _says_something(message: Message) -> bool:
+    return any(piece["type"] == "image" or piece["text"].strip() for piece in message["content"])
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -431,7 +434,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
     if roles[-1] != "assistant":
         raise Malformed(f"ends with a user turn (turn {len(roles)} of {len(roles)}); add the answer or remove the turn")
     for number, message in enumerate(messages, start=1):
-        if not any(piece["type"] == "image" or piece["text"].strip() for piece in message["content"]):
+        if not _says_something(message):
             says = f"has nothing in turn {number} of {len(roles)} ({message['role']}); write its text"
             raise Malformed(says, "empty_text")
         num_here = sum(piece["type"] == "image" for piece in message["content"])

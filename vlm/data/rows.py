@@ -119,7 +119,9 @@ class Rows(Dataset[Row]):
         """Raise ValueError, naming the latest of them, where that many bad samples are more than are allowed."""
         if num_bad > self.max_bad:
             remedy = "data.max_bad_share" if self.max_bad else "data.on_bad_sample=skip and data.max_bad_share"
+            share = num_bad / len(self.source)
+            more = f", or set {remedy} above {share:.2g}" if share < 1 else ""  # which would leave no sample
             raise ValueError(
-                f"{error} ({count(num_bad, 'bad sample')} of {len(self.source)}, {self.max_bad} allowed: repair them, "
-                f"or set {remedy} above {num_bad / len(self.source):.2g})"
+                f"{error} ({count(num_bad, 'bad sample')} of {len(self.source)}, {self.max_bad} allowed: "
+                f"repair them{more})"
             ) from error
