@@ -213,8 +213,8 @@ def test_one_bad_sample_of_a_few_is_allowed(share: float, allowed: int) -> None:
 
 
 def test_no_share_is_named_that_leaves_no_sample() -> None:
-    with pytest.raises(ValueError, match=r"\(1 bad sample of 1, 0 allowed: repair them\)$"):
-        epoch(module(bad=(0,), size=1, batch_size=1, max_bad_share=0.0))
+    with pytest.raises(ValueError, match=r"\(2 bad samples of 2, 1 allowed: repair them\)$"):
+        epoch(module(bad=(0, 1), size=2, batch_size=1))
 
 
 def test_a_split_of_bad_samples_ends(tmp_path: Path) -> None:
