@@ -7,7 +7,8 @@ import tempfile
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vlm-state-")  # for the key that marks configs as one's own
+# The folder of the key that marks configs as one's own; it is removed at exit.
+os.environ["XDG_STATE_HOME"] = (STATE := tempfile.TemporaryDirectory(prefix="vlm-state-")).name
 
 from jaxtyping import install_import_hook
 

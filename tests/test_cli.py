@@ -376,6 +376,14 @@ def test_each_job_of_a_sweep_has_its_own_run_of_wandb(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob("**/*.wandb")) == sorted(f"run-{id_}.wandb" for id_ in ids)
 
 
+def test_threads_and_workers_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert train(*QUICK, "data.num_workers=1", f"run_dir={tmp_path / 'run'}") == 0
+    assert "\nCPU: 2 threads for the model, 1 data worker (data.num_workers)\n" in capfd.readouterr().out
+
+
 def test_an_interrupt_ends_with_the_artefact(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*QUICK, "trainer.max_steps=100000", "trainer.val_check_interval=100000", f"run_dir={run}"]
@@ -485,6 +493,19 @@ held = megabytes() - before
 del blocks
 print(held, megabytes() - before)
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no GNU OpenMP")
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> None:
+    script = "from vlm.cli.entry import sleep_early\nsleep_early()\nimport torch"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {**given, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
+    seen = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{count}'" in seen.stderr
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")

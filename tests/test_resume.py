@@ -214,6 +214,14 @@ def test_what_is_allowed_may_change(whole: Path, tmp_path: Path, monkeypatch: py
     assert settings["run_dir"] == str(run)
 
 
+def test_other_workers_change_nothing(whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert train(f"resume={run}", "data.num_workers=0") == 0
+    assert_same(run, whole)
+    assert build.read_config(run)[0]["data"]["num_workers"] == 0
+
+
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relative paths are from where it was started; the logger knows it by the same id."""
     (tmp_path / "here").mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +17,9 @@ from rich.progress import (
     Progress as Bar,
 )
 
+from vlm.data.datamodule import VLMDataModule
 from vlm.run import CONSOLE
+from vlm.text.turns import count
 
 
 class Progress(pl.Callback):
@@ -25,6 +28,8 @@ class Progress(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        if isinstance(data := trainer.datamodule, VLMDataModule):  # type: ignore[attr-defined]
+            CONSOLE.print(_threads_and_workers(trainer, data))
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,3 +77,10 @@ class Progress(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         if trainer.is_global_zero and hasattr(self, "_bar"):
             self._bar.stop()
+
+
+def _threads_and_workers(trainer: pl.Trainer, data: VLMDataModule) -> str:
+    device = trainer.strategy.root_device.type
+    threads = f"{count(torch.get_num_threads(), 'thread')} for the model, " if device == "cpu" else ""
+    ranks = f" in each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    return f"{device.upper()}: {threads}{count(data.num_workers, 'data worker')} (data.num_workers){ranks}"

@@ -33,6 +33,7 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
 def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     quiet()
     keep_memory()
+    sleep_early()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -225,6 +226,16 @@ def keep_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
         set_option(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest: larger blocks are given back at once
         set_option(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def sleep_early() -> None:
+    """Have GNU OpenMP's threads sleep after some 30 µs of waiting; a setting of the user's own stands.
+
+    They would check for milliseconds whether the next work has come. Where something else has their core meanwhile (a
+    data worker, another run), a step took several times as long (docs/log.md). Call it before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def config_error(error: Exception) -> str:
