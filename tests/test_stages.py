@@ -113,7 +113,7 @@ def test_what_trains_is_float32_on_a_bfloat16_base() -> None:
         ({"llm": "half"}, "stage.llm='half' is not a state of the llm; choose frozen, full, lora or \\{last_n: N\\}"),
         ({"encoder": "lora"}, "stage.encoder='lora' is not a state of the encoder"),
         ({"encoder": {"first_n": 1}}, r"stage.encoder=\{'first_n': 1\} is not a state of the encoder"),
-        ({"encoder": {"last_n": 3}}, "stage.encoder.last_n=3 but the encoder has 2 blocks"),
+        ({"encoder": {"last_n": 3}}, "stage.encoder.last_n=3 but the encoder has 2 blocks; set 1 to 2"),
         ({"llm": {"last_n": 0}}, "stage.llm.last_n=0 but the llm has 2 blocks"),
         ({"connector": "frozen"}, "trains nothing: every part is frozen; set for example stage.connector=full"),
         ({"connector": {"last_n": 1}}, r"stage.connector=\{'last_n': 1\} is not a state of the connector"),

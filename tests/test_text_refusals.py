@@ -63,6 +63,12 @@ from vlm.text.templates import IMAGE_PLACEHOLDER
             "sample 'coco/000123' takes 26 tokens but data.max_length is 20, which would cut 2 image tokens and "
             "3 supervised tokens; set data.max_length=26 or more",
         ),
+        (
+            [say("user", "a"), say("assistant", "no" * 20)],
+            0,
+            "sample 'coco/000123' takes 44 tokens but data.max_length is 20, which would cut 0 image tokens and "
+            "24 supervised tokens; set data.max_length=44 or more, or data.too_long=truncate_text",
+        ),
     ],
 )
 def test_bad_sample(bytes_only, messages, num_images, error):

@@ -394,14 +394,13 @@ class TextEncoder:
 
         Where `train_on` is `all`, those of the text between the answers too.
         """
-        length = None
-        if self.too_long == "truncate_text" and len(answers) > self.max_length:
-            length = kept_length(row, answers, self.max_length)
+        kept = kept_length(row, answers, self.max_length) if len(answers) > self.max_length else None
+        length = kept if self.too_long == "truncate_text" else None
         answers = answers[:length]
         last = max((answer for answer in answers if answer is not None), default=0)
         first, outside = last if self.train_on == "last_assistant" else 0, self.train_on == "all"
-        kept = [outside if answer is None else answer >= first and supervised[answer] for answer in answers]
-        labels = [label if is_kept else IGNORE for label, is_kept in zip(row.labels, kept, strict=False)]
+        learned = [outside if answer is None else answer >= first and supervised[answer] for answer in answers]
+        labels = [label if is_kept else IGNORE for label, is_kept in zip(row.labels, learned, strict=False)]
         row = Encoded(
             input_ids=row.input_ids[:length],
             image_mask=row.image_mask[:length],
@@ -410,7 +409,7 @@ class TextEncoder:
             text=row.text,
             num_cut=len(row.labels) - len(labels),
         )
-        check_length(sample_id, row, self.max_length)
+        check_length(sample_id, row, self.max_length, may_cut=kept is not None)
         if all(label == IGNORE for label in labels):  # only answers that are not to be learned are left of it
             raise BadSample(
                 f"sample '{sample_id}' has no supervised token in its first {len(labels)} of "

@@ -10,17 +10,18 @@ from vlm.text.row import Encoded
 from vlm.text.turns import count
 
 
-def check_length(sample_id: str, row: Encoded, max_length: int) -> None:
-    """Raise BadSample for a row of more than `max_length` tokens."""
+def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool = False) -> None:
+    """Raise BadSample for a row of more than `max_length` tokens; `may_cut` says that a cut would leave what it needs."""
     length = len(row.input_ids)
     if length <= max_length:
         return
     num_visual = sum(row.image_mask[max_length:])
     num_supervised = sum(label != IGNORE for label in row.labels[max_length:])
+    or_cut = ", or data.too_long=truncate_text" if may_cut else ""
     raise BadSample(
         f"sample '{sample_id}' takes {length} tokens but data.max_length is {max_length}, which would cut "
         f"{count(num_visual, 'image token')} and {count(num_supervised, 'supervised token')}; "
-        f"set data.max_length={length} or more",
+        f"set data.max_length={length} or more{or_cut}",
         "too_long",
     )
 
