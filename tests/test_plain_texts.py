@@ -72,7 +72,7 @@ def test_a_run_whose_files_have_names_in_latin_1(tmp_path: Path, capfd: pytest.C
         for number in range(num):
             file = folder / split / os.fsdecode(f"Z\xfcrich [/b] :smile: {number}.png".encode("latin-1"))
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 30), (40 * number, 99, 200)).save(file)
+            Image.new("RGB", (40, 30), (40 * number, 99 if split == "train" else 0, 200)).save(file)
             file.with_suffix(".txt").write_text(f"[/b] number {number} :smile:")
     file.write_bytes(b"no picture")
     out = tmp_path / "llm.lora.target_modules=[q_proj,v_proj] :smile:"
