@@ -117,6 +117,8 @@ def test_pipes_and_devices_are_not_read(make: Any, tmp_path: Path) -> None:
 class SoftPool(nn.Module):
     """A connector of the user's own package."""
 
+    fusion = "tokens"
+
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
@@ -143,6 +145,10 @@ def test_a_part_of_the_users_own_package(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bind("connector", {"_target_": "mypkg.SoftPool", "temperature": 2.0})().temperature == 2.0
     with pytest.raises(ValueError, match=r"connector\._target_=mypkg\.Other is not allowed; name a class of vlm\.conn"):
         bind("connector", {"_target_": "mypkg.Other"})
+    with pytest.raises(
+        ValueError, match=r"torch\.nn\.Identity cannot be the connector: it has no attribute fusion; name"
+    ):
+        bind("connector", {"_target_": "torch.nn.Identity"})
     with pytest.raises(ValueError, match=r"vlm\.llms\.base\.LanguageModel is abstract and cannot be made"):
         bind("llm", {"_target_": "vlm.llms.base.LanguageModel"})
 

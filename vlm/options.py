@@ -117,10 +117,10 @@ def _constructor(name: str, target: Any) -> Callable[..., Any]:
         raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
     if not inspect.isclass(found) or not (found.__module__.startswith(kind.folders) or _derived(found, kind.base)):
         raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
-    if missing := [attribute for attribute in kind.needs if not hasattr(found, attribute)]:
-        raise ValueError(f"{name}._target_={target} cannot be the {name}: it has no attribute {missing[0]}; {wanted}")
     if inspect.isabstract(found):
         raise ValueError(f"{name}._target_={target} is abstract and cannot be made; {wanted}")
+    if missing := [attribute for attribute in kind.needs if not hasattr(found, attribute)]:
+        raise ValueError(f"{name}._target_={target} cannot be the {name}: it has no attribute {missing[0]}; {wanted}")
     return found
 
 
