@@ -135,6 +135,8 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("data.batchsize=3", ["data.batchsize", "did you mean batch_size?"]),
         ("sed=3", ["there is no option sed", "did you mean seed?"]),
         ("+sed=3", ["there is no option sed", "did you mean seed?"]),
+        ("max_steps=3", ["there is no option max_steps; did you mean trainer.max_steps?"]),
+        ("pretrained=x", ["there is no option pretrained; did you mean encoder.pretrained or llm.pretrained?"]),
         ("+connector.dpth=3", ["connector.dpth", "did you mean depth?"]),
         ("+stage.lr_flor=3", ["stage.lr_flor", "did you mean lr_floor?"]),
         ("+logger=csvv", ["csvv"]),

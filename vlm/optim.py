@@ -95,7 +95,9 @@ def last_blocks(model: Model, part: str, last_n: int) -> list[nn.Module]:
     """The last blocks of a part. Raises ValueError where it has not so many."""
     blocks = model.blocks(part)
     if not 1 <= last_n <= len(blocks):
-        raise ValueError(f"stage.{part}.last_n={last_n} but the {part} has {len(blocks)} blocks; set 1 to {len(blocks)}")
+        raise ValueError(
+            f"stage.{part}.last_n={last_n} but the {part} has {len(blocks)} blocks; set 1 to {len(blocks)}"
+        )
     return blocks[-last_n:]
 
 

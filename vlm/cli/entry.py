@@ -238,6 +238,14 @@ def sleep_early() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def _sections_with(key: str, cfg: Any) -> list[str]:
+    """The sections of a config that have an option of this name."""
+    from omegaconf import DictConfig
+
+    sections = {name: cfg._get_node(name) for name in cfg}
+    return [name for name, options in sections.items() if isinstance(options, DictConfig) and key in list(options)]
+
+
 def config_error(error: Exception) -> str:
     """One sentence for a config that does not compose, with the choices."""
     from hydra.errors import MissingConfigException
@@ -259,6 +267,8 @@ def config_error(error: Exception) -> str:
         return f"{cause.full_key}: {what}; write \\${{ for the characters themselves"
     key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
     if key and parent is not None:
+        if homes := _sections_with(key, parent):
+            return f"there is no option {key}; did you mean {' or '.join(f'{home}.{key}' for home in homes)}?"
         return unknown_key(key, list(parent))
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if found := re.search(r"Could not load '(\w+)/([^']+)'", text):  # one of a list
