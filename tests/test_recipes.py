@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from tests.test_cli import QUICK, ROOT, TINY, evaluate, read, told, train
 from tests.test_faults import another_process
 from vlm import run
+from vlm.callbacks.save import Save
 from vlm.callbacks.stop import StopOnTime
 from vlm.cli import recipe
 
@@ -184,6 +185,36 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     stages = json.loads((root / "recipe.json").read_text())["stages"]
     assert [stage["eval"] for stage in stages] == [None, None]
     assert all("val/exact_match" in stage["metrics"] for stage in stages)
+
+
+def test_a_stage_that_was_stopped_is_resumed_by_itself(
+    tmp_path: Path, commands, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's command then finds it finished."""
+    root = tmp_path / "root"
+    stages = "recipe={stages:[{stage:align,trainer.max_steps:1},{stage:instruct,trainer.max_steps:3}]}"
+    quick = [line for line in QUICK if line not in ("debug=fast", "trainer.max_steps=2")]
+    arguments = [*quick, "data.batch_size=2", "checkpoint.every_n_steps=1", stages, f"run_dir={root}"]
+    start = Save.on_train_batch_start
+
+    def stop(self: Save, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 2:
+            raise ValueError("stopped here")
+        start(self, trainer, *rest)
+
+    commands(in_process)
+    with monkeypatch.context() as patch:
+        patch.setattr(Save, "on_train_batch_start", stop)
+        assert train(*arguments) == 2
+    assert not run.finished(root / "2-instruct")
+    assert train(f"resume={root}") == 2
+    assert "holds a recipe; give its command again, or a stage in it, such as 2-instruct" in capfd.readouterr().err
+    assert train(f"resume={root / '2-instruct'}") == 0
+    assert run.finished(root / "2-instruct")
+    seen = commands(lambda command: 7)
+    assert train(*arguments) == 0
+    assert seen == []
+    assert (root / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("name", ["shapes_align_instruct", "llava15_7b", "llava15_7b_lora"])

@@ -94,6 +94,11 @@ def stored_config(run_dir: str | Path) -> tuple[dict[str, Any], bool]:
     """
     file = Path(run_dir, "config.yaml")
     if not file.exists():
+        stages = sorted(path.parent.name for path in file.parent.glob("*/config.yaml"))
+        if stages and (file.parent / "options.json").exists():
+            raise ValueError(
+                f"'{run_dir}' holds a recipe; give its command again, or a stage in it, such as {stages[-1]}"
+            )
         why = "it has no config.yaml" if file.parent.exists() else "there is no such folder"
         raise ValueError(f"'{run_dir}' is no run directory: {why}; give the folder that a run has made")
     remedy = "take it from a copy of the run, or start a new run"
