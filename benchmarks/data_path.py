@@ -120,7 +120,7 @@ def main() -> None:
         paths = write_files(Path(work))
         mine, other = (way(paths[:2]) for way in ways.values())
         assert torch.equal(mine.attention_mask.sum(1), other["attention_mask"].sum(1)), "not the same rows"
-        torch.testing.assert_close(mine.pixels, other["pixel_values"])
+        torch.testing.assert_close(mine.pixel_values, other["pixel_values"])
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(NUM_TURNS):
             for name, way in ways.items():

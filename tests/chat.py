@@ -71,9 +71,9 @@ def sentencepiece_tokenizer(*, legacy: bool = False) -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-    learnt = json.loads(trained.to_str())["model"]
-    words = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    learned = json.loads(trained.to_str())["model"]
+    words = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    merges = [tuple(pair) for pair in learned["merges"]]
     vocab = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
     if legacy:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from vlm.build import bind
+from vlm.options import bind
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlm.connectors.mlp import MLP
 from vlm.data.collate import Row, collate
 from vlm.encoders.timm import TimmEncoder
+from vlm.evaluation.visual_gain import VisualGain
 from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 from vlm.module import VLMModule
@@ -84,7 +85,7 @@ class Gated(nn.Module):
             layer.register_forward_pre_hook(look)
 
     @contextmanager
-    def looking_at(self, visual: Tensor, batch: Batch) -> Any:
+    def attending_to(self, visual: Tensor, batch: Batch) -> Any:
         rows = torch.repeat_interleave(torch.arange(len(batch.ids)), batch.num_images)
         sums = torch.zeros(len(batch.ids), visual.shape[2]).index_add(0, rows, visual.mean(1))
         self._seen = sums[:, None]  # B 1 D
@@ -150,7 +151,9 @@ def make_module(
     model = model or tiny_model()
     set_trainable(model, {**STATES, **(states or {})}, LORA)
     rates = {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3}
-    return VLMModule(model=model, objective=objective or LanguageModeling(), **{"lr": rates, **options})
+    evaluators = {"visual_gain": VisualGain()}
+    objective = objective or LanguageModeling()
+    return VLMModule(model=model, objective=objective, evaluators=evaluators, **{"lr": rates, **options})
 
 
 def make_trainer(folder: Any, **options: Any) -> pl.Trainer:

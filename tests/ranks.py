@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests.parts import IMAGE, make_batch, make_module, make_trainer, pictures, tiny_encoder, tiny_llm, tiny_model
 from tests.test_cli import QUICK, train
-from vlm.build import build_ema
+from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
 from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention
 from vlm.models.composed import Composed
@@ -36,7 +36,7 @@ MIXED = [TEXT[0], PICTURED[1], PICTURED[2], TEXT[3]]
 STEPS = ([*PICTURED, *MIXED], [*PICTURED, *TEXT], [*TEXT, *MIXED], [*TEXT, *TEXT])  # a half is what one rank has
 RUN = [*QUICK, "data.num_val_samples=8", "data.batch_size=2", "trainer.max_steps=4", "trainer.val_check_interval=2"]
 RUN += ["stage=instruct", "stage.lora.dropout=0.0", "stage.encoder={last_n:1}", "stage.lr.encoder=1e-3"]
-RUN += ["checkpoint.every_n_steps=2", "trainer.precision=32-true"]
+RUN += ["callbacks.save.every_n_steps=2", "trainer.precision=32-true"]
 DROPOUT = "stage.lora.dropout=0.5"
 
 
@@ -58,7 +58,7 @@ def layers() -> tuple[Composed, Any]:
     llm = tiny_llm("gemma3_text", tie_word_embeddings=True, head_dim=8)
     llm.gradient_checkpointing = True
     llm.model.activation_checkpointing_enable({"use_reentrant": False})
-    sizes = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_width": 8, "ff_mult": 2}
+    sizes = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "ff_mult": 2}
     torch.manual_seed(3)
     facts: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (2, 2), "output_rms": 0.2}
     connector = CrossAttention(**facts, **sizes, every=1)
@@ -74,9 +74,9 @@ class TwoLosses(Objective):
 
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         output = LanguageModeling()(model, batch)
-        embeds = model.connector(model.encoder(batch.pixels)).float().square().mean((1, 2)).sum()
+        embeds = model.connector(model.encoder(batch.pixel_values)).float().square().mean((1, 2)).sum()
         sums = {**output.sums, "size_loss": embeds}
-        return LossOutput(sums=sums, counts={**output.counts, "size_loss": len(batch.pixels)})
+        return LossOutput(sums=sums, counts={**output.counts, "size_loss": len(batch.pixel_values)})
 
 
 class NaNOn(Objective):
@@ -94,7 +94,7 @@ class NaNOn(Objective):
 
 
 class Steps(pl.Callback):
-    """The metrics of every step, and the norm of the gradient that the optimiser is given."""
+    """The metrics of every step, and the norm of the gradient that the optimizer is given."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -123,7 +123,7 @@ def fit(
 ) -> dict[str, Any]:
     """Four steps of eight rows, over so many ranks and batches; then a validation of the same rows."""
     model, states = make()
-    module = make_module(model, states=states, warmup_share=0.0, **more)
+    module = make_module(model, states=states, warmup_ratio=0.0, **more)
     rank = int(os.environ.get("LOCAL_RANK", 0))
     width = 8 // num_ranks // accumulate
     num_tokens = 0 if model.connector.fusion == "layers" else model.connector.num_tokens
@@ -137,7 +137,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         max_steps=len(STEPS),
         gradient_clip_val=0.5,
-        callbacks=[steps, *build_ema({"ema_decay": ema_decay})],
+        callbacks=[steps, EMA(ema_decay=ema_decay)],
         use_distributed_sampler=False,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))
@@ -169,7 +169,7 @@ def unlike(folder: Path, strategy: Any = "auto", *, num_ranks: int = 1) -> dict[
 def stopped(folder: Path, strategy: Any) -> str:
     """What this rank says of a NaN on the other one."""
     model, states = tokens()
-    module = make_module(model, states=states, objective=NaNOn(1), warmup_share=0.0)
+    module = make_module(model, states=states, objective=NaNOn(1), warmup_ratio=0.0)
     rank = int(os.environ["LOCAL_RANK"])
     batches = [part_of(rows, 4 * rank, 4 * rank + 4, 4) for rows in STEPS]
     save = Save(run_dir=folder, manifest={}, inherited=[])

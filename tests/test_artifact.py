@@ -1,4 +1,4 @@
-"""An artefact gives back the same outputs on the right base, is refused on a wrong one, and survives a full disk."""
+"""An artifact gives back the same outputs on the right base, is refused on a wrong one, and survives a full disk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from tests.test_stages import ADAPTER, CONNECTOR
 from vlm import artifact
+from vlm.identity import fingerprint, identity
 from vlm.models.composed import Composed
 from vlm.optim import set_trainable
 from vlm.sharding import gather
@@ -37,8 +38,8 @@ def manifest_of(model: Composed, **changes: Any) -> dict[str, Any]:
     return {
         "parts": PARTS,
         "bases": {
-            "encoder": artifact.identity(model.encoder, EYE),
-            "llm": artifact.identity(model.llm, {"pretrained": "a/llama"}),
+            "encoder": identity(model.encoder, EYE),
+            "llm": identity(model.llm, {"pretrained": "a/llama"}),
         },
         "quantization": "none",
         "chat_template": "chatml",
@@ -97,7 +98,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_an_adapter_lives_through_two_stages(tmp_path: Path) -> None:
-    """Align, then a LoRA, then a stage that trains the connector alone: the last artefact still holds the LoRA."""
+    """Align, then a LoRA, then a stage that trains the connector alone: the last artifact still holds the LoRA."""
     align(tmp_path / "1")
     model = tiny_model(seed=9)
     manifest = manifest_of(model)
@@ -168,7 +169,7 @@ def changed(manifest: dict[str, Any], keys: str, value: Any) -> dict[str, Any]:
 def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     align(tmp_path)
     model = tiny_model(llm=tiny_llm(seed=5))
-    ours, theirs = (artifact.fingerprint(llm) for llm in (model.llm, tiny_llm()))
+    ours, theirs = (fingerprint(llm) for llm in (model.llm, tiny_llm()))
     assert ours != theirs
     with pytest.raises(ValueError, match=f"bases.llm.fingerprint = {theirs}, here it is {ours}; use the same parts"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
@@ -205,7 +206,7 @@ def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(f"ckpt={tmp_path} was trained with {text}; use the same parts")):
             artifact.load(tmp_path, model=model, manifest=changed(manifest, keys, value))
-    assert torch.equal(outputs(model), before), "a refused artefact changes nothing"
+    assert torch.equal(outputs(model), before), "a refused artifact changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_facts_that_no_tensor_tells_are_compared(
     tmp_path: Path, model_type: str, facts: dict[str, Any], text: str
 ) -> None:
     model, other = (tiny_model(llm=tiny_llm(model_type, **each)) for each in ({}, facts))
-    assert artifact.fingerprint(model.llm) == artifact.fingerprint(other.llm)
+    assert fingerprint(model.llm) == fingerprint(other.llm)
     set_trainable(model, STATES, {})
     write(tmp_path, model, manifest_of(model), inherited=[])
     with pytest.raises(ValueError, match=re.escape(f"bases.llm.config.{text}")):
@@ -238,7 +239,7 @@ def test_a_folder_is_where_weights_lie_and_a_hub_id_what_they_are(
     monkeypatch.chdir(tmp_path)
     model = tiny_model(seed=9)
     manifest = manifest_of(model)
-    manifest["bases"]["llm"] = artifact.identity(model.llm, {"pretrained": "llama"})
+    manifest["bases"]["llm"] = identity(model.llm, {"pretrained": "llama"})
     assert manifest["bases"]["llm"]["pretrained"] == str(tmp_path / "llama")
     artifact.load(tmp_path / "run", model=model, manifest=manifest)
     assert torch.equal(outputs(model), after)
@@ -248,7 +249,7 @@ def test_encoders_side_by_side_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "vit").mkdir()
     model = tiny_model()
     manifest = manifest_of(model)
-    both = artifact.identity(model.encoder, {"pretrained": [str(tmp_path / "vit"), "a/vit"]})
+    both = identity(model.encoder, {"pretrained": [str(tmp_path / "vit"), "a/vit"]})
     manifest["bases"]["encoder"] = both
     set_trainable(model, STATES, {})
     write(tmp_path / "run", model, manifest, inherited=[])
@@ -276,7 +277,7 @@ def test_weights_that_a_disk_has_changed_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_option_that_is_left_out_has_its_default(tmp_path: Path) -> None:
-    """An artefact of the time before an option was there, or a file that leaves it out."""
+    """An artifact of the time before an option was there, or a file that leaves it out."""
     align(tmp_path)  # names the depth alone
     model = tiny_model(seed=9)
     usual = {**PARTS["connector"], "position": True}
@@ -302,11 +303,11 @@ VERSION_1 = """{
 """
 
 
-def test_an_artefact_of_format_version_1_is_read(tmp_path: Path) -> None:
+def test_an_artifact_of_format_version_1_is_read(tmp_path: Path) -> None:
     after = align(tmp_path)
     model = tiny_model(seed=9)
     names = json.dumps(artifact.read_manifest(tmp_path)["tensors"])
-    fingerprints = (artifact.fingerprint(part) for part in (model.encoder, model.llm))
+    fingerprints = (fingerprint(part) for part in (model.encoder, model.llm))
     path = tmp_path / "artifact" / "manifest.json"
     path.write_text(VERSION_1 % (*fingerprints, names))
     resize = {**PARTS["encoder"]["transform"], "resize": "pad"}
@@ -321,7 +322,7 @@ def test_an_artefact_of_format_version_1_is_read(tmp_path: Path) -> None:
         "transform": {"resize": "pad"},
         "tiles": {"grids": [], "row_separator": False},
     }
-    assert path.read_text() == VERSION_1 % (*map(artifact.fingerprint, (model.encoder, model.llm)), names)
+    assert path.read_text() == VERSION_1 % (*map(fingerprint, (model.encoder, model.llm)), names)
     with pytest.raises(ValueError, match=r"transform\.resize = pad, here it is squash"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     wider = {**padded, "encoder": {**padded["encoder"], "image_size": [32, 32]}}
@@ -346,7 +347,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     align(tmp_path)
     path = tmp_path / "artifact" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99, this code reads 1 to 2; update the code"):
+    with pytest.raises(ValueError, match="format version 99, this code reads 1 to 3; update the code"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a manifest"):
@@ -372,7 +373,7 @@ def test_weights_that_are_cut_off_are_named(tmp_path: Path) -> None:
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
 
 
-def test_a_full_disk_leaves_the_earlier_artefact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after = align(tmp_path)
     model = tiny_model()
     set_trainable(model, STATES, {})
@@ -384,7 +385,7 @@ def test_a_full_disk_leaves_the_earlier_artefact(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(artifact, "save_file", full)
-    with pytest.raises(artifact.SaveError, match=r"artefact of step 7 .*No space left.*saved before is intact"):
+    with pytest.raises(artifact.SaveError, match=r"artifact of step 7 .*No space left.*saved before is intact"):
         write(tmp_path, model, manifest, inherited=[], step=7)
     with pytest.raises(artifact.SaveError, match="none was saved"):
         write(tmp_path / "other", model, manifest, inherited=[], step=7)
@@ -396,12 +397,12 @@ def test_a_full_disk_leaves_the_earlier_artefact(tmp_path: Path, monkeypatch: py
 
 def test_fingerprint() -> None:
     llm, copy = tiny_llm(), tiny_llm().to(torch.bfloat16)
-    assert artifact.fingerprint(llm) == artifact.fingerprint(copy)
+    assert fingerprint(llm) == fingerprint(copy)
     weight = llm.model.model.layers[1].mlp.up_proj.weight.data
     assert weight.numel() == 2048, "of which 1,024 are looked at, the first and the last among them"
-    before = artifact.fingerprint(llm)
+    before = fingerprint(llm)
     weight[-1, -1] += 1
-    assert artifact.fingerprint(llm) != before
+    assert fingerprint(llm) != before
     weight[-1, -1] -= 1
     renamed = torch.nn.ModuleDict({"other": llm})
-    assert artifact.fingerprint(renamed) != before
+    assert fingerprint(renamed) != before

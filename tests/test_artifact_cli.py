@@ -1,4 +1,4 @@
-"""vlm-artifact: what an artefact holds, in what two differ, and an LLM that has taken up its adapter."""
+"""vlm-artifact: what an artifact holds, in what two differ, and an LLM that has taken up its adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from tests.test_cli import QUICK, evaluate, read, told, train
-from vlm import artifact, build
+from vlm import artifact, build, config
 from vlm.cli.artifact import differences, main, parse, sizes
 from vlm.cli.artifact_merge import _merge
 from vlm.optim import lora_names, set_trainable
@@ -42,8 +42,8 @@ def call(*arguments: Any) -> int:
 
 
 def logits(run: Path) -> Tensor:
-    """Of a validation batch, from the artefact alone."""
-    settings, _ = build.read_config(run)
+    """Of a validation batch, from the artifact alone."""
+    settings, _ = config.read_config(run)
     model: Any
     model, manifest = build.build_model(settings)
     artifact.load(run, model=model, manifest=manifest)

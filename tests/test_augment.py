@@ -30,7 +30,7 @@ def test_a_crop_keeps_its_share_and_the_proportions() -> None:
     """The range of red and of green that is left is the side of the crop: between the root of the share and 1."""
     sides = []
     for seed in range(20):
-        pixels = np.asarray(Augment(crop=0.25, colour=0.0)(ramp(), str(seed))).astype(float)
+        pixels = np.asarray(Augment(crop=0.25, color=0.0)(ramp(), str(seed))).astype(float)
         across, down = (pixels[..., c].max() - pixels[..., c].min() for c in (0, 1))
         assert abs(across - down) < 12, "the same side in both directions"
         assert (np.diff(pixels[0, :, 0]) >= 0).all(), "never mirrored"
@@ -39,28 +39,28 @@ def test_a_crop_keeps_its_share_and_the_proportions() -> None:
     assert 0.85 < max(sides) <= 1
 
 
-def test_colours_change_within_their_bounds() -> None:
+def test_colors_change_within_their_bounds() -> None:
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
-    levels = [np.asarray(Augment(crop=1.0, colour=0.2)(grey, str(seed)))[0, 0, 0] for seed in range(30)]
+    levels = [np.asarray(Augment(crop=1.0, color=0.2)(grey, str(seed)))[0, 0, 0] for seed in range(30)]
     assert 78 <= min(levels) < 90
     assert 110 < max(levels) <= 122
-    assert (np.asarray(Augment(crop=1.0, colour=0.0)(ramp(), "a")) == np.asarray(ramp())).all()
+    assert (np.asarray(Augment(crop=1.0, color=0.0)(ramp(), "a")) == np.asarray(ramp())).all()
 
 
 def test_each_epoch_shows_other_pictures_and_validation_the_same() -> None:
     def looks(num: int, **options: object) -> list[list[float]]:
         batches = list(islice(module(**options).train_dataloader(), num))
-        return [sorted(batch.pixels[:, :, 0, 0].sum(1).tolist()) for batch in batches]
+        return [sorted(batch.pixel_values[:, :, 0, 0].sum(1).tolist()) for batch in batches]
 
     def epochs(**options: object) -> list[list[float]]:
         batches = looks(6, **options)
         return [sorted(chain(*batches[:3])), sorted(chain(*batches[3:]))]
 
-    plain, changed = epochs(), epochs(augment={"crop": 1.0, "colour": 0.5})
+    plain, changed = epochs(), epochs(augment={"crop": 1.0, "color": 0.5})
     assert plain[0] == plain[1]
     assert changed[0] != changed[1]
-    assert changed == epochs(augment={"crop": 1.0, "colour": 0.5})
-    held_out = [next(iter(module(augment=augment).val_dataloader())).pixels for augment in (None, {"colour": 0.5})]
+    assert changed == epochs(augment={"crop": 1.0, "color": 0.5})
+    held_out = [next(iter(module(augment=augment).val_dataloader())).pixel_values for augment in (None, {"color": 0.5})]
     assert (held_out[0] == held_out[1]).all()
 
 
@@ -68,7 +68,7 @@ def test_each_epoch_shows_other_pictures_and_validation_the_same() -> None:
     ("options", "text"),
     [
         ({"crop": 0.0}, r"data.augment.crop=0.0 is no share"),
-        ({"colour": 1.0}, r"data.augment.colour=1.0 is no change"),
+        ({"color": 1.0}, r"data.augment.color=1.0 is no change"),
     ],
 )
 def test_what_is_no_share_is_refused(options: dict[str, float], text: str) -> None:

@@ -170,7 +170,7 @@ def test_packed_rows_of_real_samples() -> None:
         for number, name in enumerate(batch.ids):
             mine = batch.sample_index == number
             images = int(name.split("/")[1]) % 3
-            assert batch.positions[mine].tolist() == list(range(int(mine.sum())))
+            assert batch.position_ids[mine].tolist() == list(range(int(mine.sum())))
             assert int(batch.image_mask[mine].sum()) == K * images
             assert (batch.images_before - batch.images_hidden)[mine].max() == images
 
@@ -197,7 +197,7 @@ def test_the_outline_is_read_instead_of_the_images(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_bad_sample_leaves_its_row_to_the_others(tmp_path: Any) -> None:
-    data = module(tmp_path, bad=(2, 7), packing=True, max_length=220, batch_size=2, max_bad_share=0.5)
+    data = module(tmp_path, bad=(2, 7), packing=True, max_length=220, batch_size=2, max_bad_ratio=0.5)
     seen = samples_of(list(islice(data.train_dataloader(), 1)))
     assert seen == sorted(f"train/{index}" for index in range(12) if index not in (2, 7))
 

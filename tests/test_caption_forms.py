@@ -17,8 +17,8 @@ from vlm.data.sources.image_folder import ImageFolder
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for index in range(4):
-        picture(tmp_path / "images" / f"{index}.png", colour=(index, 0, 0))
-        picture(tmp_path / "images" / "val2014" / f"{index}.png", colour=(10 + index, 0, 0))
+        picture(tmp_path / "images" / f"{index}.png", color=(index, 0, 0))
+        picture(tmp_path / "images" / "val2014" / f"{index}.png", color=(10 + index, 0, 0))
     return tmp_path / "images"
 
 
@@ -194,7 +194,7 @@ def test_a_prompt_says_where_the_image_is(images: Path, prompt: str, asked: list
 
 def test_kohyas_endings_and_upper_case(tmp_path: Path) -> None:
     for index, (image, text) in enumerate([("a.JPG", "a.TXT"), ("b.png", "b.caption"), ("c.Png", "c.CAPTION")]):
-        picture(tmp_path / image, colour=(index, 0, 0), size=(16, 16))
+        picture(tmp_path / image, color=(index, 0, 0), size=(16, 16))
         (tmp_path / text).write_text(f"Dot {index}.")
     (tmp_path / "alone.caption").write_text("x")
     source = ImageFolder(split="train", root=tmp_path, val_fraction=0.0)

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.test_cli import FILES, QUICK, evaluate, files, read, told, train
 from vlm.cli.command_line import translate
 from vlm.cli.entry import CONF
+from vlm.cli.evaluation import keep_other_results
 from vlm.cli.overrides import holds_path, override
 from vlm.options import _import, parameters
 
@@ -176,7 +177,7 @@ def test_groups_that_a_run_can_do_without(typed: str, meant: list[str]) -> None:
 
 def test_a_run_without_callbacks_and_loggers(tmp_path: Path) -> None:
     assert train(*QUICK, "callbacks=null", "~logger", f"run_dir={tmp_path / 'run'}") == 0
-    assert files(tmp_path / "run") == FILES - {"metrics.jsonl"}
+    assert files(tmp_path / "run") == FILES
 
 
 def test_a_sweep_names_no_run_dir(told: Any) -> None:
@@ -287,16 +288,14 @@ def test_paths_of_any_characters_through_training_and_evaluation(
 
 
 def test_results_of_other_options_are_kept(tmp_path: Path, told: Any) -> None:
-    import eval as program
-
     (tmp_path / "results.json").write_text(json.dumps({"options": ["ckpt=a", "num_samples=6"]}))
-    program._keep_other_results(tmp_path, ["ckpt=./a", "num_samples=6"])
-    program._keep_other_results(tmp_path / "new", ["num_samples=8"])
+    keep_other_results(tmp_path, ["ckpt=./a", "num_samples=6"])
+    keep_other_results(tmp_path / "new", ["num_samples=8"])
     said = (
         rf"results\.json holds results that differ in num_samples=6, num_samples=8; give out=<folder>.*out={tmp_path}"
     )
     with pytest.raises(ValueError, match=said):
-        program._keep_other_results(tmp_path, ["ckpt=a", "num_samples=8"])
+        keep_other_results(tmp_path, ["ckpt=a", "num_samples=8"])
 
 
 def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

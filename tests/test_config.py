@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from vlm import build
+from vlm import config
 from vlm.cli.entry import CONF, config_error
+from vlm.models.composed import Composed
 
 GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
 TINY = ["llm=tiny", "encoder=tiny", "run_dir=x"]
@@ -46,7 +47,7 @@ def hydra():
 
 def settings(*overrides: str) -> dict:
     """The composed config of `overrides` as train.py sees it, of a recipe what its stages share."""
-    return build.plain(compose("train", [*TINY, "recipe=null", *overrides]))
+    return config.plain(compose("train", [*TINY, "recipe=null", *overrides]))
 
 
 def needs(group: str, option: str) -> list[str]:
@@ -56,7 +57,7 @@ def needs(group: str, option: str) -> list[str]:
 def refusal(*overrides: str) -> str:
     """What a user reads who gives these on the command line."""
     try:
-        build.check(settings(*overrides))
+        config.check(settings(*overrides))
     except ValueError as error:
         return str(error)
     except Exception as error:
@@ -65,7 +66,7 @@ def refusal(*overrides: str) -> str:
 
 
 def test_groups_are_the_ones_that_are_documented() -> None:
-    assert set(GROUPS) <= {*build.GROUPS, "debug", "experiment", "benchmark", "hydra"}
+    assert set(GROUPS) <= {*config.NEEDED, *config.MANY, *Composed.parts, "debug", "experiment", "hydra"}
     assert {"linear", "mlp"} <= set(options("connector"))
     assert {"tiny", "gemma3_270m"} <= set(options("llm"))
     assert {"captions", "instruct", "shapes", "stamps"} <= set(options("data"))
@@ -73,7 +74,7 @@ def test_groups_are_the_ones_that_are_documented() -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
 def test_every_option_composes_and_binds(group: str, option: str) -> None:
-    build.check(settings(f"{group}={option}", *needs(group, option)))
+    config.check(settings(f"{group}={option}", *needs(group, option)))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
@@ -85,7 +86,7 @@ def test_every_file_opens_with_what_it_is(group: str, option: str) -> None:
 def test_every_combination_composes() -> None:
     for connector, stage, data in itertools.product(options("connector"), options("stage"), options("data")):
         cfg = settings(f"connector={connector}", f"stage={stage}", f"data={data}", *needs("data", data))
-        build.check(cfg)
+        config.check(cfg)
         assert cfg["stage"]["name"] == stage
         if data == "shapes":
             assert cfg["data"]["task"] == ("caption" if stage == "align" else "instruct")
@@ -103,22 +104,22 @@ def test_automatic_precision_is_one_that_lightning_knows(monkeypatch: pytest.Mon
     assert cfg["trainer"]["precision"] == "auto"
     for capabilities, wanted in (({"amx_bf16": True}, "bf16-mixed"), ({"avx2": True}, "32-true")):
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda c=capabilities: c, raising=False)
-        assert build.precision(cfg) == wanted
-    assert build.precision(settings("trainer.precision=32-true")) == "32-true"
+        assert config.precision(cfg) == wanted
+    assert config.precision(settings("trainer.precision=32-true")) == "32-true"
 
 
 @pytest.mark.parametrize(
     "override", ["stage.weight_decay=1", "stage.lr.connector=1", "stage.betas=[0,0.9]", "encoder.mean=[0,1,0.5]"]
 )
 def test_a_whole_number_is_also_a_float(override: str) -> None:
-    build.check(settings(override))
+    config.check(settings(override))
 
 
 def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> None:
     experiment = "experiment=llava15_7b"
-    assert settings(experiment)["stage"]["lr_floor"] == 0.0
+    assert settings(experiment)["stage"]["min_lr_ratio"] == 0.0
     assert [settings(experiment, *debug)["trainer"]["val_check_interval"] for debug in ([], ["debug=fast"])] == [500, 2]
-    assert settings(experiment, "stage.lr_floor=0.1")["stage"]["lr_floor"] == 0.1
+    assert settings(experiment, "stage.min_lr_ratio=0.1")["stage"]["min_lr_ratio"] == 0.1
     assert settings("debug=fast")["trainer"]["max_steps"] == 4
     assert settings("debug=fast", "trainer.max_steps=7")["trainer"]["max_steps"] == 7
 
@@ -138,12 +139,13 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("max_steps=3", ["there is no option max_steps; did you mean trainer.max_steps?"]),
         ("pretrained=x", ["there is no option pretrained; did you mean encoder.pretrained or llm.pretrained?"]),
         ("+connector.dpth=3", ["connector.dpth", "did you mean depth?"]),
-        ("+stage.lr_flor=3", ["stage.lr_flor", "did you mean lr_floor?"]),
+        ("+stage.min_lr_rato=3", ["stage.min_lr_rato", "did you mean min_lr_ratio?"]),
+        ("+stage.lr_floor=0.1", ["the option stage.lr_floor is called stage.min_lr_ratio now"]),
         ("+logger=csvv", ["csvv"]),
         ("data.batch_size=abc", ["data.batch_size='abc' must be a whole number from 1 to 65,536"]),
         ("data.batch_size=2.5", ["data.batch_size=2.5 must be a whole number"]),
         ("data.on_bad_sample=drop", ["data.on_bad_sample='drop' must be one of raise, skip"]),
-        ("data.max_bad_share=much", ["data.max_bad_share='much' must be a number from 0 to 1"]),
+        ("data.max_bad_ratio=much", ["data.max_bad_ratio='much' must be a number from 0 to 1"]),
         ("data.batch_size=null", ["data.batch_size=null must be a whole number"]),
         ("data.batch_size=true", ["data.batch_size=true must be a whole number"]),
         ("trainer.max_steps=x", ["trainer.max_steps='x' must be a whole number"]),
@@ -151,7 +153,7 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("stage.betas=[0.9,b]", ["stage.betas[1]='b' must be a number at least 0 and below 1"]),
         ("connector.depth=two", ["connector.depth='two' must be a whole number"]),
         ("preflight.show=x", ["preflight.show='x' must be a whole number"]),
-        ("answers.num_samples=true", ["answers.num_samples=true must be a whole number"]),
+        ("evaluators.answers.num_samples=true", ["evaluators.answers.num_samples=true must be a whole number"]),
         (
             "stage.llm={last_n:two}",
             ["stage.llm.last_n='two' must be a whole number from 1 to 1,000"],
@@ -163,7 +165,7 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("trainer.max_steps=-1", ["trainer.max_steps=-1 must be a whole number from 1"]),
         ("connector._target_=os.system", ["connector._target_=os.system is not allowed", "vlm."]),
         ("connector._target_=vlm.connectors.none.X", ["connector._target_=vlm.connectors.none.X cannot be imported"]),
-        ("stage.objective._target_=subprocess.run", ["stage.objective._target_=subprocess.run is not allowed"]),
+        ("objective._target_=subprocess.run", ["objective._target_=subprocess.run is not allowed"]),
         ("+logger={mine:{_target_:subprocess.run}}", ["logger.mine._target_=subprocess.run is not allowed"]),
         (
             "+logger._target_=subprocess.run",
@@ -175,11 +177,15 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp"]),
         # a section that has one class names none: a file's would take its place
         (
-            "data.augment={_target_:vlm.cli.launch.wait_for}",
-            ["data.augment._target_='vlm.cli.launch.wait_for' must be a number"],
+            "data.augment={_target_:vlm.cli.processes.wait_for}",
+            ["data.augment._target_='vlm.cli.processes.wait_for' must be a number"],
         ),
-        ("+encoder.tiles._target_=vlm.cli.launch.wait_for", ["there is no option encoder.tiles._target_"]),
-        ("+checkpoint._target_=vlm.cli.launch.wait_for", ["there is no option checkpoint._target_"]),
+        ("+encoder.tiles._target_=vlm.cli.processes.wait_for", ["there is no option encoder.tiles._target_"]),
+        (
+            "callbacks.save._target_=vlm.cli.processes.wait_for",
+            ["callbacks.save._target_=vlm.cli.processes.wait_for is not"],
+        ),
+        ("+checkpoint.every_n_steps=5", ["the option checkpoint is called callbacks.save now"]),
         ("trainer.strategy={_target_:os.system}", ["trainer.strategy._target_=os.system is not allowed"]),
         ("data=captions", ["data.annotations must be given; set data.annotations="]),
         ("data.augment={cropped:0.5}", ["data.augment.cropped", "did you mean crop?"]),
@@ -233,17 +239,17 @@ def test_a_slip_in_a_file(tmp_path: Path, group: str, lines: str, said: list[str
 
 
 def test_a_logger_takes_what_it_passes_on() -> None:
-    build.check(settings("logger=wandb", "+logger.wandb.entity=us"))
-    build.check(settings("logger=tensorboard", "+logger.tensorboard.flush_secs=3"))
+    config.check(settings("logger=wandb", "+logger.wandb.entity=us"))
+    config.check(settings("logger=tensorboard", "+logger.tensorboard.flush_secs=3"))
     with pytest.raises(ValueError, match=r"logger\.tensorboard\.entity; .*choose one of .*flush_secs"):
-        build.check(settings("logger=tensorboard", "+logger.tensorboard.entity=us"))
+        config.check(settings("logger=tensorboard", "+logger.tensorboard.entity=us"))
 
 
 def test_an_unknown_section_is_refused() -> None:
     cfg = copy.deepcopy(settings())
     cfg["conector"] = {}
     with pytest.raises(ValueError, match="there is no option conector; did you mean connector"):
-        build.check(cfg)
+        config.check(cfg)
 
 
 def test_eval_composes() -> None:

@@ -84,7 +84,7 @@ def test_visual_tokens_start_at_the_scale_of_the_embeddings(option: str, output_
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_visual_tokens_start_with_the_picture_in_them(option: str) -> None:
-    """Where most of their energy was the same for all pictures, connectors hardly learnt (docs/log.md)."""
+    """Where most of their energy was the same for all pictures, connectors hardly learned (docs/log.md)."""
     torch.manual_seed(0)
     connector = build(option, vision_width=320, llm_width=256, grid=(6, 6))
     visual = connector(features_like_a_convnets(8, 36, 320))

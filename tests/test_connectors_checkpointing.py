@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_encoder
 from tests.test_llms import small_llm
-from vlm.build import bind, placeholders
 from vlm.cli.entry import CONF
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.optim import set_trainable
+from vlm.options import bind
 
 OPTIONS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))
-SMALL = {"depth": 2, "width": 16, "hidden_width": 16, "num_heads": 2, "head_width": 8, "num_queries": 4}
+SMALL = {"depth": 2, "width": 16, "hidden_width": 16, "num_heads": 2, "head_dim": 8, "num_queries": 4}
 ROWS = (([11, IMAGE, 12], [21, 22]), ([14, 15], [23]), ([16, IMAGE, IMAGE], [24, 25, 26]))
 
 
@@ -39,7 +39,7 @@ def model_with(option: str, *, checkpointing: bool, state: str) -> Composed:
 
 
 def gradients(model: Composed) -> dict[str, Tensor]:
-    batch = make_batch(*ROWS, num_tokens=placeholders(model.connector))
+    batch = make_batch(*ROWS, num_tokens=model.visual_spec().num_tokens)
     output = LanguageModeling()(model, batch)
     (output.sums["lm_loss"] / output.counts["lm_loss"]).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -26,7 +26,7 @@ from vlm.schema import Batch
 
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 64, "do_layer_norm_before": True}
 LLMS: dict[str, dict[str, Any]] = {**FAMILIES, "opt": OPT}
-SIZES: dict[str, Any] = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_width": 8, "ff_mult": 2}
+SIZES: dict[str, Any] = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "ff_mult": 2}
 FACTS: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (2, 2), "output_rms": 0.2}
 # A row with two images, one without, one whose image comes first: 6, 4 and 4 tokens, of which 5 are supervised.
 ROWS = (([11, IMAGE, 12, 13, IMAGE, 14], [21, 22]), ([15, 16], [23, 24]), ([IMAGE, 17, 18], [25]))
@@ -49,7 +49,7 @@ def rows(*given: Any, **options: Any) -> Batch:
 
 
 def bare(model: Composed, batch: Batch) -> Tensor:
-    return model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    return model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
 
 
 def gradients(model: Composed, batch: Batch | None = None) -> dict[str, Tensor]:
@@ -157,9 +157,9 @@ def test_logits_depend_on_the_images_that_their_tokens_see(everything: bool) -> 
     """One layer, so that no token hears of an image from an earlier one but through the visible tokens themselves."""
     model = vision(llm=tiny_llm(num_hidden_layers=1), gate=0.5, all_previous_images=everything)
     batch = rows(([11, IMAGE, 12, IMAGE, 13], [21]), ([14, 15], [22]), ([IMAGE, 16], [23]))
-    visual = model.connector(model.encoder(batch.pixels)).detach().requires_grad_()
+    visual = model.connector(model.encoder(batch.pixel_values)).detach().requires_grad_()
     hidden = model.llm.embed(batch.input_ids)
-    with model.connector.looking_at(visual, batch):
+    with model.connector.attending_to(visual, batch):
         seen = model.connector._look(model.connector.blocks[0], nn.Identity(), (hidden,))[0]  # B T D
     reach = []
     for row, token in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]:
@@ -197,7 +197,7 @@ def test_a_batch_without_images_gives_zero_gradients() -> None:
 
 def test_a_wrong_number_of_images_names_both() -> None:
     model, batch = vision(), rows()
-    wrong = replace(batch, pixels=batch.pixels[:2])
+    wrong = replace(batch, pixel_values=batch.pixel_values[:2])
     with pytest.raises(
         ValueError, match=r"counts 3 images but has the visual tokens of 2; make num_images match.*sample/0"
     ):
@@ -273,9 +273,9 @@ def test_two_batches_before_one_backward_each_keep_their_images() -> None:
 def test_the_bare_llm_is_bare_also_for_embeddings_that_were_seen_with_images() -> None:
     model, batch = vision(gate=0.5), rows()
     embeds = model.llm.embed(batch.input_ids)
-    given = (embeds, batch.attention_mask, batch.positions, batch.keep)
+    given = (embeds, batch.attention_mask, batch.position_ids, batch.logits_mask)
     before = model.llm(*given)
-    with model.connector.looking_at(model.connector(model.encoder(batch.pixels)), batch):
+    with model.connector.attending_to(model.connector(model.encoder(batch.pixel_values)), batch):
         assert (model.llm(*given) - before).abs().max() > 1e-2
     assert torch.equal(model.llm(*given), before)
 
@@ -386,7 +386,7 @@ def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
     )
     config._attn_implementation = "eager"
     theirs = IdeficsGatedCrossAttentionLayer(config, layer_idx=0)
-    ours = GatedBlock(width=32, num_heads=4, head_width=8, ff_mult=4, output_rms=1.0)
+    ours = GatedBlock(width=32, num_heads=4, head_dim=8, ff_mult=4, output_rms=1.0)
     theirs.input_layernorm, theirs.post_attention_layernorm = ours.attention_norm, ours.ff_norm
     theirs.mlp = FeedForward(ours)
     with torch.no_grad():
@@ -434,7 +434,7 @@ class FeedForward(nn.Module):
 @pytest.mark.parametrize("output_rms", [1.03, 0.05])
 def test_what_the_gates_hold_back_starts_at_the_scale_of_the_embeddings(output_rms: float) -> None:
     torch.manual_seed(0)
-    block = GatedBlock(width=256, num_heads=8, head_width=32, ff_mult=4, output_rms=output_rms)
+    block = GatedBlock(width=256, num_heads=8, head_dim=32, ff_mult=4, output_rms=output_rms)
     nn.init.constant_(block.ff_gate, 100.0)  # tanh is 1
     hidden, visible = 30 * torch.randn(2, 64, 256), torch.ones(2, 64, 1, dtype=torch.bool)
     visual = block.project(torch.randn(2, 1, 256))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlm.data.batching import EvenBatches
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.reading import Reading, current
-from vlm.evaluation.looking import check_comparison
+from vlm.evaluation.visual_gain import VisualGain
 from vlm.schema import IGNORE, BadSample, Batch, Sample, VisualSpec
 
 K = 3
@@ -84,7 +84,7 @@ def test_training_rows_are_padded_on_the_right() -> None:
     longest = batch.input_ids.shape[1]
     for row, length in enumerate(lengths):
         assert batch.attention_mask[row].tolist() == [True] * length + [False] * (longest - length)
-        assert batch.positions[row, :length].tolist() == list(range(length))
+        assert batch.position_ids[row, :length].tolist() == list(range(length))
         assert (batch.labels[row, length:] == IGNORE).all()
     assert batch.image_mask.sum(1).tolist() == [K * n for n in (0, 1, 2, 0)]
     assert batch.num_images.tolist() == [0, 1, 2, 0]
@@ -93,13 +93,13 @@ def test_training_rows_are_padded_on_the_right() -> None:
     assert [(row == x).sum().item() for row in batch.labels] == [1, 2, 3, 4]
     assert (batch.labels != IGNORE).sum(1).tolist() == [2, 3, 4, 5]
     assert (batch.labels[batch.image_mask] == IGNORE).all()
-    assert len(batch.targets) == batch.keep.sum() == 14
+    assert len(batch.targets) == batch.logits_mask.sum() == 14
 
 
 def test_images_lie_in_the_order_of_rows_and_placeholders() -> None:
     batch = next(iter(module().val_dataloader()))
-    assert batch.pixels.shape == (3, 3, 4, 4)
-    assert batch.pixels[:, :2, 0, 0].tolist() == [[1, 0], [2, 0], [2, 1]]  # (sample, image)
+    assert batch.pixel_values.shape == (3, 3, 4, 4)
+    assert batch.pixel_values[:, :2, 0, 0].tolist() == [[1, 0], [2, 0], [2, 1]]  # (sample, image)
     assert all(not sample.images for sample in batch.samples)
 
 
@@ -117,7 +117,7 @@ def test_images_before_counts_the_images_that_have_started() -> None:
 def test_a_batch_without_images() -> None:
     data = module()
     (batch,) = data.prompts([0, 3], 4)
-    assert batch.pixels.shape == (0, 3, 4, 4)
+    assert batch.pixel_values.shape == (0, 3, 4, 4)
     assert batch.num_images.tolist() == [0, 0]
 
 
@@ -130,7 +130,7 @@ def test_prompts_end_before_the_answer_and_hold_no_label() -> None:
     for row, length in enumerate(lengths):
         start = batch.input_ids.shape[1] - length
         assert batch.attention_mask[row].tolist() == [False] * start + [True] * length
-        assert batch.positions[row, start:].tolist() == list(range(length))
+        assert batch.position_ids[row, start:].tolist() == list(range(length))
         words = batch.input_ids[row, start:][~batch.image_mask[row, start:]]
         assert byte_tokenizer().decode(words) == "<bos><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
@@ -156,7 +156,7 @@ def test_workers_give_the_same_batches() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) -> None:
-    data = module(tmp_path, bad=(3, 4), max_bad_share=0.2, num_workers=num_workers)
+    data = module(tmp_path, bad=(3, 4), max_bad_ratio=0.2, num_workers=num_workers)
     batches = epoch(data, 2)
     for part in (batches[:3], batches[3:]):  # a second epoch names none again
         ids = sorted((name for batch in part for name in batch.ids), key=lambda name: int(name.split("/")[1]))
@@ -171,21 +171,21 @@ def test_bad_samples_are_named_and_replaced(tmp_path: Path, num_workers: int) ->
 
 
 def test_a_run_that_goes_on_knows_the_bad_samples_it_has_named(tmp_path: Path) -> None:
-    epoch(module(tmp_path, bad=(3, 4), max_bad_share=0.2))
+    epoch(module(tmp_path, bad=(3, 4), max_bad_ratio=0.2))
     file = tmp_path / "bad_samples.jsonl"
     named = file.read_text()
     file.write_text(named + '{"split": "val", "index": 5, "kind": "too_long"}\n{"spl')
-    epoch(module(tmp_path, bad=(3, 4), max_bad_share=0.2))
+    epoch(module(tmp_path, bad=(3, 4), max_bad_ratio=0.2))
     assert file.read_text().startswith(named)
     assert file.read_text().count("\n") == 3  # none is named twice
     with pytest.raises(ValueError, match=r"sample 'train/5' is broken; mend it \(3 bad samples of 12, 2 allowed: rep"):
-        epoch(module(tmp_path, bad=(5,), max_bad_share=0.2))
+        epoch(module(tmp_path, bad=(5,), max_bad_ratio=0.2))
 
 
 def test_rows_that_were_left_out_or_cut_are_counted(tmp_path: Path) -> None:
     longest = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
     for too_long, kind in (("drop", "too_long"), ("truncate_text", "truncated")):
-        data = module(max_length=longest - 1, max_bad_share=0.1, too_long=too_long)
+        data = module(max_length=longest - 1, max_bad_ratio=0.1, too_long=too_long)
         data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
         assert data.counts() == {}
         epoch(data, 2)
@@ -195,7 +195,7 @@ def test_rows_that_were_left_out_or_cut_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"), [({"on_bad_sample": "raise", "max_bad_share": 0.5}, 0), ({"max_bad_share": 0.1}, 1)]
+    ("options", "allowed"), [({"on_bad_sample": "raise", "max_bad_ratio": 0.5}, 0), ({"max_bad_ratio": 0.1}, 1)]
 )
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowed: int) -> None:
     data = module(tmp_path, bad=(3, 4, 5), **options)
@@ -206,10 +206,10 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, options: dict, allowe
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.01, 1), (0.25, 3)])
 def test_one_bad_sample_of_a_few_is_allowed(share: float, allowed: int) -> None:
-    data = module(max_bad_share=share, bad=tuple(range(allowed)))
+    data = module(max_bad_ratio=share, bad=tuple(range(allowed)))
     assert len(epoch(data)) == 3
     with pytest.raises(ValueError, match=rf"of 12, {allowed} allowed: repair them"):
-        epoch(module(max_bad_share=share, bad=tuple(range(allowed + 1))))
+        epoch(module(max_bad_ratio=share, bad=tuple(range(allowed + 1))))
 
 
 def test_no_share_is_named_that_leaves_no_sample() -> None:
@@ -218,7 +218,7 @@ def test_no_share_is_named_that_leaves_no_sample() -> None:
 
 
 def test_a_split_of_bad_samples_ends(tmp_path: Path) -> None:
-    data = module(bad=tuple(range(12)), max_bad_share=1.0)
+    data = module(bad=tuple(range(12)), max_bad_ratio=1.0)
     data.splits["val"].bad = tuple(range(12))
     message = r"none of the 12 samples of {} can be used; repair the data, for example: sample '{}/\d+' is broken"
     with pytest.raises(ValueError, match=message.format("train", "train")):
@@ -252,7 +252,7 @@ def test_limits_hold_where_sources_are_made_and_read(tmp_path: Path) -> None:
 
 def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
     whole = len(module().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
-    data = module(tmp_path, max_length=whole - 1, max_bad_share=0.1)
+    data = module(tmp_path, max_length=whole - 1, max_bad_ratio=0.1)
     assert "train/11" not in [name for b in epoch(data) for name in b.ids]
     error = json.loads((tmp_path / "bad_samples.jsonl").read_text())["error"]
     assert "'train/11'" in error
@@ -276,7 +276,7 @@ def test_the_comparison_is_that_of_the_batches_of_all_ranks() -> None:
     data = VLMDataModule(source=lambda split: Pairs(split, 4))
     spec = VisualSpec(num_tokens=K, image_size=(4, 4), transform=pixels)
     data.connect(spec=spec, tokenizer=byte_tokenizer(), chat_template="chatml")
-    assert check_comparison(data, num_ranks=1) is None
-    said = check_comparison(data, num_ranks=2)
-    assert said is not None
-    assert said.startswith("There will be no val/visual_gain: no batch of the validation samples has two different")
+    assert VisualGain().missing(data, num_ranks=1) == {}
+    said = VisualGain().missing(data, num_ranks=2)
+    assert said.keys() == {"val/visual_gain"}
+    assert said["val/visual_gain"].startswith("no batch of the validation samples has two different")

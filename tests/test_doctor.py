@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vlm import artifact, build
+from vlm import artifact, build, config
 from vlm.cli.doctor import main
 from vlm.cli.entry import CONF
 from vlm.data.datamodule import VLMDataModule
@@ -283,10 +283,10 @@ def test_a_missing_extra_is_one_sentence(
 
 
 def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int], tmp_path: Path) -> None:
-    """The artefact of an untrained model with its parts; the command line names other parts."""
+    """The artifact of an untrained model with its parts; the command line names other parts."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        settings = build.plain(compose("train", [*options(planted), "run_dir=x"]))
+        settings = config.plain(compose("train", [*options(planted), "run_dir=x"]))
     model, manifest = build.build_model(settings)
     names = [name for name, _ in model.named_parameters() if name.startswith("connector.")]
     tensors = gather(model, names)

@@ -41,10 +41,10 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(cells).resize((90, 80), Image.Resampling.BICUBIC)
 
 
-def looks(steps: list[int], colours: list[int] | None = None) -> Looks:
+def looks(steps: list[int], colors: list[int] | None = None) -> Looks:
     made = Looks()
     for number, each in enumerate(steps):
-        made.append(Look(number, each, bytes([colours[number] if colours else 0] * 48), bytes(288)))
+        made.append(Look(number, each, bytes([colors[number] if colors else 0] * 48), bytes(288)))
     return made
 
 
@@ -73,7 +73,7 @@ def test_the_closest_is_that_of_all_pairs() -> None:
     assert closest(looks([1]), looks([])).tolist() == [-1]
 
 
-def test_other_colours_are_another_picture() -> None:
+def test_other_colors_are_another_picture() -> None:
     assert closest(looks([5, 5], [16, 17]), looks([5])).tolist() == [0, -1]
 
 
@@ -417,8 +417,8 @@ def test_scores_find_the_answer_of_another_image(tmp_path: Path) -> None:
     class Expects(torch.nn.Module):
         def forward(self, batch: Batch) -> Tensor:
             logits = torch.zeros(*batch.input_ids.shape, len(tokenizer))
-            logits[torch.arange(len(logits)), :, ids[batch.pixels[:, 0, 0, 0].long()]] = 5.0
-            return logits[batch.keep]
+            logits[torch.arange(len(logits)), :, ids[batch.pixel_values[:, 0, 0, 0].long()]] = 5.0
+            return logits[batch.logits_mask]
 
     settings = {"trainer": {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "precision": "32-true"}}
     done: list[int] = []

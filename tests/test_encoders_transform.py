@@ -1,4 +1,4 @@
-"""The picture's way to pixels: made to fit, antialiased, normalised, the same every time."""
+"""The picture's way to pixels: made to fit, antialiased, normalized, the same every time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.models.siglip.image_processing_siglip import SiglipImageProces
 from vlm.encoders.transform import Transform
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (102, 127.5, 153)  # grey: the mean colour
+RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (102, 127.5, 153)  # grey: the mean color
 
 
 def transform(side: int = 32, **options: Any) -> Transform:
@@ -34,12 +34,12 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def colours(pixels: Tensor) -> Tensor:
+def colors(pixels: Tensor) -> Tensor:
     """[H, W, 3] in 0 to 255, the normalisation undone."""
     return 255 * (pixels.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN))
 
 
-def test_the_filter_antialiases_as_torch_does_and_the_values_are_normalised() -> None:
+def test_the_filter_antialiases_as_torch_does_and_the_values_are_normalized() -> None:
     picture = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     made = transform(size=(24, 32))(Image.fromarray(picture))
     tensor = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
@@ -52,12 +52,12 @@ def test_the_filter_antialiases_as_torch_does_and_the_values_are_normalised() ->
 @pytest.mark.parametrize("size", [(120, 90), (47, 101), (20, 12)], ids=str)
 def test_the_filter_is_pillows(size: tuple[int, int], interpolation: str) -> None:
     picture = photo(*size)
-    made = colours(transform(interpolation=interpolation)(picture))
+    made = colors(transform(interpolation=interpolation)(picture))
     theirs = np.asarray(picture.resize((32, 32), Image.Resampling[interpolation.upper()]))
     torch.testing.assert_close(made, torch.tensor(theirs).float(), atol=2.01, rtol=0)
 
 
-# Which colours stand where in 32×32, of a picture in three equal bands: red, green, blue along its long side.
+# Which colors stand where in 32×32, of a picture in three equal bands: red, green, blue along its long side.
 PLACES = {
     ("squash", "wide"): {(16, 4): RED, (16, 16): GREEN, (16, 27): BLUE, (1, 16): GREEN, (30, 16): GREEN},
     ("squash", "tall"): {(4, 16): RED, (16, 16): GREEN, (27, 16): BLUE, (16, 1): GREEN, (16, 30): GREEN},
@@ -71,14 +71,14 @@ PLACES = {
 @pytest.mark.parametrize(("resize", "shape"), PLACES)
 def test_where_a_picture_of_another_shape_goes(resize: str, shape: str) -> None:
     picture = Image.new("RGB", (150, 50))
-    for number, colour in enumerate((RED, GREEN, BLUE)):
-        picture.paste(colour, (50 * number, 0, 50 * number + 50, 50))
+    for number, color in enumerate((RED, GREEN, BLUE)):
+        picture.paste(color, (50 * number, 0, 50 * number + 50, 50))
     if shape == "tall":
         picture = picture.transpose(Image.Transpose.TRANSPOSE)
-    made = colours(transform(resize=resize)(picture))
+    made = colors(transform(resize=resize)(picture))
     assert made.shape == (32, 32, 3)
-    for (row, col), colour in PLACES[resize, shape].items():
-        torch.testing.assert_close(made[row, col], torch.tensor(colour).float(), atol=1, rtol=0)
+    for (row, col), color in PLACES[resize, shape].items():
+        torch.testing.assert_close(made[row, col], torch.tensor(color).float(), atol=1, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (100, 37), (33, 200), (20, 12), (32, 32), (31, 33)], ids=str)
@@ -95,12 +95,12 @@ def test_crop_is_clips_and_squash_is_siglips(resize: str, theirs: Any, pillows: 
     made = transform(resize=resize)(picture)
     torch.testing.assert_close(made, theirs(**options)(picture, return_tensors="pt").pixel_values[0])
     with_pillow = pillows(**options)(picture, return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(colours(made), colours(with_pillow), atol=2.01, rtol=0)
+    torch.testing.assert_close(colors(made), colors(with_pillow), atol=2.01, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (256, 64)], ids=str)
 def test_pad_is_llavas_but_for_the_seam(size: tuple[int, int]) -> None:
-    """LLaVA pads before it scales, so that the colours mix where picture and padding meet; and rounds its colour."""
+    """LLaVA pads before it scales, so that the colors mix where picture and padding meet; and rounds its color."""
     picture = photo(*size)
     made = transform(resize="pad")(picture)
     options = {"do_pad": True, "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -111,8 +111,8 @@ def test_pad_is_llavas_but_for_the_seam(size: tuple[int, int]) -> None:
         for seam in (margin, 32 - margin) if margin else ():
             (far if columns else far.T)[seam - 2 : seam + 2] = False
     assert 0.5 < far.float().mean() < 1
-    there = colours(theirs.pixel_values[0])
-    torch.testing.assert_close(colours(made)[far], there[far], atol=1.01, rtol=0)
+    there = colors(theirs.pixel_values[0])
+    torch.testing.assert_close(colors(made)[far], there[far], atol=1.01, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 3)], ids=str)
@@ -123,7 +123,7 @@ def test_strips_and_specks_are_never_scaled_to_a_bomb(
     made: list[Tensor] = []
     resampled = Transform.resampled
     monkeypatch.setattr(Transform, "resampled", lambda *args: made.append(resampled(*args)) or made[-1])
-    pixels = colours(transform(resize=resize)(Image.new("RGB", size, RED)))
+    pixels = colors(transform(resize=resize)(Image.new("RGB", size, RED)))
     torch.testing.assert_close(pixels[15, 15], torch.tensor(RED).float())
     assert pixels.shape == (32, 32, 3)
     assert made[0].numel() <= 16 * 3 * 32 * 32

@@ -46,11 +46,11 @@ def fit(folder: Path, *, steps: int) -> None:
     (folder / "config.yaml").write_text("seed: 0")
     save = Save(run_dir=folder, manifest={}, inherited=[], every_n_steps=1, best="val/loss")
     trainer = make_trainer(folder, max_steps=steps, callbacks=[save], **EVERY)
-    trainer.fit(make_module(warmup_share=0.0), loader([WHOLE] * 4), loader([WHOLE]))
+    trainer.fit(make_module(warmup_ratio=0.0), loader([WHOLE] * 4), loader([WHOLE]))
 
 
 def saved(folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """Step and tensors of an artefact, its two files checked against each other."""
+    """Step and tensors of an artifact, its two files checked against each other."""
     names = json.loads((folder / "artifact" / "manifest.json").read_text())["tensors"]
     with safe_open(folder / "artifact" / "weights.safetensors", framework="pt") as file:
         assert set(names) == set(file.keys())
@@ -99,10 +99,10 @@ def test_killed_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("what", "steps", "text"),
     [
-        ("weights", (1, 1), "artefact of step 2 .*No space left on device.*; the artefact saved before is intact"),
-        ("manifest", (1, 1), "artefact of step 2 .*No space left on device.*; the artefact saved before is intact"),
-        ("late", (1, 1), "artefact of step 2 .*No space left on device.*; the artefact saved before is intact"),
-        ("checkpoint", (2, 1), r"last\.ckpt at step 2: .*No space left on device; the artefact is saved"),
+        ("weights", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
+        ("manifest", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
+        ("late", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
+        ("checkpoint", (2, 1), r"last\.ckpt at step 2: .*No space left on device; the artifact is saved"),
     ],
 )
 def test_a_full_disk(
@@ -151,7 +151,7 @@ def another_process(run_dir: Path) -> Iterator[tuple[int, int]]:
     ours, theirs = context.Pipe()
 
     def hold() -> None:
-        lock = run.claim(run_dir, resumed=False)
+        lock = run.lock(run_dir, resumed=False)
         worker = context.Process(target=time.sleep, args=(60,))
         worker.start()
         theirs.send(worker.pid)
@@ -177,17 +177,17 @@ def test_two_runs_on_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         who = f"run_dir={tmp_path} is in use by process {process} on {socket.gethostname()}; wait for its end"
         for resumed in (False, True):
             with pytest.raises(ValueError, match=who):
-                run.claim(tmp_path, resumed=resumed)
+                run.lock(tmp_path, resumed=resumed)
         for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
             with monkeypatch.context() as patch:
                 patch.setenv(rank, "1")
-                assert run.claim(tmp_path, resumed=False) is None, "another rank of the same run"
+                assert run.lock(tmp_path, resumed=False) is None, "another rank of the same run"
         os.kill(process, signal.SIGKILL)
         until = time.monotonic() + 10
         while Path(f"/proc/{process}/stat").read_text().split()[2] != "Z":
             assert time.monotonic() < until
         os.kill(worker, 0)  # is there still
-        lock = run.claim(tmp_path, resumed=True)
+        lock = run.lock(tmp_path, resumed=True)
         assert lock is not None
         assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
         lock.close()
@@ -200,7 +200,7 @@ def test_a_file_system_without_locks(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    assert run.claim(tmp_path, resumed=False) is not None
+    assert run.lock(tmp_path, resumed=False) is not None
     assert "file system without locks (No locks available): start no second run" in capsys.readouterr().out
 
 
@@ -219,7 +219,7 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     options = [*QUICK, "trainer.max_steps=9", "trainer.val_check_interval=9", "data.num_workers=1", f"run_dir={folder}"]
     monkeypatch.setattr(Rows, "__getitem__", dying)
-    assert train(*options, "checkpoint.every_n_steps=2") == 2
+    assert train(*options, "callbacks.save.every_n_steps=2") == 2
     error = told()
     assert error.startswith("Error: a data worker died: DataLoader worker (pid")
     assert error.endswith("set data.num_workers or data.batch_size lower, and go on with resume=<run dir>")
@@ -251,7 +251,7 @@ def test_a_longer_schedule_begins_at_once(tmp_path: Path) -> None:
                 seen.append(optimizer.param_groups[0]["lr"])
 
         trainer = make_trainer(tmp_path, max_steps=steps, callbacks=[Rates(), *more])
-        module = make_module(lr={"connector": lr}, weight_decay=lr, warmup_share=0.0, lr_floor=0.0)
+        module = make_module(lr={"connector": lr}, weight_decay=lr, warmup_ratio=0.0, min_lr_ratio=0.0)
         trainer.fit(module, loader([WHOLE] * 8), ckpt_path=ckpt, weights_only=ckpt and True)
         assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [lr, 0.0]
         return seen

@@ -27,7 +27,7 @@ from tests.test_sources_mixture import mixture
 from vlm import artifact
 from vlm.data.filter import Filtered
 from vlm.data.replay import REPLAY, with_replay
-from vlm.evaluation.texts import TEXTS, text_batches, text_loss
+from vlm.evaluation.forgetting import TEXTS, text_batches, text_loss
 from vlm.models.composed import Composed
 from vlm.schema import Batch, Sample
 from vlm.text.templates import TEMPLATES
@@ -44,7 +44,7 @@ def conversations(file: Path) -> list[tuple[str, str]]:
 def alone(model: Composed, batch: Batch) -> Tensor:
     """What the LLM itself says to a text."""
     with torch.no_grad():
-        return model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+        return model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
 
 
 # --- A frozen LLM
@@ -60,7 +60,7 @@ def test_a_frozen_llm_forgets_nothing(tmp_path: Path, fusion: str) -> None:
     def logits(states: dict[str, str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         model = vision(gate=0.0) if fusion == "layers" else tiny_model()
         assert model.connector.fusion == fusion
-        module = make_module(model, states=states, warmup_share=0.0)
+        module = make_module(model, states=states, warmup_ratio=0.0)
         with torch.no_grad():
             before, told_before = (alone(model, text), model(text)), model(seen)
         make_trainer(tmp_path, max_steps=4).fit(module, loader([seen] * 4))
@@ -123,11 +123,11 @@ def test_without_its_adapter_the_llm_is_the_untouched_one(use_dora: bool) -> Non
         parameter.requires_grad_(trains[name])
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.5)
-    learnt = text_loss(tiny_model(llm=llm), batches, device=CPU)
-    assert abs(learnt - untouched) > 1e-3
+    learned = text_loss(tiny_model(llm=llm), batches, device=CPU)
+    assert abs(learned - untouched) > 1e-3
     with llm.without_adapter():
         assert text_loss(tiny_model(llm=llm), batches, device=CPU) == pytest.approx(untouched, abs=1e-6)
-    assert text_loss(tiny_model(llm=llm), batches, device=CPU) == learnt
+    assert text_loss(tiny_model(llm=llm), batches, device=CPU) == learned
     assert {name: parameter.requires_grad for name, parameter in llm.named_parameters()} == trains
 
 
@@ -152,7 +152,7 @@ def test_every_template_takes_the_texts(template: str, merging: Any) -> None:
     assert max(batch.input_ids.shape[1] for batch in batches) < 400
     for batch in batches:
         assert not batch.num_images.any()
-        assert batch.targets.shape[0] == int(batch.keep.sum())
+        assert batch.targets.shape[0] == int(batch.logits_mask.sum())
 
 
 def test_an_installed_package_has_the_texts() -> None:
@@ -170,7 +170,7 @@ OPTIONS = [
     "data.text_replay=0.25",
     "data.num_train=30",
     "trainer.max_steps=4",
-    "checkpoint.every_n_steps=2",
+    "callbacks.save.every_n_steps=2",
     "logger=csv",
 ]
 
@@ -205,11 +205,11 @@ def test_a_run_resumed_with_replay_measures_from_the_same_base(tmp_path: Path) -
 
 def test_a_run_that_forgets_too_much_stops(tmp_path: Path, told: Any) -> None:
     run = tmp_path / "run"
-    assert train(*OPTIONS, "callbacks.forgetting.max=-1.0", "stage.lr.llm=0.01", f"run_dir={run}") == 2
+    assert train(*OPTIONS, "evaluators.forgetting.max=-1.0", "stage.lr.llm=0.01", f"run_dir={run}") == 2
     (figures,) = texts_of(run)
     assert told() == (
         f"Error: text/forgetting is {figures['text/forgetting']:.3f} nats a token at step 2, above "
-        "callbacks.forgetting.max=-1.0; the artefact of this step is kept: lower stage.lr.llm, or raise "
+        "evaluators.forgetting.max=-1.0; the artifact of this step is kept: lower stage.lr.llm, or raise "
         "data.text_replay"
     )
     with artifact.safe_open(run / "artifact" / "weights.safetensors", framework="pt") as file:
@@ -242,7 +242,7 @@ def test_replay_comes_into_training_alone() -> None:
     data = numbered(text_replay=0.5, batch_size=2)
     batches = list(islice(data.train_dataloader(), 12))
     assert sum(id.startswith("replay/") for batch in batches for id in batch.ids) == 12
-    assert any(batch.pixels.shape[0] == 0 for batch in batches)
+    assert any(batch.pixel_values.shape[0] == 0 for batch in batches)
     assert batches[0].sources == ("data", "replay")
     assert [batch.ids for batch in data.val_dataloader()] == [
         batch.ids for batch in numbered(batch_size=2).val_dataloader()

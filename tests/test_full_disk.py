@@ -18,10 +18,10 @@ from torch._utils import ExceptionWrapper
 
 from tests.parts import make_module, make_trainer
 from tests.test_module import WHOLE, loader
-from vlm import artifact, build, files, run
-from vlm.callbacks.metrics_file import MetricsFile
+from vlm import artifact, config, files, run
 from vlm.cli.entry import sentence
-from vlm.evaluation.runner import write_samples
+from vlm.evaluation.answers import write_samples
+from vlm.loggers.metrics_file import MetricsFile
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def full_disk() -> Iterator[None]:
 
 
 def fit(folder: Path) -> None:
-    trainer = make_trainer(folder, callbacks=[MetricsFile()])
+    trainer = make_trainer(folder, logger=MetricsFile(run_dir=folder))
     trainer.fit(make_module(), loader([WHOLE]))
 
 
@@ -48,12 +48,12 @@ def add(folder: Path) -> None:
     ("name", "write"),
     [
         ("manifest.json", lambda folder: artifact.write_json(folder / "manifest.json", {"a": 1})),  # plan, doctor, …
-        ("config.yaml", lambda folder: build.write_config(folder, {"seed": 0}, {})),
+        ("config.yaml", lambda folder: config.write_config(folder, {"seed": 0}, {})),
         ("samples.jsonl", lambda folder: write_samples(folder / "samples.jsonl", [{"id": "a"}])),
         ("metrics.jsonl", fit),
         ("metrics.json", lambda folder: run.finish(folder, {"val/loss": 1.0}, [])),
         ("bad_samples.jsonl", add),
-        (".lock", lambda folder: run.claim(folder, resumed=False)),
+        (".lock", lambda folder: run.lock(folder, resumed=False)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

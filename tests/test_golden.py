@@ -20,7 +20,12 @@ CURVES = Path(__file__).parent / "golden" / "curves.json"
 TINY = (
     *("llm=tiny", "encoder=tiny", "seed=0", "trainer=cpu", "trainer.precision=32-true"),
     *("trainer.max_steps=20", "trainer.val_check_interval=10", "trainer.log_every_n_steps=1"),
-    *("data.batch_size=4", "data.num_val_samples=8", "answers.num_samples=4", "answers.max_new_tokens=4"),
+    *(
+        "data.batch_size=4",
+        "data.num_val_samples=8",
+        "evaluators.answers.num_samples=4",
+        "evaluators.answers.max_new_tokens=4",
+    ),
 )
 RUNS = {  # in an order in which a run may start from the artifact of one before it
     "align": (),

@@ -233,7 +233,7 @@ def test_exif_that_claims_more_than_the_file_holds_still_turns_the_picture() -> 
     assert decode_image(file.getvalue(), name="a").size == (4, 8)
 
 
-def test_a_large_colour_profile_costs_no_more_than_its_bytes() -> None:
+def test_a_large_color_profile_costs_no_more_than_its_bytes() -> None:
     file = BytesIO()
     Image.new("RGB", (8, 8), RED).save(file, "JPEG", icc_profile=b"x" * 2**20)
     assert decode_image(file.getvalue(), name="a").getpixel((4, 4))[0] > 250
@@ -313,8 +313,8 @@ def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
     for name in ("a.png", "a.tiff"):
         values.save(tmp_path / name)
         assert [pixel[0] for pixel in load_image(name, root=tmp_path).get_flattened_data()] == [0, 128, 255]
-    colours = decode_image(png(2, 1, b"\0" + struct.pack(">6H", 0, 0x8001, 0xFFFF, *[0x7FFF] * 3), depth=16), name="a")
-    assert list(colours.get_flattened_data()) == [(0, 128, 255), (127, 127, 127)]
+    colors = decode_image(png(2, 1, b"\0" + struct.pack(">6H", 0, 0x8001, 0xFFFF, *[0x7FFF] * 3), depth=16), name="a")
+    assert list(colors.get_flattened_data()) == [(0, 128, 255), (127, 127, 127)]
     values.save(tmp_path / "key.png", transparency=0)
     assert [pixel[0] for pixel in load_image("key.png", root=tmp_path).get_flattened_data()] == [255, 128, 255]
 
@@ -338,7 +338,7 @@ def test_other_modes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
 def test_first_frame_of_what_moves(tmp_path: Path, suffix: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, GREEN)]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     red, green, _ = load_image(f"a.{suffix}", root=tmp_path).getpixel((4, 4))
     assert red > 240 > 10 > green

@@ -138,10 +138,10 @@ def test_embeds_layers_and_width(option: str) -> None:
 def test_narrowed_logits_are_the_full_ones(option: str) -> None:
     llm = small_llm(option)
     batch = make_batch(*((prompt, answer) for prompt, answer in ROWS if IMAGE not in prompt), ([14, 15, 16], [23, 24]))
-    logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
     full = llm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
     assert full.shape == (2, 5, 320)
-    torch.testing.assert_close(logits, full[batch.keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, full[batch.logits_mask], rtol=1e-5, atol=1e-5)
     assert full.std() > 0.1
 
 
@@ -157,7 +157,7 @@ def test_greedy_words_are_the_repeated_argmax(option: str) -> None:
     model = tiny_model(llm=small_llm(option)).eval()
     batch = make_batch(*((prompt, []) for prompt, _ in ROWS), side="left")
     answers = model.generate(batch, stop_ids=[1], max_new_tokens=4)
-    pixels = batch.pixels.split(batch.num_images.tolist())
+    pixels = batch.pixel_values.split(batch.num_images.tolist())
     for (prompt, _), images, answer in zip(ROWS, pixels, answers.tolist(), strict=True):
         expected: list[int] = []
         for _ in range(4):
@@ -184,7 +184,7 @@ def test_lora_lies_beside_every_linear_layer_but_the_head(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", NAMED)
-def test_what_is_learnt_is_the_answer_and_its_end(option: str) -> None:
+def test_what_is_learned_is_the_answer_and_its_end(option: str) -> None:
     """With the stand-in tokenizer, which knows every family's marks, so that random weights train with any template."""
     llm = small_llm(option)
     subject = encoder(llm.tokenizer, llm.chat_template, num_image_tokens=2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.parts import IMAGE, LORA, STATES, Gated, make_batch, tiny_model
 from tests.test_llms import composed, shrunk, small_llm
-from vlm import build
+from vlm import build, config
 from vlm.cli.entry import CONF
 from vlm.connectors.mlp import MLP
 from vlm.llms.base import LanguageModel
@@ -142,13 +142,13 @@ def test_a_slip_in_the_adapters_options(override: str, words: list[str]) -> None
 def settings(*overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        return build.plain(compose("train", ["encoder=tiny", "run_dir=x", *overrides]))
+        return config.plain(compose("train", ["encoder=tiny", "run_dir=x", *overrides]))
 
 
 def refusal(*overrides: str) -> str:
     """What `check`, which runs before anything is loaded, says of these words."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        build.check(settings(*overrides))
+        config.check(settings(*overrides))
     return str(caught.value)
 
 
@@ -168,7 +168,7 @@ def test_quantisation_needs_a_gpu_and_bitsandbytes(quantization: Any, monkeypatc
 
 def test_the_meta_device_needs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    build.check(settings("llm=llama3_8b", "llm.quantization=nf4", "llm.weights=meta", "stage=instruct"))
+    config.check(settings("llm=llama3_8b", "llm.quantization=nf4", "llm.weights=meta", "stage=instruct"))
 
 
 @pytest.mark.parametrize("state", ["full", "{last_n: 2}"])
@@ -207,7 +207,7 @@ def test_several_answers_for_an_encoder_decoder_are_refused_before_the_first_ste
 
 def test_a_connector_on_the_layers_needs_a_decoder_only_llm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "fusion", "layers")
-    build.check(settings("llm=opt_2_7b"))
+    config.check(settings("llm=opt_2_7b"))
     told = refusal("llm=flan_t5_xl")
     assert "connector MLP attaches to the layers of a decoder-only llm, but google/flan-t5-xl has an encoder" in told
 
@@ -228,10 +228,10 @@ def test_an_adapter_trains_on_rounded_weights(quantization: Any, kind: str, tmp_
     for name in lora_names(llm):
         llm.get_parameter(name).requires_grad_(True)
     batch = make_batch(([11, 12], [21, 22])).to(llm.model.device)
-    logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    logits = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
     logits.float().square().sum().backward()
-    learnt = {name for name, p in llm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert learnt == {name for name in lora_names(llm) if "lora_B" in name}  # A learns once B is not zero
+    learned = {name for name, p in llm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert learned == {name for name in lora_names(llm) if "lora_B" in name}  # A learns once B is not zero
 
 
 # --- any other model -------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_hf_takes_what_the_folder_says(model_type: str, facts: dict[str, Any], t
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
     assert not torch.allclose(logits[2], logits[0])
     full = first.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
-    torch.testing.assert_close(logits[0], full[batch.keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[0], full[batch.logits_mask], rtol=1e-5, atol=1e-5)
     assert [len(one.layers()) for one in (read, drawn, empty)] == [3, 3, 3]
     assert {p.device.type for p in empty.parameters()} == {"meta"}
 

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from tests.parts import IMAGE, make_batch, tiny_model
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.seq2seq import Seq2SeqLM
-from vlm.models.composed import Composed, place
+from vlm.models.composed import Composed, scatter_visual_tokens
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.schema import IGNORE, Batch
 
@@ -43,7 +43,9 @@ def model_of(llm: Seq2SeqLM) -> Composed:
 
 def inputs_of(model: Composed, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encoder inputs, their mask and the labels of each row, padded on the right, as T5 takes them."""
-    embeds = place(model.connector(model.encoder(batch.pixels)), model.llm.embed(batch.input_ids), batch)
+    embeds = scatter_visual_tokens(
+        model.connector(model.encoder(batch.pixel_values)), model.llm.embed(batch.input_ids), batch
+    )
     lengths = [int((labels != IGNORE).nonzero()[0]) for labels in batch.labels]
     answers = [labels[labels != IGNORE] for labels in batch.labels]
     rows = [row[:length] for row, length in zip(embeds, lengths, strict=True)]
@@ -91,7 +93,7 @@ def test_neither_half_reads_what_is_the_others() -> None:
     def moved(place: int) -> list[bool]:
         ids = batch.input_ids.clone()
         ids[0, place] = 99
-        after = llm(llm.embed(ids), batch.attention_mask, batch.positions, batch.keep)
+        after = llm(llm.embed(ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
         return [not torch.equal(*pair) for pair in zip(after, before, strict=True)]
 
     assert len(before) == 2

@@ -28,8 +28,8 @@ def test_logits_at_keep_are_those_of_the_bare_model(family: str) -> None:
     bare = llm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits  # B T V
     logits = tiny_model(llm=llm)(batch)
     assert logits.shape == (5, 320)
-    torch.testing.assert_close(logits, bare[batch.keep], rtol=1e-5, atol=1e-5)
-    assert batch.keep.nonzero().tolist() == [[0, 2], [0, 3], [1, 6], [1, 7], [1, 8]]
+    torch.testing.assert_close(logits, bare[batch.logits_mask], rtol=1e-5, atol=1e-5)
+    assert batch.logits_mask.nonzero().tolist() == [[0, 2], [0, 3], [1, 6], [1, 7], [1, 8]]
     assert batch.targets.tolist() == [21, 22, 23, 24, 25]
     wide = llm.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
     assert wide.shape == (2, 10, 320), "the hook that narrows the head is gone"
@@ -49,7 +49,7 @@ def test_visual_tokens_lie_where_the_placeholders_are() -> None:
     given: dict[str, Any] = {}
     model.llm.model.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
     model(batch)
-    visual, embeds = model.connector(model.encoder(batch.pixels)), given["inputs_embeds"]
+    visual, embeds = model.connector(model.encoder(batch.pixel_values)), given["inputs_embeds"]
     assert visual.shape == (3, NUM_TOKENS, 32)
     torch.testing.assert_close(embeds[0, 1:5], visual[0], rtol=0, atol=0)
     torch.testing.assert_close(embeds[0, 6:10], visual[1], rtol=0, atol=0)
@@ -62,9 +62,9 @@ def test_visual_tokens_lie_where_the_placeholders_are() -> None:
 def test_a_picture_changes_its_own_row_alone() -> None:
     model, batch = tiny_model(), make_batch(*ROWS)
     before = model(batch)  # supervised: row 0 once, row 1 twice, row 2 once
-    pixels = batch.pixels.clone()
+    pixels = batch.pixel_values.clone()
     pixels[2] += 1
-    after = model(replace(batch, pixels=pixels))
+    after = model(replace(batch, pixel_values=pixels))
     torch.testing.assert_close(after[:3], before[:3])
     assert (after[3] - before[3]).abs().max() > 1e-3
 
@@ -86,8 +86,8 @@ def test_a_wrong_count_names_both_numbers() -> None:
 def test_a_batch_without_pictures(fusion: str) -> None:
     model = tiny_model(connector=Gated() if fusion == "layers" else None)
     batch = make_batch(*TEXT_ROWS)
-    assert batch.pixels.shape == (0, 3, 16, 16)
-    bare = model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    assert batch.pixel_values.shape == (0, 3, 16, 16)
+    bare = model.llm(model.llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
     if fusion == "tokens":
         torch.testing.assert_close(model(batch), bare, rtol=0, atol=0)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_layers_fusion_starts_as_the_bare_llm() -> None:
     batch = make_batch(*ROWS, num_tokens=0)
     llm = tiny_llm()
     names = list(llm.state_dict())
-    bare = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.positions, batch.keep)
+    bare = llm(llm.embed(batch.input_ids), batch.attention_mask, batch.position_ids, batch.logits_mask)
     model = tiny_model(llm=llm, connector=Gated())
     assert torch.equal(model(batch), bare)
     assert list(llm.state_dict()) == names
@@ -128,7 +128,7 @@ def test_greedy_words_are_the_repeated_argmax(family: str, fusion: str) -> None:
     assert not batch.attention_mask[1, 0], "the short rows are padded on the left"
     answers = model.generate(batch, stop_ids=[1], max_new_tokens=5)
     assert answers.shape == (3, 5)
-    pixels = batch.pixels.split(batch.num_images.tolist())
+    pixels = batch.pixel_values.split(batch.num_images.tolist())
     for prompt, images, answer in zip(prompts, pixels, answers.tolist(), strict=True):
         expected: list[int] = []
         for _ in range(5):
@@ -151,6 +151,6 @@ def test_the_first_token_and_the_last_position_are_never_scored() -> None:
     """The token after the kept position is the target, so T labels give at most T - 1 logits."""
     batch = make_batch(([], [11, 12, 13]))
     assert batch.labels.tolist() == [[IGNORE, 12, 13]]
-    assert batch.keep.tolist() == [[True, True, False]]
+    assert batch.logits_mask.tolist() == [[True, True, False]]
     assert batch.targets.tolist() == [12, 13]
     assert IGNORE not in batch.targets

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tests.parts import IMAGE, SPEC, make_batch, make_module, make_trainer, pictures, tiny_llm, tiny_model
 from vlm import artifact
 from vlm.callbacks.save import Save
-from vlm.evaluation.looking import compared, num_with_images, select, swapped
+from vlm.evaluation.visual_gain import compared, num_with_images, select, swapped
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
@@ -140,7 +140,7 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, gradient: bo
     good, _ = fit(tmp_path / "good", list(HALVES), accumulate_grad_batches=2)  # one good step
 
     call = 3 if gradient else 4
-    module = make_module(states={"llm": "lora"}, objective=NaNFrom(call, gradient=gradient), warmup_share=0.0)
+    module = make_module(states={"llm": "lora"}, objective=NaNFrom(call, gradient=gradient), warmup_ratio=0.0)
     save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100)
     trainer = make_trainer(tmp_path, accumulate_grad_batches=2, max_steps=5, callbacks=[save])
     with pytest.raises(NotFinite, match=text):
@@ -155,10 +155,10 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, gradient: bo
     assert not (tmp_path / "checkpoints").exists(), "in the middle of a step there is nothing to resume"
 
 
-def test_the_best_artefact_does_not_stand_for_the_last(tmp_path: Path) -> None:
-    """NaN in the third step, after a validation whose artefact is kept as the best: both are of step 2."""
+def test_the_best_artifact_does_not_stand_for_the_last(tmp_path: Path) -> None:
+    """NaN in the third step, after a validation whose artifact is kept as the best: both are of step 2."""
     (tmp_path / "config.yaml").write_text("seed: 0")
-    module = make_module(objective=NaNFrom(3 + 2 * 3), warmup_share=0.0)  # each validation calls it three times
+    module = make_module(objective=NaNFrom(3 + 2 * 3), warmup_ratio=0.0)  # each validation calls it three times
     save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100, best="val/loss")
     every = {"val_check_interval": 1, "check_val_every_n_epoch": None}
     with pytest.raises(NotFinite, match="at step 3"):
@@ -174,7 +174,7 @@ def text_of(images: list[Tensor], per_row: list[int], layouts: Any = None) -> Ba
 
 def sources(batch: Batch, pixels: Tensor) -> list[int]:
     """Of each place, whose pixels it has now."""
-    return [[int(torch.equal(new, old)) for old in batch.pixels].index(1) for new in pixels]
+    return [[int(torch.equal(new, old)) for old in batch.pixel_values].index(1) for new in pixels]
 
 
 @pytest.mark.parametrize(
@@ -201,11 +201,11 @@ def test_shuffled_gives_every_row_another_picture(per_row: list[int], looks: lis
         if len(set(looks)) == len(looks):
             assert owner[came_from] != owner[place]
     key = lambda pixels: sorted(image.sum().item() for image in pixels)  # noqa: E731
-    assert key(pixels) == key(batch.pixels), "the same pictures, each as often"
+    assert key(pixels) == key(batch.pixel_values), "the same pictures, each as often"
     parts, _ = compared(batch)
     assert parts.keys() == {"correct", "shuffled", "blank"}
-    assert torch.equal(parts["shuffled"].pixels, pixels)
-    assert not parts["blank"].pixels.any()
+    assert torch.equal(parts["shuffled"].pixel_values, pixels)
+    assert not parts["blank"].pixel_values.any()
 
 
 def test_rows_that_keep_their_picture_are_left_out() -> None:
@@ -213,12 +213,12 @@ def test_rows_that_keep_their_picture_are_left_out() -> None:
     palette = pictures(2)
     batch = text_of([palette[look] for look in (0, 0, 0, 1)], [1, 1, 1, 1])
     pixels, rows = swapped(batch)
-    assert sum(torch.equal(new, old) for new, old in zip(pixels, batch.pixels, strict=True)) == 2
+    assert sum(torch.equal(new, old) for new, old in zip(pixels, batch.pixel_values, strict=True)) == 2
     assert len(rows) == 2
     assert 3 in rows
     parts, _ = compared(batch)
     assert parts["correct"].ids == [f"sample/{row}" for row in rows]
-    for one, other in zip(parts["correct"].pixels, parts["shuffled"].pixels, strict=True):
+    for one, other in zip(parts["correct"].pixel_values, parts["shuffled"].pixel_values, strict=True):
         assert not torch.equal(one, other)
 
 
@@ -245,7 +245,7 @@ def test_tiled_images_are_swapped_whole_between_places_of_one_layout(layouts: An
     parts, _ = compared(batch)
     for name in ("correct", "shuffled") if rows else ():
         kept = [place for row in rows for place in (places[row] if name == "shuffled" else own(per_row, row))]
-        assert torch.equal(parts[name].pixels, batch.pixels[kept])
+        assert torch.equal(parts[name].pixel_values, batch.pixel_values[kept])
         assert parts[name].num_images.tolist() == [per_row[row] for row in rows]
         assert parts[name].layouts == [layouts[row] for row in rows]
 
@@ -275,7 +275,7 @@ def test_selected_rows_have_their_images_and_samples() -> None:
     last = select(mixed, [3])
     assert last.sample_index.unique().tolist() == [-1, 0]
     assert torch.equal(last.sample_index >= 0, last.attention_mask)
-    assert (last.ids, last.targets.tolist(), len(last.pixels)) == (["sample/3"], [33], 0)
+    assert (last.ids, last.targets.tolist(), len(last.pixel_values)) == (["sample/3"], [33], 0)
     assert num_with_images(mixed) == 2
 
 
@@ -284,8 +284,8 @@ def test_a_row_that_nothing_can_be_swapped_with_counts_in_the_loss_alone(tmp_pat
     model = tiny_model()
     prompts = [([11, *[IMAGE] * num], [answer]) for num, answer in ((13, 21), (1, 22), (1, 23))]
     batch = make_batch(*prompts, layouts=[[NEXT], [(1,)], [(1,)]])
-    pair = make_batch(*prompts[1:], images=list(batch.pixels[13:]))
-    swap = replace(pair, pixels=pair.pixels.flip(0))
+    pair = make_batch(*prompts[1:], images=list(batch.pixel_values[13:]))
+    swap = replace(pair, pixel_values=pair.pixel_values.flip(0))
     metrics = make_trainer(tmp_path).validate(make_module(model), loader([batch]), verbose=False)[0]
     assert metrics["val/num_not_compared"] == 1
     assert metrics["val/loss"] == pytest.approx(mean_loss(model, batch), abs=1e-5)
@@ -300,8 +300,8 @@ def test_validation_by_hand(tmp_path: Path) -> None:
     mixed = make_batch(*ROWS[:2], ([17, 18], [33, 34, 35, 36]), images=IMAGES[:2])
     other = HALVES[1]
     pictured = HALVES[0]  # the rows of `mixed` that have a picture
-    swapped = [replace(batch, pixels=batch.pixels.flip(0)) for batch in (pictured, other)]
-    blanked = [replace(batch, pixels=torch.zeros_like(batch.pixels)) for batch in (pictured, other)]
+    swapped = [replace(batch, pixel_values=batch.pixel_values.flip(0)) for batch in (pictured, other)]
+    blanked = [replace(batch, pixel_values=torch.zeros_like(batch.pixel_values)) for batch in (pictured, other)]
     loss = (7 * mean_loss(model, mixed) + 9 * mean_loss(model, other)) / 16
 
     def mean(batches: list[Batch]) -> float:
@@ -332,19 +332,19 @@ def test_validation_without_two_pictures_has_its_loss_alone(rows: Any, tmp_path:
     batch = make_batch(*rows)
     found = make_trainer(tmp_path).validate(make_module(model := tiny_model()), loader([batch]), verbose=False)[0]
     assert found.pop("val/loss") == pytest.approx(mean_loss(model, batch), abs=1e-5)
-    assert found.keys() <= {"val/num_not_compared", "val/visual_rms", "val/embed_rms"}
+    assert found.keys() <= {"val/num_not_compared", "val/visual_rms", "val/embed_rms", "val/lm_loss", "step"}
     assert found.get("val/num_not_compared", 0) == num_with_images(batch)
 
 
 def test_the_schedule_spans_the_steps_of_the_run(tmp_path: Path) -> None:
-    """8 optimiser steps, a quarter of them warm-up: the rates at which each step was taken."""
+    """8 optimizer steps, a quarter of them warm-up: the rates at which each step was taken."""
     rates: list[float] = []
 
     class Rates(pl.Callback):
         def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
             rates.append(optimizer.param_groups[0]["lr"])
 
-    module = make_module(warmup_share=0.25, lr_floor=0.1)
+    module = make_module(warmup_ratio=0.25, min_lr_ratio=0.1)
     batches = [*HALVES] * 8
     make_trainer(tmp_path, max_steps=8, accumulate_grad_batches=2, callbacks=[Rates()]).fit(module, loader(batches))
     after = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
@@ -369,7 +369,7 @@ def mixed(batch: Batch, *names: str) -> Batch:
 
 
 def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
-    """By hand from the same samples alone; a source with no sample at hand has no figure."""
+    """By hand from the same samples alone; a source with no sample at hand has none (NaN)."""
     model = tiny_model()
     output = LanguageModeling()(model, mixed(WHOLE, "books", "books", "maps", "maps"))
     assert output.counts == {"lm_loss": 12, "loss/books": 3, "loss/signs": 0, "loss/maps": 9}
@@ -377,7 +377,7 @@ def test_the_loss_of_each_source_of_a_mixture(tmp_path: Path) -> None:
     _, metrics = fit(tmp_path, batches, accumulate_grad_batches=2)
     for source, half in zip(("books", "maps"), HALVES, strict=True):
         assert metrics[f"train/loss/{source}"].item() == pytest.approx(mean_loss(model, half), abs=1e-5)
-    assert "train/loss/signs" not in metrics
+    assert math.isnan(metrics["train/loss/signs"])
     seen = make_trainer(tmp_path).validate(make_module(), loader(batches), verbose=False)[0]
     assert seen["val/loss/maps"] == pytest.approx(mean_loss(model, HALVES[1]), abs=1e-5)
     assert "val/loss/signs" not in seen
@@ -402,5 +402,5 @@ def test_shares_of_padding_and_of_supervision(tmp_path: Path) -> None:
     batches = [make_batch(ROWS[row], ROWS[row + 2], images=[IMAGES[row], IMAGES[row + 2]]) for row in (0, 1)]
     assert [batch.attention_mask.sum(1).tolist() for batch in batches] == [[7, 10], [7, 10]]
     _, metrics = fit(tmp_path, batches, accumulate_grad_batches=2)
-    assert metrics["train/padding_share"].item() == pytest.approx(6 / 40)
-    assert metrics["train/supervised_share"].item() == pytest.approx(12 / 34)
+    assert metrics["train/padding_ratio"].item() == pytest.approx(6 / 40)
+    assert metrics["train/supervised_ratio"].item() == pytest.approx(12 / 34)

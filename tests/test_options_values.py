@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.test_config import GROUPS, TINY, needs, options
-from vlm import build
+from vlm import config
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import Options as DoctorOptions
 from vlm.cli.entry import CONF
@@ -44,7 +44,7 @@ def hydra():
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    return build.plain(compose("train", [*TINY, "recipe=null", "run_dir=x", *overrides]))
+    return config.plain(compose("train", [*TINY, "recipe=null", "run_dir=x", *overrides]))
 
 
 def constructor(target: str) -> Any:
@@ -92,7 +92,7 @@ def test_every_option_with_every_value() -> None:
         for key, value in ((key, value) for key in keys for value in VALUES):
             full_key = ".".join(key)
             try:
-                build.check(with_value(settings, key, value))
+                config.check(with_value(settings, key, value))
             except ValueError as error:
                 said = str(error)
                 assert full_key in said, f"{full_key}={value!r}: {said}"
@@ -111,7 +111,17 @@ def test_every_option_with_every_value() -> None:
 MINUS_ONE = {"layer", "devices", "version", "max"}  # the last layer, all devices; of a logger; of forgetting
 ZERO = {
     *("layer", "drop_tokens", "pad_token_id", "decoder_start_token_id", "version", "seed", "num_workers", "show"),
-    *("max_bad_share", "text_replay", "val_fraction", "max", "encoder", "connector", "llm", "lr_floor", "warmup_share"),
+    *(
+        "max_bad_ratio",
+        "text_replay",
+        "val_fraction",
+        "max",
+        "encoder",
+        "connector",
+        "llm",
+        "min_lr_ratio",
+        "warmup_ratio",
+    ),
     *("weight_decay", "gradient_clip_val", "dropout", "limit_train_batches", "limit_val_batches", "overfit_batches"),
     *("rest", "project", "mlp", "resampler"),  # learning rates
     *("limit_test_batches", "limit_predict_batches", "reload_dataloaders_every_n_epochs"),
@@ -150,8 +160,8 @@ def hints_of_options() -> Iterator[tuple[str, dict[str, Any]]]:
         yield each.__name__, get_type_hints(function, include_extras=True)
     yield "add_lora", get_type_hints(LanguageModel.add_lora, include_extras=True)
     yield from LIBRARIES.items()
-    yield from build.SECTIONS.items()
-    yield from (("values", build.VALUES), ("evaluation", build.EVALUATION))
+    yield from (*config.SECTIONS.items(), ("stage", config.STAGE))
+    yield from (("values", config.VALUES), ("evaluation", config.EVALUATION))
 
 
 def at(node: Any, key: Key) -> Any:
@@ -162,7 +172,7 @@ def at(node: Any, key: Key) -> Any:
 
 def test_every_number_has_a_range() -> None:
     checked = dict(hints_of_options())
-    assert {"MLP", "QFormer", "TimmEncoder", "CausalLM", "Shapes", "Forgetting", "stage", "answers"} <= checked.keys()
+    assert {"MLP", "QFormer", "TimmEncoder", "CausalLM", "Shapes", "Forgetting", "Answers", "stage"} <= checked.keys()
     missing = {
         f"{name}.{option}"
         for name, hints in checked.items()

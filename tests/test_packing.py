@@ -54,7 +54,7 @@ def losses(model: Composed, batch: Batch) -> tuple[dict[str, Tensor], dict[str, 
     model.zero_grad()
     total, each = SummedCrossEntropy.apply(model(batch), batch.targets)
     total.backward()
-    owner = batch.sample_index[batch.keep]
+    owner = batch.sample_index[batch.logits_mask]
     by_sample = {name: each[owner == number] for number, name in enumerate(batch.ids)}
     return by_sample, {n: p.grad.clone() for n, p in model.connector.named_parameters() if p.grad is not None}
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.test_cli import QUICK, evaluate, read, told, train
-from vlm import artifact, build, run
-from vlm.evaluation import runner
-from vlm.evaluation.runner import score, write_samples
+from vlm import artifact, config, run
+from vlm.evaluation.answers import Answers, mean_scores, write_samples
+from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.files import escape_controls
 from vlm.module import VLMModule
 
@@ -23,7 +23,7 @@ __all__ = ["told"]  # a fixture
 HOSTILE = ["[/b] and [red]", "a :smile: b", r"a \[bold]", "[link=x]", "\x1b[31mred", "Z\udcfcrich", "\u202etxt.exe"]
 
 
-def test_controls_are_escaped() -> None:
+def test_printable() -> None:
     assert [escape_controls(text) for text in HOSTILE] == [
         *HOSTILE[:4],
         r"\x1b[31mred",
@@ -54,14 +54,14 @@ def test_figures_have_no_minus_zero() -> None:
 
 
 def test_files_keep_what_is_no_unicode(tmp_path: Path) -> None:
-    records = [{"id": text, "type": text, "correct": True} for text in HOSTILE]
+    records = [{"id": text, "type": text, "score": 1.0} for text in HOSTILE]
     write_samples(tmp_path / "samples.jsonl", records)
     artifact.write_json(tmp_path / "metrics.json", records)
     assert read(tmp_path / "samples.jsonl") == json.loads((tmp_path / "metrics.json").read_text("utf-8")) == records
     assert artifact.short_hash(HOSTILE) == artifact.short_hash(json.loads(json.dumps(HOSTILE)))
-    assert f"accuracy/{escape_controls(HOSTILE[5])}" in score(records)
+    assert f"accuracy/{escape_controls(HOSTILE[5])}" in mean_scores(records, ExactMatch())
     settings: Any = {"seed": 0, "data": {"annotations": HOSTILE[5]}}
-    build.write_config(tmp_path, settings, {})
+    config.write_config(tmp_path, settings, {})
     assert OmegaConf.load(tmp_path / "config.yaml").data == settings["data"]
 
 
@@ -77,11 +77,11 @@ def test_a_run_whose_files_have_names_in_latin_1(tmp_path: Path, capfd: pytest.C
     file.write_bytes(b"no picture")
     out = tmp_path / "llm.lora.target_modules=[q_proj,v_proj] :smile:"
     options = [
-        "answers.num_samples=5",
+        "evaluators.answers.num_samples=5",
         "data=image_folder",
         f"data.root={folder / 'train'}",
         f"data.val_root={folder / 'val'}",
-        "data.max_bad_share=0.5",
+        "data.max_bad_ratio=0.5",
         "logger=csv",
         "data.num_val_samples=5",
     ]
@@ -108,7 +108,7 @@ def test_what_fails_after_the_last_step_takes_no_figures_with_it(
         raise ValueError("there is nothing to compare")
 
     if what == "answers":
-        monkeypatch.setattr(runner, "answer", fail)
+        monkeypatch.setattr(Answers, "finish", fail)
     else:
         monkeypatch.setattr(VLMModule, "on_validation_epoch_end", fail)
     assert train(*QUICK, f"run_dir={tmp_path / 'run'}") == 2
@@ -117,7 +117,7 @@ def test_what_fails_after_the_last_step_takes_no_figures_with_it(
     assert {"train/loss", "params/total"} <= metrics.keys()
     for name in ("val/loss", "perf/tokens_per_second"):
         assert (name in metrics) == (what == "answers")
-    assert not run.finished(tmp_path / "run")
+    assert run.status(tmp_path / "run") == "failed"
 
 
 def test_an_evaluation_that_fails_in_its_answers_keeps_its_losses(
@@ -128,7 +128,7 @@ def test_an_evaluation_that_fails_in_its_answers_keeps_its_losses(
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("a prompt is too long")
 
-    monkeypatch.setattr(runner, "answer", fail)
+    monkeypatch.setattr(Answers, "finish", fail)
     assert evaluate(f"ckpt={tmp_path / 'run'}", "trainer=cpu", "num_samples=2") == 2
     assert told() == "Error: a prompt is too long"
     results = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())

@@ -17,7 +17,7 @@ from PIL import Image
 
 import train as training
 from tests.test_encoders_sizes import FACTS as TOWERS
-from vlm import build, run
+from vlm import build, config, run
 from vlm.cli.entry import CONF, start
 from vlm.cli.plan import build_meta, describe, memory_gb
 from vlm.llms.bytes import byte_tokenizer
@@ -45,7 +45,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(*overrides: str, weights: str = "meta") -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        composed = build.plain(compose("train", [*TINY, *overrides]))
+        composed = config.plain(compose("train", [*TINY, *overrides]))
     for part in ("encoder", "llm"):
         composed[part]["weights"] = weights
     return composed
@@ -83,7 +83,12 @@ def test_a_plan_is_printed_and_written_and_leaves_no_run(
     assert plan["precision"] == "32-true"
     assert set(plan["memory_gb"]) == {"weights", "gradients", "optimizer_states", "total"}
     printed = capfd.readouterr().out
-    for words in ("What trains", f"{LLM:,}", "Plan at precision 32-true", "mean of 16 samples, with a byte tokenizer"):
+    for words in (
+        "Trainable parameters",
+        f"{LLM:,}",
+        "Plan at precision 32-true",
+        "mean of 16 samples, with a byte tokenizer",
+    ):
         assert words in printed
     assert row(printed, "encoder: loaded and run") == [f"{ENCODER:,}", f"of {WHOLE:,} parameters"]
     assert row(printed, "visual tokens per image") == ["64", ""]
@@ -135,7 +140,7 @@ def test_an_average_is_one_more_copy_of_what_trains() -> None:
 
 def planned(*overrides: str) -> tuple[dict[str, Any], Any]:
     cfg = settings(*overrides)
-    return cfg, build_meta(cfg)
+    return cfg, build_meta(cfg)[0]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -144,7 +149,7 @@ def test_the_plan_is_of_the_model_that_trains(changes: list[str], precision: str
     overrides = [*changes, f"trainer.precision={precision}"]
     real = settings(*overrides, weights="random")
     model, _ = build.build_model(real)
-    build.build_module(real, model)
+    build.build_module(real, model, build.build_objective(real))
     _, meta = planned(*overrides)
     assert run.count_parameters(meta) == run.count_parameters(model)
     assert memory_gb(meta, quantization="none") == memory_gb(model, quantization="none")
@@ -154,11 +159,11 @@ def test_the_plan_is_of_the_model_that_trains(changes: list[str], precision: str
 
 
 @pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("nf4", 4 + 8 / 64 + 32 / 64 / 256)])
-def test_quantised_weights_count_in_their_bits_and_an_adapter_in_full(quantization: str, bits: float) -> None:
+def test_quantized_weights_count_in_their_bits_and_an_adapter_in_full(quantization: str, bits: float) -> None:
     _, model = planned("stage=instruct", "trainer.precision=bf16-mixed")
-    plain, quantised = (memory_gb(model, quantization=kind) for kind in ("none", quantization))
+    plain, quantized = (memory_gb(model, quantization=kind) for kind in ("none", quantization))
     saved = LINEAR * (2 - bits / 8) / 1e9
-    assert quantised == pytest.approx({**plain, "weights": plain["weights"] - saved, "total": plain["total"] - saved})
+    assert quantized == pytest.approx({**plain, "weights": plain["weights"] - saved, "total": plain["total"] - saved})
 
 
 def test_an_adapter_of_an_earlier_stage_is_counted(tmp_path: Path) -> None:

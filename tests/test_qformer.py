@@ -207,9 +207,9 @@ def test_composed_with_opt_is_blip2(pair: tuple[Any, Any]) -> None:
     batch = make_batch(*ROWS)
     ids = batch.input_ids.masked_fill(batch.image_mask, IMAGE_ID)
     theirs = reference(
-        pixel_values=batch.pixels, input_ids=ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+        pixel_values=batch.pixel_values, input_ids=ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
     )
-    torch.testing.assert_close(ours(batch), theirs.logits[batch.keep], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(batch), theirs.logits[batch.logits_mask], atol=1e-5, rtol=0)
     assert_learns_alike(reference, ours, batch, theirs.loss)
 
 
@@ -233,7 +233,7 @@ def test_composed_with_opt_writes_what_blip2_writes(pair: tuple[Any, Any]) -> No
     ids = batch.input_ids.masked_fill(batch.image_mask, IMAGE_ID)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 1, "pad_token_id": 0}
     theirs = reference.generate(
-        pixel_values=batch.pixels, input_ids=ids, attention_mask=batch.attention_mask.long(), **options
+        pixel_values=batch.pixel_values, input_ids=ids, attention_mask=batch.attention_mask.long(), **options
     )[:, ids.shape[1] :]
     assert ours.generate(batch, stop_ids=[1], max_new_tokens=8).tolist() == theirs.tolist()
     assert len({tuple(row) for row in theirs.tolist()}) == 3

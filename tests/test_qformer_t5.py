@@ -28,7 +28,7 @@ def pair(tmp_path: Path) -> tuple[Any, Composed]:
 def question(batch: Batch) -> dict[str, torch.Tensor]:
     """A batch of prompts as Transformers takes it."""
     ids = batch.input_ids.masked_fill(batch.image_mask, IMAGE_ID)
-    return {"pixel_values": batch.pixels, "input_ids": ids, "attention_mask": batch.attention_mask.long()}
+    return {"pixel_values": batch.pixel_values, "input_ids": ids, "attention_mask": batch.attention_mask.long()}
 
 
 def test_composed_with_t5_is_blip2(pair: tuple[Any, Composed]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm.data.quote import named, quoted
+from vlm.quote import named, quoted
 
 
 @pytest.mark.parametrize(

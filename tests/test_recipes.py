@@ -151,7 +151,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     commands(lambda command: 7 if "stage=instruct" in command else in_process(command))
     assert train(*arguments) == 7
     assert told() == "Error: 2-instruct ended with exit code 7; the same command goes on there"
-    assert run.finished(root / "1-align")
+    assert run.status(root / "1-align") == "finished"
 
     same_sums = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     log = root / "2-instruct" / "metrics.jsonl"
@@ -173,13 +173,13 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     assert "1-align is finished" in printed
     assert printed.splitlines()[-1] == "Error: 2-instruct was stopped; the same command goes on there"
     assert (root / "2-instruct" / "metrics.json").exists()
-    assert not run.finished(root / "2-instruct")
+    assert run.status(root / "2-instruct") != "finished"
 
     seen = commands(lambda command: in_process(command))
     assert train(*arguments) == 0
     ((program, resumed, *free),) = seen
     assert (program, resumed) == ("train.py", f"resume={root / '2-instruct'}")
-    assert set(free) == {line for line in arguments if line.startswith(("answers", "preflight", "trainer.log"))}
+    assert set(free) == {line for line in arguments if line.startswith(("evaluators", "preflight", "trainer.log"))}
     steps = [line["step"] for line in read(log) if "train/loss" in line]
     assert steps == list(range(1, 13))
     stages = json.loads((root / "recipe.json").read_text())["stages"]
@@ -194,7 +194,7 @@ def test_a_stage_that_was_stopped_is_resumed_by_itself(
     root = tmp_path / "root"
     stages = "recipe={stages:[{stage:align,trainer.max_steps:1},{stage:instruct,trainer.max_steps:3}]}"
     quick = [line for line in QUICK if line not in ("debug=fast", "trainer.max_steps=2")]
-    arguments = [*quick, "data.batch_size=2", "checkpoint.every_n_steps=1", stages, f"run_dir={root}"]
+    arguments = [*quick, "data.batch_size=2", "callbacks.save.every_n_steps=1", stages, f"run_dir={root}"]
     start = Save.on_train_batch_start
 
     def stop(self: Save, trainer: Any, *rest: Any) -> None:
@@ -206,11 +206,11 @@ def test_a_stage_that_was_stopped_is_resumed_by_itself(
     with monkeypatch.context() as patch:
         patch.setattr(Save, "on_train_batch_start", stop)
         assert train(*arguments) == 2
-    assert not run.finished(root / "2-instruct")
+    assert run.status(root / "2-instruct") is None
     assert train(f"resume={root}") == 2
     assert "holds a recipe; give its command again, or a stage in it, such as 2-instruct" in capfd.readouterr().err
     assert train(f"resume={root / '2-instruct'}") == 0
-    assert run.finished(root / "2-instruct")
+    assert run.status(root / "2-instruct") == "finished"
     seen = commands(lambda command: 7)
     assert train(*arguments) == 0
     assert seen == []
@@ -287,7 +287,7 @@ def test_what_may_change_and_own_config_folders_go_with_a_stage_that_goes_on(com
     arguments = [*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}", "connector=mine", own]
     assert train(*arguments) == 7
     commands(lambda command: seen.append(command) or 7)
-    changed = ["logger=csv", "callbacks.forgetting.max=2"]
+    changed = ["logger=csv", "evaluators.forgetting.max=2"]
     assert train(*arguments, *changed) == 7
     assert f"hydra.searchpath=['file://{tmp_path / 'conf'}']" in seen[0]
     assert seen[1][2:] == [f"resume={stage}", *changed, f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
@@ -301,7 +301,7 @@ def test_a_stage_whose_time_is_up_goes_on(tmp_path: Path, commands, told, monkey
     arguments += ["trainer.max_time=00:00:00:00", *QUICK[-2:]]
     assert train(*arguments) == 2
     assert told() == "Error: the time of 1-align is up (trainer.max_time); the same command goes on there"
-    assert run.finished(tmp_path / "root" / "1-align")
+    assert run.status(tmp_path / "root" / "1-align") == "time_up"
     for code in (2, 0):
         assert train(*arguments) == code
     assert [command[1].partition("=")[0] for command in seen] == ["stage", "resume", "resume"]

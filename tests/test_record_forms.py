@@ -19,7 +19,7 @@ from vlm.schema import Sample
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for index in range(3):
-        picture(tmp_path / "photos" / "a" / f"{index}.png", colour=(index, 0, 0))
+        picture(tmp_path / "photos" / "a" / f"{index}.png", color=(index, 0, 0))
     return tmp_path / "photos"
 
 

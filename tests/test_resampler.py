@@ -12,7 +12,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from vlm.connectors.resampler import PerceiverResampler, Resampler
 
-SIZES: dict[str, Any] = {"num_queries": 5, "depth": 2, "num_heads": 3, "head_width": 8}
+SIZES: dict[str, Any] = {"num_queries": 5, "depth": 2, "num_heads": 3, "head_dim": 8}
 FACTS: dict[str, Any] = {"vision_width": 24, "llm_width": 40, "grid": (3, 4), "output_rms": 0.7}
 
 
@@ -80,7 +80,7 @@ def test_the_place_of_a_patch_matters_only_through_position() -> None:
 
 def test_each_query_starts_at_a_patch_of_its_own() -> None:
     torch.manual_seed(0)
-    sizes = {"num_queries": 6, "depth": 1, "num_heads": 2, "head_width": 64}
+    sizes = {"num_queries": 6, "depth": 1, "num_heads": 2, "head_dim": 64}
     resampler = PerceiverResampler(vision_width=128, num_patches=12, **sizes)
     features = torch.randn(1, 12, 128)
     changed = torch.stack([features[0].index_fill(0, torch.tensor(patch), 0.0) for patch in range(12)])

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.test_cli import QUICK, ROOT, evaluate, read, told, train
 from tests.test_sources_webdataset import captions
-from vlm import build
+from vlm import config
 from vlm.callbacks.save import newest_checkpoint
 
 __all__ = ["told"]  # a fixture
@@ -38,8 +38,8 @@ OPTIONS = [
     "trainer.max_steps=8",
     "trainer.val_check_interval=6",
     "trainer.accumulate_grad_batches=2",
-    "checkpoint.every_n_steps=3",
-    "checkpoint.best=val/loss",
+    "callbacks.save.every_n_steps=3",
+    "callbacks.save.best=val/loss",
 ]
 
 
@@ -209,7 +209,7 @@ def test_what_is_allowed_may_change(whole: Path, tmp_path: Path, monkeypatch: py
     assert train(f"resume={run.name}", *longer, *change) == 0
     assert losses(run)[:10] == losses(whole), "what was done is done"
     assert [step for step, _ in losses(run)[10:]] == [9, 9, 10], "a validation after every third step"
-    settings, _ = build.read_config(run)
+    settings, _ = config.read_config(run)
     assert (settings["trainer"]["max_steps"], settings["data"]["num_workers"]) == (10, 0)
     assert settings["run_dir"] == str(run)
 
@@ -219,7 +219,7 @@ def test_other_workers_change_nothing(whole: Path, tmp_path: Path) -> None:
     (run / "checkpoints" / "last.ckpt").write_bytes(b"")
     assert train(f"resume={run}", "data.num_workers=0") == 0
     assert_same(run, whole)
-    assert build.read_config(run)[0]["data"]["num_workers"] == 0
+    assert config.read_config(run)[0]["data"]["num_workers"] == 0
 
 
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,17 +229,17 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     lines = []
     for number in range(6):
         Image.new("RGB", (40, 30), (40 * number, 99, 200)).save(f"{number}.png")
-        lines.append(json.dumps({"image": f"{number}.png", "caption": f"colour number {number}"}) + "\n")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": f"color number {number}"}) + "\n")
     Path("captions.jsonl").write_text("".join(lines))
     data = ["data=captions", "data.annotations=captions.jsonl", "data.images=.", "data.val_fraction=0.4"]
     assert train(*QUICK, *data, "logger=wandb", "run_dir=run") == 0
-    before, _ = build.read_config(Path("run"))
+    before, _ = config.read_config(Path("run"))
     assert re.fullmatch("[0-9a-f]{8}", before["logger"]["wandb"]["id"])
     monkeypatch.chdir(tmp_path)
     longer = ["trainer.max_steps=3", "resume.allow=[trainer.max_steps]", "data.batch_size=2"]
     assert train("resume=here/run", *longer) == 0
     assert Path.cwd() == tmp_path / "here"
-    after, _ = build.read_config(Path("run"))
+    after, _ = config.read_config(Path("run"))
     assert after["logger"] == before["logger"]
     assert losses(Path("run"))[-1][0] == 3
 
@@ -262,7 +262,12 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
         captions(tmp_path / f"{number}.tar", *range(8 * number, 8 * number + 8))
     run, again = tmp_path / "whole", tmp_path / "again"
     data = ["data=webdataset", f"data.shards='{tmp_path}/*.tar'", "data.val_fraction=0.2", "data.packing=true"]
-    often = ["data.num_workers=2", "trainer.max_steps=6", "trainer.val_check_interval=6", "checkpoint.every_n_steps=2"]
+    often = [
+        "data.num_workers=2",
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=6",
+        "callbacks.save.every_n_steps=2",
+    ]
     assert train(*QUICK, *data, *often, "logger=csv", f"run_dir={run}") == 0
     shutil.copytree(run, again)
     (again / "checkpoints" / "last.ckpt").write_bytes(b"")
@@ -276,7 +281,7 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
     assert "restore them, or use 'resume.allow=[data]' or a new run with ckpt=" in error
 
 
-def test_the_best_artefact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
+def test_the_best_artifact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
     seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
     seen[8] = json.loads((whole / "metrics.json").read_text())["val/loss"]
     assert best_of(whole) == min(seen, key=lambda step: seen[step])
@@ -291,7 +296,7 @@ def best_of(run: Path) -> int:
 def test_the_last_validation_may_be_the_best(tmp_path: Path) -> None:
     """Where none comes before the end."""
     run = tmp_path / "run"
-    none = ["trainer.max_steps=3", "trainer.val_check_interval=100", "checkpoint.best=val/loss"]
+    none = ["trainer.max_steps=3", "trainer.val_check_interval=100", "callbacks.save.best=val/loss"]
     assert train(*QUICK, *none, f"run_dir={run}") == 0
     assert best_of(run) == 3
 
@@ -301,8 +306,8 @@ def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:
     run, again = tmp_path / "whole", tmp_path / "again"
     mixed = [f"data.sources.{name}.num_train=20" for name in ("captions", "questions")]
     tokens = ["data.batching=tokens", "data.batch_tokens=700", "data.max_length=600", "data.num_val_samples=8"]
-    often = ["trainer.max_steps=6", "trainer.val_check_interval=2", "checkpoint.every_n_steps=2"]
-    best = ["stage.ema_decay=0.9", "checkpoint.best=val/visual_gain"]
+    often = ["trainer.max_steps=6", "trainer.val_check_interval=2", "callbacks.save.every_n_steps=2"]
+    best = ["stage.ema_decay=0.9", "callbacks.save.best=val/visual_gain"]
     assert train(*QUICK, "data=mixture", *mixed, *tokens, *often, *best, "data.num_workers=1", f"run_dir={run}") == 0
     gains = {step: values["val/visual_gain"] for step, values in losses(run) if "val/visual_gain" in values}
     assert best_of(run) == max(gains, key=lambda step: gains[step])
@@ -366,7 +371,7 @@ def test_a_damaged_artifact_beside_whole_checkpoints(
     }[damage]
     assert said in told()
     assert train(f"resume={run}") == 0
-    assert "; the run goes on from its checkpoint" in capfd.readouterr().out
+    assert "; the run resumes from its checkpoint" in capfd.readouterr().out
     assert_same(run, whole)
 
 

@@ -31,7 +31,7 @@ def test_saving_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.Monkey
     save = Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_steps=100, every_n_minutes=1.0)
     make_trainer(tmp_path, max_steps=7, callbacks=[Clock(), save]).fit(make_module(), loader([WHOLE] * 7))
     assert steps == [3, 3, 3, 6], "75 s, then 150 s, seen before steps 4 to 7"
-    with pytest.raises(ValueError, match=r"checkpoint\.every_n_minutes=0.0; set it above 0, or null"):
+    with pytest.raises(ValueError, match=r"callbacks\.save\.every_n_minutes=0.0; set it above 0, or null"):
         Save(run_dir=tmp_path, manifest={}, inherited=[], every_n_minutes=0.0)
 
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_the_disks_word(tmp_path: Pa
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
-        with pytest.raises(artifact.SaveError, match=r"last\.ckpt at step 1: .*File too large; the artefact is saved"):
+        with pytest.raises(artifact.SaveError, match=r"last\.ckpt at step 1: .*File too large; the artifact is saved"):
             fit(tmp_path / "cut")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 
-from vlm.data.sources.shapes import COLOURS, SHAPES, Shapes, Thing, split_of
+from vlm.data.sources.shapes import COLORS, SHAPES, Shapes, Thing, split_of
 from vlm.schema import Sample
 
 TYPES = {"count", "existence", "colour", "position", "comparison", "relation"}
 JA_SHAPES = {"丸": "circle", "四角": "square", "三角": "triangle", "星": "star"}
-JA_COLOURS = {
+JA_COLORS = {
     "赤い": "red",
     "オレンジの": "orange",
     "黄色い": "yellow",
@@ -70,7 +70,7 @@ def test_splits_share_no_scene_whatever_the_seed() -> None:
     assert not train & val
     assert all(split_of(scene(Shapes(split="val"), i)) == "val" for i in range(100))
     share = sum(split_of([Thing(0, 0, s, c), Thing(i, 1, t, c)]) == "val" for i in range(3) for s in SHAPES
-                for t in SHAPES for c in COLOURS) / (3 * 16 * 7)  # fmt: skip
+                for t in SHAPES for c in COLORS) / (3 * 16 * 7)  # fmt: skip
     assert 0.05 < share < 0.15
 
 
@@ -80,7 +80,7 @@ def test_scenes_are_as_promised() -> None:
     assert Counter(map(len, scenes)).keys() == {1, 2, 3, 4}
     assert all(len({(t.row, t.column) for t in things}) == len(things) for things in scenes)
     assert {t.shape for things in scenes for t in things} == set(SHAPES)
-    assert {t.colour for things in scenes for t in things} == set(COLOURS)
+    assert {t.color for things in scenes for t in things} == set(COLORS)
     assert {(t.row, t.column) for things in scenes for t in things} == {(r, c) for r in range(3) for c in range(3)}
 
 
@@ -92,9 +92,9 @@ def test_a_picture_shows_its_scene() -> None:
         for row in range(3):
             for column in range(3):
                 cell = image.crop((column * 30, row * 30, column * 30 + 30, row * 30 + 30))
-                names = {name for name, rgb in COLOURS.items() if rgb in {c for _, c in cell.getcolors(900)}}
+                names = {name for name, rgb in COLORS.items() if rgb in {c for _, c in cell.getcolors(900)}}
                 found |= {(row, column, name) for name in names}
-        assert found == {(t.row, t.column, t.colour) for t in things}
+        assert found == {(t.row, t.column, t.color) for t in things}
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
@@ -105,12 +105,12 @@ def test_a_caption_names_every_thing_in_reading_order(language: str) -> None:
         sample = source[index]
         ((prompt, caption),) = turns(sample)
         if language == "en":
-            named = [(s, c) for c, s in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption.lower())]
+            named = [(s, c) for c, s in re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", caption.lower())]
         else:
-            pattern = rf"({'|'.join(JA_COLOURS)})({'|'.join(JA_SHAPES)})"
-            named = [(JA_SHAPES[s], JA_COLOURS[c]) for c, s in re.findall(pattern, caption)]
+            pattern = rf"({'|'.join(JA_COLORS)})({'|'.join(JA_SHAPES)})"
+            named = [(JA_SHAPES[s], JA_COLORS[c]) for c, s in re.findall(pattern, caption)]
         reading = sorted(scene(source, index), key=lambda t: 3 * t.row + t.column)
-        assert named == [(t.shape, t.colour) for t in reading], caption
+        assert named == [(t.shape, t.color) for t in reading], caption
         assert "a orange" not in caption.lower()
         phrasings.add(prompt)
         assert sample.meta["type"] == "caption"
@@ -122,12 +122,12 @@ def truth(question: str, things: list[Thing]) -> tuple[str, str]:
     japanese = not question.isascii()
     yes, no = ("はい", "いいえ") if japanese else ("yes", "no")
     shape_word = "|".join([*SHAPES, *JA_SHAPES])
-    colour_word = "|".join([*COLOURS, *JA_COLOURS])
-    pair = rf"(?:({colour_word}) ?)?({shape_word}|shape|図形)s?"
+    color_word = "|".join([*COLORS, *JA_COLORS])
+    pair = rf"(?:({color_word}) ?)?({shape_word}|shape|図形)s?"
 
-    def match(colour: str | None, shape: str) -> list[Thing]:
-        shape, colour = JA_SHAPES.get(shape, shape), JA_COLOURS.get(colour or "", colour)
-        return [t for t in things if shape in (t.shape, "shape", "図形") and colour in (t.colour, None)]
+    def match(color: str | None, shape: str) -> list[Thing]:
+        shape, color = JA_SHAPES.get(shape, shape), JA_COLORS.get(color or "", color)
+        return [t for t in things if shape in (t.shape, "shape", "図形") and color in (t.color, None)]
 
     def only(*words: str) -> Thing:
         (thing,) = match(*words)  # a question about one thing must have one
@@ -138,9 +138,9 @@ def truth(question: str, things: list[Thing]) -> tuple[str, str]:
     if m := re.fullmatch(rf"Is there an? {pair}\?|{pair}はありますか。", question):
         return "existence", yes if match(*(m.groups()[2:] if japanese else m.groups()[:2])) else no
     if m := re.fullmatch(rf"What colour is the ({shape_word})\?|({shape_word})は何色ですか。", question):
-        colour = only(None, m[1] or m[2]).colour
-        words = {name: word.removesuffix("い").removesuffix("の") for word, name in JA_COLOURS.items()}
-        return "colour", words[colour] if japanese else colour
+        color = only(None, m[1] or m[2]).color
+        words = {name: word.removesuffix("い").removesuffix("の") for word, name in JA_COLORS.items()}
+        return "colour", words[color] if japanese else color
     if m := re.fullmatch(rf"Where is the {pair}\?|{pair}はどこにありますか。", question):
         thing = only(*(m.groups()[2:] if japanese else m.groups()[:2]))
         return "position", (JA_PLACES if japanese else EN_PLACES)[3 * thing.row + thing.column]

@@ -29,7 +29,7 @@ from vlm.data.split import PART, in_split
 def folder(root: Path, reds: Mapping[str, int]) -> Path:
     """Pictures of these names, each with a caption."""
     for name, red in reds.items():
-        picture(root / name, colour=(red, 0, 0))
+        picture(root / name, color=(red, 0, 0))
         write((root / name).with_suffix(".txt"), "A dot.")
     return root
 
@@ -106,7 +106,7 @@ def test_files_are_equal_only_in_every_byte(tmp_path: Path, monkeypatch: pytest.
 def test_what_cannot_be_read_is_equal_to_nothing(tmp_path: Path) -> None:
     (train, other), (val, gone) = names_of("train", 2), names_of("val", 2)
     folder(tmp_path / "in", {train: 1, other: 2, val: 3, gone: 4})
-    picture(tmp_path / "out.png", colour=(3, 0, 0))
+    picture(tmp_path / "out.png", color=(3, 0, 0))
     source = of_folder(tmp_path / "in")
     splits = source(split="train"), source(split="val")
     (tmp_path / "in" / train).unlink()
@@ -172,7 +172,7 @@ def paths_in_tables(tmp_path: Path) -> Callable[..., Any]:
 def test_splits_of_their_own_are_compared_in_every_source(tmp_path: Path, source: Callable[..., Any]) -> None:
     """Two pictures each, of which the second of train is the first of val."""
     for name, red in (("t0", 1), ("t1", 2), ("v0", 2), ("v1", 3)):
-        picture(tmp_path / f"{name}.png", colour=(red, 0, 0))
+        picture(tmp_path / f"{name}.png", color=(red, 0, 0))
     num_shared, num_compared, example = compared(source(tmp_path))
     assert (num_shared, num_compared) == (1, 2)
     assert example is not None

@@ -18,7 +18,7 @@ from vlm.schema import BadSample
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for index in range(8):
-        picture(tmp_path / "images" / f"{index}.png", colour=(index, 0, 0))
+        picture(tmp_path / "images" / f"{index}.png", color=(index, 0, 0))
     return tmp_path / "images"
 
 

@@ -16,9 +16,9 @@ from vlm.schema import BadSample, Sample, Source
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 
 
-def picture(file: Path, size: tuple[int, int] = (4, 2), colour: tuple[int, ...] = (255, 0, 0)) -> None:
+def picture(file: Path, size: tuple[int, int] = (4, 2), color: tuple[int, ...] = (255, 0, 0)) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGBA" if len(colour) == 4 else "RGB", size, colour).save(file)
+    Image.new("RGBA" if len(color) == 4 else "RGB", size, color).save(file)
 
 
 def samples(source: Source) -> list[Sample]:
@@ -79,7 +79,7 @@ def test_share_out_of_range(tmp_path: Path, val_fraction: float) -> None:
 def stamps(tmp_path: Path) -> Path:
     root = tmp_path / "stamps"
     for index in range(20):
-        picture(root / "animals" / f"{index:02}.png", colour=(index, 0, 0))
+        picture(root / "animals" / f"{index:02}.png", color=(index, 0, 0))
         text = f"Animal {index}.\nde.utf8=Tier {index}.\nja.utf8=動物{index}。\n"
         (root / "animals" / f"{index:02}.txt").write_text(text, encoding="utf-8")
     picture(root / "animals" / "00_mirror.png")
@@ -91,7 +91,7 @@ def stamps(tmp_path: Path) -> Path:
     (root / "animals" / "drawn.svg").write_text("<svg/>")
     (root / "animals" / "drawn.txt").write_text("Drawn.\n")
     (root / "animals" / "00.ogg").write_bytes(b"OggS")
-    picture(root / "symbols" / "a.png", colour=(0, 0, 0, 0))
+    picture(root / "symbols" / "a.png", color=(0, 0, 0, 0))
     (root / "symbols" / "a.txt").write_text("The letter A.\nja.utf8=\n")
     return root
 
@@ -140,7 +140,7 @@ def test_symbols_on_demand(stamps: Path) -> None:
 
 def test_equal_files_stay_on_one_side(stamps: Path) -> None:
     for index in range(20):
-        picture(stamps / "food" / f"{index:02}.png", colour=(index, 0, 0))
+        picture(stamps / "food" / f"{index:02}.png", color=(index, 0, 0))
         (stamps / "food" / f"{index:02}.txt").write_text(f"Food {index}.\n")
     val = {sample.id for sample in samples(Stamps(split="val", root=stamps, val_fraction=0.4))}
     assert {name.replace("animals", "food") for name in val if "animals" in name} == {n for n in val if "food" in n}

@@ -20,7 +20,7 @@ def folder(root: Path, **options: Any) -> ImageFolder:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     for index, name in enumerate(("a/0.png", "a/b/1.PNG", "2.jpeg")):
-        picture(tmp_path / name, colour=(index, 0, 0))
+        picture(tmp_path / name, color=(index, 0, 0))
     write(tmp_path / "a" / "0.txt", "\ufeff A dot. \n\nRed.\r\n")
     write(tmp_path / "a" / "b" / "1.txt", "青い点。")
     write(tmp_path / "2.txt", "Two")

@@ -14,7 +14,7 @@ from vlm.data.sources.instruct import Instruct
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for index in range(8):
-        picture(tmp_path / "images" / f"{index}.png", colour=(index, 0, 0))
+        picture(tmp_path / "images" / f"{index}.png", color=(index, 0, 0))
     return tmp_path / "images"
 
 
@@ -62,14 +62,14 @@ def test_llava_conversations(images: Path, tmp_path: Path) -> None:
 def test_chat_messages(images: Path, tmp_path: Path) -> None:
     pieces = [{"type": "text", "text": "Is \\<image> a tag?"}, {"type": "image"}]
     chat = {"messages": [{"role": "user", "content": pieces}, {"role": "assistant", "content": "Yes."}]}
-    marked = [{"role": "user", "content": "<image>Colour?"}, {"role": "assistant", "content": "Red."}]
+    marked = [{"role": "user", "content": "<image>Color?"}, {"role": "assistant", "content": "Red."}]
     file = write(
         tmp_path / "a.jsonl", [{"images": ["4.png"], **chat}, {"id": "b", "images": ["5.png"], "messages": marked}]
     )
     first, second = samples(instruct(file, images))
     assert (first.id, second.id) == ("a.jsonl:1", "b")
     assert first.messages[0]["content"] == [{"type": "text", "text": "Is <image> a tag?"}, {"type": "image"}]
-    assert second.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Colour?"}]
+    assert second.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Color?"}]
     assert answer(second) == "Red."
     assert second.images[0].getpixel((0, 0)) == (5, 0, 0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from vlm import build
+from vlm import config
 from vlm.cli.entry import CONF
 from vlm.data.sources.mixture import Mixture
 from vlm.schema import BadSample, Sample
@@ -123,12 +123,12 @@ def test_a_name_that_reads_like_a_loss_is_refused() -> None:
 
 def settings(*overrides: str) -> dict[str, Any]:
     with initialize_config_dir(CONF, version_base="1.3"):
-        return build.plain(compose("train", ["llm=tiny", "encoder=tiny", "run_dir=x", "data=mixture", *overrides]))
+        return config.plain(compose("train", ["llm=tiny", "encoder=tiny", "run_dir=x", "data=mixture", *overrides]))
 
 
 def test_the_shipped_mixture_shows_captions_and_questions() -> None:
-    _, options = build.split_data(settings("data.weights={captions: 1, questions: 3}")["data"])
-    source = build.bind_source("data", options)(split="train")
+    _, options = config.split_data(settings("data.weights={captions: 1, questions: 3}")["data"])
+    source = config.bind_source("data", options)(split="train")
     assert len(source) == 1_000_000
     assert source[0].meta == {"type": "caption", "source": "captions"}
     assert source[500_000].meta["source"] == "questions"
@@ -152,5 +152,5 @@ def test_the_shipped_mixture_shows_captions_and_questions() -> None:
 )
 def test_a_slip_in_a_mixed_source(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=r"^data\.|^there is no option data\.") as caught:
-        build.bind_source("data", build.split_data(settings(override)["data"])[1])
+        config.bind_source("data", config.split_data(settings(override)["data"])[1])
     assert said in str(caught.value)

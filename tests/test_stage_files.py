@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.test_stages import CONNECTOR, trained
-from vlm import build, run
+from vlm import build, config, run
 from vlm.cli.entry import CONF
+from vlm.models.composed import Composed
 from vlm.module import VLMModule
 from vlm.options import parameters
 
@@ -80,7 +81,7 @@ TABLE = {  # state and learning rate of encoder, connector, LLM
 def settings(*overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        return build.plain(compose("train", ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x", *overrides]))
+        return config.plain(compose("train", ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x", *overrides]))
 
 
 def test_every_file_is_listed() -> None:
@@ -91,7 +92,7 @@ def test_every_file_is_listed() -> None:
 def test_what_a_stage_trains(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(f"stage={stage}")
     model, _ = build.build_model(cfg)
-    module = build.build_module(cfg, model)
+    module = build.build_module(cfg, model, build.build_objective(cfg))
     assert trained(model) == TRAINED[stage]
     module.trainer = SimpleNamespace(estimated_stepping_batches=100)  # 3 of them warm-up
     groups = module.configure_optimizers()["optimizer"].param_groups
@@ -101,9 +102,9 @@ def test_what_a_stage_trains(stage: str, capsys: pytest.CaptureFixture[str]) -> 
 
     counts = run.count_parameters(model)
     options = {"encoder": "tiny", "connector": "mlp", "llm": "tiny"}
-    run.print_parts(counts, options, cfg["stage"])
+    run.print_parts(counts, options, cfg["stage"], decayed=model.layer_decay_part)
     printed = capsys.readouterr().out
-    assert f"What trains in stage {stage}" in printed
+    assert f"Trainable parameters in stage {stage}" in printed
     rows = [[cell.strip() for cell in line.strip("│\n").split("│")] for line in printed.splitlines() if line[:1] == "│"]
     sizes = {
         part: (sum(model.get_parameter(n).numel() for n in TRAINED[stage] if n.startswith(part)), counts[part]["total"])
@@ -118,7 +119,7 @@ def test_what_a_stage_trains(stage: str, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_file_says_all_that_a_stage_is(stage: str) -> None:
     """Nothing is left to a default in the code, which a reader of the file would not see."""
-    keys = {*build.SECTIONS["stage"], *parameters(VLMModule)} - {"model"}
+    keys = {*config.STAGE, *Composed.parts, *parameters(VLMModule)} - {"model", "objective", "evaluators"}
     assert set(settings(f"stage={stage}")["stage"]) == keys
 
 
@@ -148,14 +149,14 @@ def test_a_stage_may_clip_otherwise_and_the_command_line_has_the_last_word() -> 
 )
 def test_a_slip_is_told_before_anything_is_built(override: str, text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
-        build.check(settings(override))
+        config.check(settings(override))
 
 
 def test_an_adapter_and_layers_of_the_llm_beside_the_encoder() -> None:
     """vision_tune with what its file leaves frozen."""
     cfg = settings("stage=vision_tune", "stage.llm={last_n:1}", "stage.lr.llm=1e-5", "stage.encoder.last_n=1")
     model, _ = build.build_model(cfg)
-    build.build_module(cfg, model)
+    build.build_module(cfg, model, build.build_objective(cfg))
     names = trained(model)
     assert names == CONNECTOR | {n for n in BLOCKS if "blocks.1" in n} | {n for n in LLM if "layers.1" in n}
     assert {str(model.get_parameter(name).dtype) for name in names} == {str(torch.float32)}

@@ -20,12 +20,12 @@ from tests.parts import make_module, make_trainer
 from tests.test_artifact_cli import call as artifact_program
 from tests.test_cli import QUICK, call, evaluate, told, train
 from tests.test_module import WHOLE, loader
-from vlm import artifact, build, files, run, trust
-from vlm.callbacks.metrics_file import MetricsFile
+from vlm import artifact, config, files, run, trust
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import doctor
 from vlm.connectors.mlp import MLP
-from vlm.evaluation.runner import write_samples
+from vlm.evaluation.answers import write_samples
+from vlm.loggers.metrics_file import MetricsFile
 from vlm.options import KINDS, bind
 
 __all__ = ["told"]  # a fixture
@@ -70,7 +70,7 @@ def test_a_save_follows_no_link(name: str, tmp_path: Path, victim: Path) -> None
 
 def test_what_is_added_to_follows_no_link(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to(victim)
-    trainer = make_trainer(tmp_path, callbacks=[MetricsFile()])
+    trainer = make_trainer(tmp_path, logger=MetricsFile(run_dir=tmp_path))
     with pytest.raises(ValueError, match=r"metrics\.jsonl is a link or a pipe, which is not written to; remove it"):
         trainer.fit(make_module(), loader([WHOLE]))
     assert victim.read_text() == "mine"
@@ -85,7 +85,7 @@ def test_a_directory_with_a_link_out_of_it_is_not_written_to(
     link.parent.mkdir(parents=True)
     link.symlink_to(victim.parent if name == "checkpoints" else victim)
     with pytest.raises(ValueError, match=f"{link} is a link to {link.resolve()}, outside {tmp_path / 'run'}; remove"):
-        run.claim(tmp_path / "run", resumed=resumed)
+        run.lock(tmp_path / "run", resumed=resumed)
     assert victim.read_text() == "mine"
 
 
@@ -94,7 +94,7 @@ def test_links_within_a_directory_and_to_it_stay(tmp_path: Path) -> None:
     (tmp_path / "disk" / "wandb" / "run-1").mkdir(parents=True)
     (tmp_path / "disk" / "wandb" / "latest-run").symlink_to("run-1")
     (tmp_path / "run").symlink_to(tmp_path / "disk")
-    lock = run.claim(tmp_path / "run", resumed=False)
+    lock = run.lock(tmp_path / "run", resumed=False)
     assert lock is not None
     lock.close()
     (tmp_path / "disk" / "eval").symlink_to(tmp_path)
@@ -125,7 +125,12 @@ class SoftPool(nn.Module):
 
 
 FUNCTIONS = (
-    *("vlm.cli.launch.wait_for", "vlm.artifact.write_json", "vlm.callbacks.save.newest_checkpoint", "vlm.run.finish"),
+    *(
+        "vlm.cli.processes.wait_for",
+        "vlm.artifact.write_json",
+        "vlm.callbacks.save.newest_checkpoint",
+        "vlm.run.finish",
+    ),
     *("torch.load", "torch.save", "torch.hub.load", "torch.utils.collect_env.run", "os.system", "builtins.eval"),
     *("lightning.pytorch.seed_everything", "pathlib.Path", "subprocess.Popen", "vlm.connectors.mlp.nn", "torch", ".x"),
 )
@@ -158,7 +163,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as its author has it, before it is changed and sent."""
     folder = tmp_path_factory.mktemp("sent") / "run"
     lora = "stage.lora.target_modules=[q_proj,v_proj]"
-    assert train(*QUICK, "stage=instruct", lora, "checkpoint.best=val/loss", f"run_dir={folder}") == 0
+    assert train(*QUICK, "stage=instruct", lora, "callbacks.save.best=val/loss", f"run_dir={folder}") == 0
     return folder
 
 
@@ -186,7 +191,7 @@ PROGRAMS: dict[str, Any] = {
 CANARY = "the user's secret"
 OF_MODEL = {
     "connector/_target_": ("vlm.artifact.write_json", "connector._target_=vlm.artifact.write_json"),
-    "stage/objective/_target_": ("torch.hub.load", "stage.objective._target_=torch.hub.load"),
+    "objective/_target_": ("torch.hub.load", "objective._target_=torch.hub.load"),
     "model/_target_": ("mypkg.Model", "model._target_=mypkg.Model"),
     "llm/pretrained": ("{home}", "llm.pretrained={home}"),
     "encoder/name": ("local-dir:{home}", "encoder.name=local-dir:{home}"),
@@ -207,7 +212,9 @@ OF_RUN = {
     "callbacks/x": (
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "home"}, "callbacks.x.dirpath=home"
     ),
-    "callbacks/y": ({"_target_": "vlm.cli.launch.wait_for", "command": ["id"]}, "callbacks.y._target_=vlm.cli.launch"),
+    "callbacks/y": (
+        {"_target_": "vlm.cli.processes.wait_for", "command": ["id"]}, "callbacks.y._target_=vlm.cli.processes"
+    ),
     "trainer/strategy": ({"_target_": "torch.save"}, "trainer.strategy._target_=torch.save"),
     "ckpt": ("{home}", "ckpt={home}"),
 }  # fmt: skip
@@ -260,19 +267,19 @@ def test_what_the_user_says_again_counts(
     monkeypatch.setitem(sys.modules, "mypkg", SimpleNamespace(MLP=MLP))  # type: ignore[arg-type]
     other = shutil.copytree(sent, tmp_path / "other")
     change(other, "connector/_target_", "mypkg.MLP")
-    settings, _ = build.read_config(other, given={"connector._target_": "mypkg.MLP"})
+    settings, _ = config.read_config(other, given={"connector._target_": "mypkg.MLP"})
     assert settings["connector"]["_target_"] == "mypkg.MLP"
     (other / "config.yaml").write_text(trust.signed((other / "config.yaml").read_text()))
-    assert build.read_config(other)[0] == settings, "the user's own run"
+    assert config.read_config(other)[0] == settings, "the user's own run"
 
 
 def test_trust_in_a_models_code_is_not_taken_from_a_file(sent: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(sent, tmp_path / "run")
     for part in ("llm", "encoder"):
         change(run_dir, f"{part}/trust_remote_code", True)
-    settings, _ = build.read_config(run_dir)
+    settings, _ = config.read_config(run_dir)
     assert (settings["llm"]["trust_remote_code"], settings["encoder"]["trust_remote_code"]) == (False, False)
-    settings, _ = build.read_config(run_dir, given={"llm.trust_remote_code": True})
+    settings, _ = config.read_config(run_dir, given={"llm.trust_remote_code": True})
     assert (settings["llm"]["trust_remote_code"], settings["encoder"]["trust_remote_code"]) == (True, False)
 
 
@@ -284,7 +291,7 @@ def test_a_stored_expression_is_text(sent: Path, tmp_path: Path, monkeypatch: py
     change(run_dir, "choices/debug", None)
     assert evaluate(f"ckpt={run_dir}", "trainer=cpu", "num_samples=2", "batch_size=2") == 0
     (run_dir / "metrics.json").unlink()
-    assert train(f"resume={run_dir}", "answers.num_samples=3") == 0
+    assert train(f"resume={run_dir}", "evaluators.answers.num_samples=3") == 0
     assert [path for path in run_dir.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()] == []
     assert "system_prompt: ${oc.env:SECRET}" in (run_dir / "config.yaml").read_text()
 
@@ -326,7 +333,7 @@ BROKEN_CONFIGS = {
     "a list": (b"- a\n", "holds no settings"),
     "binary": (bytes(range(256)), "is not a text in UTF-8 (invalid start byte)"),
     "zeros": (bytes(100), "is not YAML"),
-    "cut": (b"encoder:\n  name: x\nconnector:", "is not whole: its connector is None"),
+    "cut": (b"encoder:\n  name: x\nconnector:", "is not whole: its model is 'missing'"),
     "cut in a line": (b"encoder:\n  name: 'x", "is not YAML in line 2 (found unexpected end of stream)"),
     "nested": (b"[" * 100_000, "is not YAML"),
     "alias bomb": (BOMB.encode(), "(it has an alias (*), which no config of a run has)"),
@@ -400,12 +407,12 @@ def test_a_pattern_of_a_manifest_is_not_matched(sent: Path, tmp_path: Path, told
 def test_a_metrics_line_without_a_step(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\xfe\n{"step": 3}\n{"st')
-    run.forget_after(tmp_path, step=2)
+    run.truncate_metrics(tmp_path, step=2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     for line in ("{}", "5", "[]", '{"step": null}', '{"step": "x"}'):
         file.write_text(f'{{"step": 1}}\n{line}\n')
         with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 names no step; remove that line"):
-            run.forget_after(tmp_path, step=2)
+            run.truncate_metrics(tmp_path, step=2)
 
 
 def test_terminal_escapes_are_shown_and_not_obeyed(

@@ -36,7 +36,7 @@ END_MARK = {
     "t5": "<eos>",
 }
 TRIMS = {"gemma", "llama2", "llama3", "llama3_2", "mistral"}  # what stands around an answer
-SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer; it is learnt
+SPACE_FIRST = {"llama2", "vicuna_v1", "mistral"}  # between the generation prompt and the answer; it is learned
 
 
 # --- exact rows, by hand ---------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ PREAMBLE = (
         ("t5", "Be brief.", "Be brief.\n@Hi<eos>⟦no<eos>⟧"),
     ],
 )
-def test_what_a_family_writes_and_what_is_learnt(bytes_only, template, system, text):
+def test_what_a_family_writes_and_what_is_learned(bytes_only, template, system, text):
     subject = encoder(bytes_only, template, num_image_tokens=1)
     row = subject.encode("a/1", [*([say("system", system)] if system else []), *ONE_TURN], 1)
     for role in ("system", "user", "assistant"):
@@ -136,14 +136,14 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     number = num_images(messages)
     row = subject.encode("random/0", messages, number)
 
-    # What is learnt is every answer with its mark, and nothing else.
-    learnt = subject.supervised(row)
+    # What is learned is every answer with its mark, and nothing else.
+    learned = subject.supervised(row)
     answers = [text_of(message) for message in messages if message["role"] == "assistant"]
-    assert len(learnt) == len(answers)
+    assert len(learned) == len(answers)
     if template == "qwen3":
         answers[-1] = answers[-1].lstrip("\n")
     space = " " if template in SPACE_FIRST else ""
-    for got, answer in zip(learnt, answers, strict=True):
+    for got, answer in zip(learned, answers, strict=True):
         assert got == space + (answer.strip() if template in TRIMS else answer) + END_MARK[template]
 
     # Each image has its tokens, in order; no label is on them, and labels are the tokens themselves.
@@ -164,7 +164,7 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     prompt = subject.encode_prompt("random/0", messages, number)
     assert row.text.startswith(prompt.text)
     after = {"chatml": "\n", "smollm2": "\n", "qwen3": "\n", "gemma": "\n", "phi": "<eos>"}.get(template, "")
-    assert row.text[len(prompt.text) :] == learnt[-1] + after
+    assert row.text[len(prompt.text) :] == learned[-1] + after
     assert set(prompt.labels) == {IGNORE}
 
 
@@ -204,7 +204,7 @@ def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
     subject = encoder(gemma_tokenizer, "gemma")
     row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "日本 🫥")], 1)
     assert row.input_ids[:7] == [2, 105, 2364, 107, 0, 0, 0]  # <bos> <start_of_turn> user \n, then the image
-    assert row.labels[-2:] == [106, IGNORE]  # <end_of_turn> is learnt, the newline after it is not
+    assert row.labels[-2:] == [106, IGNORE]  # <end_of_turn> is learned, the newline after it is not
     assert subject.supervised(row) == ["日本 🫥<end_of_turn>"]
     # The tokenizer itself is as it was, and splits the same text alike.
     assert gemma_tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == gemma_tokenizer.unk_token_id
@@ -232,7 +232,7 @@ def test_token_that_joins_prompt_and_answer(before, answer, supervised):
     assert subject.supervised(row) == supervised
 
 
-def test_space_before_the_end_mark_is_learnt():
+def test_space_before_the_end_mark_is_learned():
     subject = encoder(own_template(border_tokenizer(), ":", " <eos>"), None)
     row = subject.encode("a/1", [say("user", "s"), say("assistant", "yes")], 0)
     assert subject.supervised(row) == ["yes <eos>"]

@@ -57,8 +57,8 @@ def check(subject: TextEncoder, messages: list[Message], *, last_only: bool) -> 
     number = num_images(messages)
     row = subject.encode("random/0", messages, number)
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    learnt = [label != IGNORE for label in row.labels]
-    stop = len(learnt)
+    learned = [label != IGNORE for label in row.labels]
+    stop = len(learned)
     for end in reversed(ends):
         prompt = subject.encode_prompt("random/0", messages[:end], num_images(messages[:end]))
         start = len(prompt.input_ids)
@@ -69,16 +69,16 @@ def check(subject: TextEncoder, messages: list[Message], *, last_only: bool) -> 
         assert [label for label in row.labels[answer] if label != IGNORE] == [
             token for token, visual in zip(row.input_ids[answer], row.image_mask[answer], strict=True) if not visual
         ]
-        assert not any(learnt[closed + 1 : stop])
+        assert not any(learned[closed + 1 : stop])
         stop = start
         if last_only:
             return
-    assert not any(learnt[:stop])
+    assert not any(learned[:stop])
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_and_learnt_ids_are_the_row(kind, template, tokenizers):
+def test_prompt_and_learned_ids_are_the_row(kind, template, tokenizers):
     if kind == "gemma" and template not in ("plain", "gemma", "llama2", "mistral", "vicuna_v1", "t5"):
         with pytest.raises(ValueError, match="which is no special token of this tokenizer"):
             encoder(tokenizers[kind], template)
@@ -107,15 +107,15 @@ def text_only(message: Message) -> str:
 
 
 @pytest.mark.parametrize("answer", ["2", "3.14", "日本", "🙂", "Yes", " Yes", "  ", "\n2", ""])
-def test_the_first_token_of_an_answer_is_learnt_with_sentencepiece(answer, tokenizers):
+def test_the_first_token_of_an_answer_is_learned_with_sentencepiece(answer, tokenizers):
     tokenizer = tokenizers["sentencepiece"]
     messages = [say("user", "Q"), say("assistant", answer), say("user", "Q"), say("assistant", "a")]
     row = encoder(tokenizer, "vicuna_v1").encode("a/1", messages, 0)
     spaced = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(f"\n {answer}"))[2:]  # "▁" "2", or "▁Yes"
-    learnt = [token for token in row.labels if token != IGNORE]
-    assert learnt[: len(spaced) + 1] == [*spaced, tokenizer.eos_token_id]
+    learned = [token for token in row.labels if token != IGNORE]
+    assert learned[: len(spaced) + 1] == [*spaced, tokenizer.eos_token_id]
     if answer == "2":
-        assert tokenizer.convert_ids_to_tokens(learnt[:3]) == ["▁", "2", "</s>"]
+        assert tokenizer.convert_ids_to_tokens(learned[:3]) == ["▁", "2", "</s>"]
 
 
 def pieces(model, text: str, *, first: bool = True) -> list[int]:
@@ -152,7 +152,7 @@ def test_vicuna_rows_have_the_ids_of_the_published_ones(published, tokenizers):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", ["Answer: ", "Answer:", "\\n", " \\n\\n", "a"])
 def test_own_template_whose_generation_prompt_ends_in_a_space(kind, before, tokenizers):
-    """ "Answer: " and "Yes" are ":" "▁Yes" in a row: the prompt is cut before the space, and the space is learnt."""
+    """ "Answer: " and "Yes" are ":" "▁Yes" in a row: the prompt is cut before the space, and the space is learned."""
     tokenizer = tokenizers[kind]
     eos = tokenizer.eos_token
     template = tokenizer.chat_template

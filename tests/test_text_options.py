@@ -55,8 +55,8 @@ def test_train_on_all_leaves_out_the_images_only(merging, template):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_same_token_ends_an_answer_whatever_is_trained(merging, template):
-    learnt = [encoder(merging, template, train_on=train_on).stop_ids for train_on in ("assistant", "all")]
-    assert learnt[0] == learnt[1]
+    learned = [encoder(merging, template, train_on=train_on).stop_ids for train_on in ("assistant", "all")]
+    assert learned[0] == learned[1]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ class Held(list[Sample]):
 )
 def test_validation_asks_for_what_rows_hold_and_counts_the_rest(bytes_only, tmp_path, too_long, references):
     file = tmp_path / "bad.jsonl"
-    data = VLMDataModule(source=Held, max_length=40, too_long=too_long, max_bad_share=0.9, bad_samples_file=file)
+    data = VLMDataModule(source=Held, max_length=40, too_long=too_long, max_bad_ratio=0.9, bad_samples_file=file)
     spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
     data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
     batches = list(data.prompts(range(4), 2))

@@ -53,17 +53,17 @@ def own(template: str, tokenizer: PreTrainedTokenizerFast | None = None) -> PreT
 
 
 @pytest.mark.parametrize(
-    ("template", "learnt"),
+    ("template", "learned"),
     [
         (STRIPS_THOUGHTS, ["a star <|im_end|>", "left<|im_end|>"]),
         (LLAMA31, ["a star<|eot_id|>", "left<|eot_id|>"]),
         (GEMMA3, ["a star<end_of_turn>", "left<end_of_turn>"]),
     ],
 )
-def test_what_is_learnt_with_a_template_that_trims_or_adds(template, learnt):
+def test_what_is_learned_with_a_template_that_trims_or_adds(template, learned):
     subject = encoder(own(template), None)
     row = subject.encode("a/1", TWO_TURNS, 1)
-    assert subject.supervised(row) == learnt
+    assert subject.supervised(row) == learned
     assert "Be brief." in row.text
     assert row.text.startswith(subject.encode_prompt("a/1", TWO_TURNS, 1).text)
 
@@ -80,7 +80,7 @@ def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
         encoder(own(QWEN3), None)
     assert str(caught.value).startswith(
         r"the chat template opens an answer with '\n<think>\n\n</think>\n\n' but its generation prompt ends with "
-        r"'im_start|>assistant\n', so that no answer could begin as it was learnt; set llm.chat_template= to one of "
+        r"'im_start|>assistant\n', so that no answer could begin as it was learned; set llm.chat_template= to one of "
     )
 
 
@@ -146,8 +146,8 @@ def test_the_break_itself_is_reserved():
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llama2", "plain"])
 def test_labels_where_each_part_opens_with_a_space(template):
-    """Llama 1 and Vicuna put "▁" before each part between special tokens; what is learnt holds no more than that."""
+    """Llama 1 and Vicuna put "▁" before each part between special tokens; what is learned holds no more than that."""
     subject = encoder(sentencepiece_tokenizer(legacy=True), template)
     messages = [say("user", None, "Where?"), say("assistant", "There"), say("user", "So?"), say("assistant", "a</s>b")]
-    learnt = subject.supervised(subject.encode("a/1", messages, 1))
-    assert ["".join(text.split()) for text in learnt] == ["There<eos>", "a</s>b<eos>"]
+    learned = subject.supervised(subject.encode("a/1", messages, 1))
+    assert ["".join(text.split()) for text in learned] == ["There<eos>", "a</s>b<eos>"]

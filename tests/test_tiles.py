@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
-from vlm import build
+from vlm import build, config
 from vlm.cli.entry import CONF
 from vlm.connectors.mlp import MLP
 from vlm.data.datamodule import VLMDataModule
@@ -185,13 +185,15 @@ def capture(model: Composed, batch: Any) -> torch.Tensor:
 def settings(*overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(CONF, version_base="1.3"):
-        return build.plain(compose("train", ["encoder=tiny", "llm=tiny", "run_dir=x", "data.batch_size=2", *overrides]))
+        return config.plain(
+            compose("train", ["encoder=tiny", "llm=tiny", "run_dir=x", "data.batch_size=2", *overrides])
+        )
 
 
 def test_the_command_line_sets_it() -> None:
     tiled = ["encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "encoder.resize=crop"]
     cfg = settings(*tiled, "data.max_length=2048")
-    build.check(cfg)
+    config.check(cfg)
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]
     assert manifest["parts"]["encoder"]["transform"]["resize"] == "crop"  # another way at evaluation would be refused
@@ -223,10 +225,10 @@ def test_without_grids_nothing_changes() -> None:
 def test_a_slip_is_named(override: str, said: str) -> None:
     cfg = settings(override)
     with pytest.raises(ValueError, match=said):
-        build.check(cfg)
+        config.check(cfg)
 
 
 def test_a_connector_in_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "fusion", "layers")
     with pytest.raises(ValueError, match=r"connector MLP shows .*encoder.tiles.grids=\[\[1, 2\]\] .*grids=\[\] or"):
-        build.check(settings("encoder.tiles.grids=[[1,2]]", "connector=mlp"))
+        config.check(settings("encoder.tiles.grids=[[1,2]]", "connector=mlp"))

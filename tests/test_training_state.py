@@ -146,7 +146,7 @@ CLIP = {"model_type": "clip_vision_model", **FACTS}
 def built(*words: str, precision: str) -> nn.Module:
     cfg = settings(*words, f"trainer.precision={precision}", "stage=full")
     model, _ = build.build_model(cfg)
-    return build.build_module(cfg, model).model
+    return build.build_module(cfg, model, build.build_objective(cfg)).model
 
 
 def tensors(part: Any) -> dict[str, Tensor]:
@@ -207,7 +207,7 @@ def test_what_an_earlier_stage_trained_is_not_rounded_by_a_later_one() -> None:
     block = model.encoder.blocks()[-1]
     value = torch.randn(block.norm1.weight.shape)
     block.norm1.weight.data = value.clone()
-    module = build.build_module(cfg, model)
+    module = build.build_module(cfg, model, build.build_objective(cfg))
     found = module.model.encoder.blocks()[-1].norm1.weight
     assert not found.requires_grad
     assert torch.equal(found, value)

@@ -129,7 +129,7 @@ def test_float32_blocks_on_a_bfloat16_encoder_train(option: str, state: Any) -> 
 
 
 def test_blocks_of_an_earlier_stage_run_frozen_on_a_bfloat16_encoder(tmp_path: Path) -> None:
-    """Batch norm takes its statistics in the type of its weights, which come back from an artefact as float32."""
+    """Batch norm takes its statistics in the type of its weights, which come back from an artifact as float32."""
     manifest = {
         "bases": {"encoder": {"fingerprint": ""}, "llm": {"fingerprint": ""}},
         "parts": PARTS,

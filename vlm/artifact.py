@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,29 +27,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm import files
+from vlm.models.base import Model
 from vlm.optim import lora_names, match_buffers
 from vlm.options import defaults, known, typed
 from vlm.options import parameters as options_of
 
-FORMAT_VERSION = 2
-SAMPLE = 1024  # values a tensor that enter its fingerprint
-# What a configuration says beside facts of the architecture: where the weights lie, how they are kept and run, and what
-# the manifest names elsewhere.
+FORMAT_VERSION = 3
+
+
+class Each(NamedTuple):
+    """The type of each value of a mapping, whatever its keys."""
+
+    kind: Any
+
+
+OBJECTIVE = "objective."  # before the names of tensors that are the objective's own
 MAX_MANIFEST = 2**26  # bytes; the names of a million tensors
 FIELDS: dict[str, Any] = {  # of a manifest, with the type of each that this code reads
-    "parts": {"connector": {"_target_": str}, "encoder": dict},
-    "bases": {"encoder": {"fingerprint": str}, "llm": {"fingerprint": str}},
+    "parts": Each(dict),
+    "bases": Each({"fingerprint": str}),
     "quantization": str,
     "num_image_tokens": int,
     "lora": (dict, type(None)),
     "stages": [{"name": str, "run": str, "options": dict}],
     "code": {"packages": dict},
     "tensors": [str],
-}
-NO_FACTS = {
-    *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
-    *("transformers_version", "architectures", "dtype", "use_cache", "quantization_config"),
-    *("image_size", "layer", "mean", "std", "interpolation", "resize"),
 }
 
 
@@ -61,48 +63,13 @@ class SaveError(ValueError):
     """The disk did not take what should be saved; what was saved before is intact."""
 
 
-def identity(part: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Which base model a part is: hub id or folder, facts of the architecture, and a hash of the weights.
-
-    Much of what a model computes stands in no tensor: activation, epsilon of norms, rotary base, soft-capping. So the
-    facts are kept one by one, those of Transformers' configuration or else the `options` that made the part.
-    """
-    configs: Any = (getattr(module, "config", None) for module in part.modules())
-    facts = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), options)
-    return {
-        "pretrained": _source(options.get("pretrained")),
-        "config": {key: value for key, value in facts.items() if key not in NO_FACTS and not key.startswith("_")},
-        "fingerprint": fingerprint(part),
-    }
-
-
-def _source(pretrained: Any) -> Any:
-    """A hub id as it is, a folder by its absolute path."""
-    if isinstance(pretrained, list):
-        return [_source(each) for each in pretrained]
-    return str(Path(pretrained).absolute()) if pretrained and Path(pretrained).is_dir() else pretrained
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash of a part's tensor names, shapes and evenly spaced values, the same for float32 and bfloat16 copies.
-
-    Reading 1,024 values of each tensor takes well under a second for a model of billions of parameters; two trained
-    models do not agree on them. Tensors on the meta device count by name and shape alone.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().flatten()
-            num = min(SAMPLE, len(flat))
-            chosen = flat[torch.arange(num, device=flat.device) * (len(flat) - 1) // max(1, num - 1)]
-            digest.update(chosen.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def short_hash(content: Any) -> str:
     """A hash of something that JSON can write."""
     return hashlib.blake2b(_json(content).encode(errors="backslashreplace"), digest_size=8).hexdigest()
+
+
+def class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
@@ -113,7 +80,7 @@ def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
 
 
 def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int | None) -> None:
-    """Write an artefact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
+    """Write an artifact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
     weights, described = folder / "weights.safetensors", folder / "manifest.json"
     content = {**manifest, "format_version": FORMAT_VERSION, "step": step, "tensors": list(tensors)}
     try:
@@ -131,8 +98,8 @@ def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, 
     except (OSError, SafetensorError) as error:
         for left in folder.glob("*.tmp"):
             left.unlink()
-        before = "the artefact saved before is intact" if weights.exists() else "none was saved"
-        raise SaveError(f"could not save the artefact of step {step} in {folder}: {error}; {before}") from error
+        before = "the artifact saved before is intact" if weights.exists() else "none was saved"
+        raise SaveError(f"could not save the artifact of step {step} in {folder}: {error}; {before}") from error
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -209,6 +176,8 @@ def read_manifest(run: str | Path) -> dict[str, Any]:
 
 def _misfit(value: Any, kind: Any, field: str) -> str | None:
     """The first field that is missing or not of its type, in words."""
+    if isinstance(kind, Each):
+        kind = dict.fromkeys(value, kind.kind) if isinstance(value, dict) else dict
     if isinstance(kind, list) and isinstance(value, list):
         found = (_misfit(each, kind[0], f"{field}[{number}]") for number, each in enumerate(value))
     elif isinstance(kind, dict) and isinstance(value, dict):
@@ -226,7 +195,7 @@ def _from_1_to_2(manifest: dict[str, Any]) -> None:
 
     What version 1 did not know is left out, and so not compared.
     """
-    encoder = manifest["parts"]["encoder"]
+    encoder = manifest["parts"]["encoder"]  # the one model that there was had encoder, connector and llm
     encoder["transform"] = {"resize": encoder.pop("resize", "squash")}
     encoder.setdefault("tiles", {"grids": [], "row_separator": False})
     if (side := encoder.pop("image_size", None)) is not None:
@@ -237,7 +206,14 @@ def _from_1_to_2(manifest: dict[str, Any]) -> None:
     manifest["step"] = None
 
 
-MIGRATIONS = (_from_1_to_2,)  # each from the format version of its place, counted from 1, to the next
+def _from_2_to_3(manifest: dict[str, Any]) -> None:
+    """Version 3 calls the width of an attention head `head_dim`."""
+    connector = manifest["parts"].get("connector", {})
+    if "head_width" in connector:
+        connector["head_dim"] = connector.pop("head_width")
+
+
+MIGRATIONS = (_from_1_to_2, _from_2_to_3)  # each from the format version of its place, counted from 1, to the next
 
 
 @contextmanager
@@ -254,11 +230,17 @@ def open_weights(run: str | Path) -> Iterator[Any]:
 
 
 def load(
-    run: str | Path, *, model: nn.Module, manifest: Mapping[str, Any], run_id: str | None = None
+    run: str | Path,
+    *,
+    model: Model,
+    manifest: Mapping[str, Any],
+    objective: nn.Module | None = None,
+    run_id: str | None = None,
 ) -> dict[str, Any]:
     """Put a run's trained tensors into `model`, which `manifest` describes, and return the run's own manifest.
 
-    An adapter of the LLM is added where the run has one. Raises ValueError naming the first field in which the two
+    An adapter is added where the run has one. The tensors of the run's objective go into `objective` if it is of the
+    same class. Raises ValueError naming the first field in which the two
     manifests' bases differ, or the tensors that do not fit, and where the artifact is not of the run with `run_id`.
     Where it is Damaged, the model is as it was.
     """
@@ -270,14 +252,22 @@ def load(
         )
     # Before the fingerprint, which it changes.
     _compare("llm.quantization", theirs["quantization"], manifest["quantization"], run)
-    usual = defaults(manifest["parts"]["connector"]["_target_"])
+    usual = {
+        part: defaults(part, options["_target_"])
+        for part, options in manifest["parts"].items()
+        if part not in manifest["bases"] and "_target_" in options
+    }
     for trained, here in zip(_comparable(theirs, usual), _comparable(manifest, usual), strict=True):
         for field in trained:
             _compare(field, trained[field], here[field], run)
     tensors = _whole_tensors(run, theirs)
-    if theirs["lora"] and not lora_names(model.llm):  # type: ignore[arg-type]
-        _add_adapter(run, model.llm, theirs["lora"], tensors)
+    if theirs["lora"] and (part := model.lora_part()) and not lora_names(getattr(model, part)):
+        _add_adapter(run, part, getattr(model, part), theirs["lora"], tensors)
     parameters = dict(model.named_parameters())
+    same = objective is not None and class_path(objective) == theirs.get("objective")
+    if objective is not None and same:
+        parameters |= {OBJECTIVE + name: parameter for name, parameter in objective.named_parameters()}
+    tensors = {name: tensor for name, tensor in tensors.items() if same or not name.startswith(OBJECTIVE)}
     if odd := sorted(set(tensors) - set(parameters)):
         raise ValueError(f"ckpt={run} does not fit this model: {len(odd)} tensors differ, first {odd[0]!r:.80}")
     for name, tensor in tensors.items():
@@ -320,13 +310,15 @@ def num_not_finite(tensor: Tensor) -> int:
     return 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor)).sum())
 
 
-def _add_adapter(run: str | Path, llm: Any, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give the LLM the adapter of a run, beside the modules that its tensors name.
+def _add_adapter(
+    run: str | Path, part: str, module: Any, options: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give a part the adapter of a run, beside the modules that its tensors name.
 
     So no pattern of a manifest, which may have been written to match for ever, is matched, and no adapter is made that
     the weights are not of.
     """
-    found = [re.fullmatch(r"llm\.model\.(.+)\.lora_(embedding_)?A\.default(\.weight)?", name) for name in tensors]
+    found = [re.fullmatch(rf"{part}\.model\.(.+)\.lora_(embedding_)?A\.default(\.weight)?", name) for name in tensors]
     modules = sorted(match[1] for match in found if match)
     ranks = {tensors[match[0]].shape[0] for match in found if match}
     if ranks != {options.get("r")}:
@@ -335,20 +327,20 @@ def _add_adapter(run: str | Path, llm: Any, options: Mapping[str, Any], tensors:
             f"ckpt={run} has an adapter with r={said}, and tensors of rank {sorted(ranks)}; take another ckpt="
         )
     taken = {key: value for key, value in options.items() if key != "target_modules"} | {"target_modules": modules}
-    known("lora", taken, options_of(llm.add_lora))
-    typed("lora", taken, llm.add_lora)
-    llm.add_lora(**taken)
+    known("lora", taken, options_of(module.add_lora))
+    typed("lora", taken, module.add_lora)
+    module.add_lora(**taken)
 
 
 def _comparable(manifest: Mapping[str, Any], usual: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is compared, as JSON has it: first what a reader understands, then the fingerprints, which say only that.
 
-    `usual` are the connector's options that a file or older code left out.
+    `usual` are the options of parts that a file or older code left out.
     """
     parts, bases = manifest["parts"], manifest["bases"]
     told = {
         "bases": {part: {key: base[key] for key in base if key != "fingerprint"} for part, base in bases.items()},
-        "parts": {**parts, "connector": {"_target_": None, **usual, **parts["connector"]}},
+        "parts": {part: {**usual.get(part, {}), **options} for part, options in parts.items()},
         **{field: manifest[field] for field in ("chat_template", "num_image_tokens") if field in manifest},
     }
     hashed = {"bases": {part: {"fingerprint": base["fingerprint"]} for part, base in bases.items()}}

@@ -101,7 +101,7 @@ def refuse_links(folder: Path, *, within: Path | None = None) -> None:
 
 
 def escape_controls(text: str) -> str:
-    r"""The text as every terminal and every file takes it; line breaks and tabs stay (`vlm.data.quote.one_line`).
+    r"""The text as every terminal and every file takes it; line breaks and tabs stay (`vlm.quote.one_line`).
 
     Control characters, which a terminal would obey, marks that turn the direction of writing, and halves of surrogate
     pairs are written as `\x1b` or `\udce9`.

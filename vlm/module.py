@@ -1,9 +1,10 @@
-"""The LightningModule: steps call the objective, validation asks whether the model looks at the image."""
+"""The LightningModule: a step calls the objective, a validation calls the evaluators."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vlm.evaluation.looking import CONDITIONS, compared, num_with_images
+from vlm.evaluation.base import Context, Evaluator, Means, total
 from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.ranges import Number, Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput, is_loss
 from vlm.sharding import FullyShard
 
 
-class Ended(ValueError):
-    """What ends a run on all ranks after the same step, with the weights of that step good to save."""
+class TrainingStopped(ValueError):
+    """Raised on every rank after the same step; the weights of that step are good to save."""
 
 
-class NotFinite(Ended):
+class NotFinite(TrainingStopped):
     """The loss or a gradient became NaN or infinite; the weights are those of the last good step.
 
     All ranks raise it together.
@@ -30,12 +31,18 @@ class NotFinite(Ended):
 
 
 class VLMModule(pl.LightningModule):
-    """Trains a model on an objective.
+    """Trains a model on an objective and measures it with evaluators, which have names.
 
     The gradient of an optimizer step is that of the mean over all its supervised tokens, whatever the number of rows,
     accumulated batches and ranks they came in. Where a step is one batch of each rank, the losses are divided by their
     counts before the backward pass. Where batches are accumulated, the counts of the later ones are not known then: the
     gradients of the sums are divided once, before the update.
+
+    Attributes:
+        figures: of the last optimizer step; Lightning's also hold what earlier steps had.
+        totals: figures of the whole run, which callbacks add.
+        stopped_by: the signal that ended the run, on whichever rank it came, or None.
+        weights_to_save: within it the model holds the weights to validate and save, such as a moving average.
     """
 
     def __init__(
@@ -43,24 +50,28 @@ class VLMModule(pl.LightningModule):
         *,
         model: Any,
         objective: Any,
+        evaluators: Mapping[str, Evaluator] | None = None,
         lr: dict[str, Rate],
         layer_decay: RatioAboveZero | None = None,
         weight_decay: Annotated[Number, Range(0, 100)] = 0.0,
         schedule: Schedule = "cosine",
-        warmup_share: RatioBelowOne = 0.03,
-        lr_floor: Ratio = 0.05,
+        warmup_ratio: RatioBelowOne = 0.03,
+        min_lr_ratio: Ratio = 0.05,
         betas: tuple[RatioBelowOne, RatioBelowOne] = (0.9, 0.999),
     ) -> None:
         super().__init__()
-        self.model, self.objective = model, objective
+        self.model, self.objective, self.evaluators = model, objective, dict(evaluators or {})
         self.strict_loading = False  # a checkpoint holds what trains; `on_load_checkpoint` looks at its names
         self.lr, self.layer_decay, self.weight_decay, self.betas = lr, layer_decay, weight_decay, betas
-        self.schedule, self.warmup_share, self.lr_floor = schedule, warmup_share, lr_floor
+        self.schedule, self.warmup_ratio, self.min_lr_ratio = schedule, warmup_ratio, min_lr_ratio
         self._sums: dict[str, Tensor | int] = {}
         self._counts: dict[str, int] = {}
         self._ids: list[str] = []
-        self.figures: dict[str, Any] = {}  # of the last step; Lightning's also hold what earlier ones had
-        self.validated_step = -1  # the optimiser steps behind the validation figures
+        self.figures: dict[str, Any] = {}
+        self.totals: dict[str, float] = {}
+        self.stopped_by: int | None = None
+        self.weights_to_save: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.validated_step = -1  # the optimizer steps behind the validation figures
         self.train()
 
     def train(self, mode: bool = True) -> VLMModule:
@@ -74,7 +85,7 @@ class VLMModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FullyShard):
-            self.trainer.strategy.shard(self.model)
+            self.trainer.strategy.shard(self.model, self.objective)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(
@@ -86,13 +97,15 @@ class VLMModule(pl.LightningModule):
         )
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(steps * self.warmup_share)
-        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.lr_floor)
+        warmup = round(steps * self.warmup_ratio)
+        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         if self.global_rank:  # else dropout would drop the same places on all ranks
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+        for evaluator in self.evaluators.values():
+            evaluator.before_training(self.context)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         output = self.objective(self.model, batch)
@@ -100,8 +113,8 @@ class VLMModule(pl.LightningModule):
         for name, value in output.sums.items():
             self._add(name, value.detach(), output.counts[name])
         places, tokens = batch.attention_mask.numel(), int(batch.attention_mask.sum())
-        self._add("padding_share", places - tokens, places)
-        self._add("supervised_share", len(batch.targets), tokens)
+        self._add("padding_ratio", places - tokens, places)
+        self._add("supervised_ratio", len(batch.targets), tokens)
         return self._total(output)
 
     def _total(self, output: LossOutput) -> Tensor:
@@ -125,7 +138,7 @@ class VLMModule(pl.LightningModule):
         return torch.stack([output.sums[name] for name in losses]).sum()
 
     def _add(self, name: str, value: Tensor | int, count: int) -> None:
-        """Add to the sums of the optimiser step in progress."""
+        """Add to the sums of the optimizer step in progress."""
         self._sums[name] = self._sums.get(name, 0) + value
         self._counts[name] = self._counts.get(name, 0) + count
 
@@ -133,9 +146,9 @@ class VLMModule(pl.LightningModule):
         names = list(self._sums)
         sums = self._over_ranks([value for name in names for value in (self._sums[name], self._counts[name])])
         totals = dict(zip(names, zip(sums[::2], sums[1::2], strict=True), strict=True))
-        for name, (total, _) in totals.items():
-            if not math.isfinite(total):
-                self._stop(f"{name} is {total}")
+        for name, (value, _) in totals.items():
+            if not math.isfinite(value):
+                self._stop(f"{name} is {value}")
         tokens = max(count for name, (_, count) in totals.items() if is_loss(name))
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if (batches := self.trainer.accumulate_grad_batches) > 1:
@@ -151,63 +164,74 @@ class VLMModule(pl.LightningModule):
         loss = sum(value for name, value in means.items() if is_loss(name))
         self.figures = {f"train/{name}": value for name, value in means.items()}
         self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
-        self.log_dict(self.figures)
+        # Of a source without a sample in this step; else loggers would be given its loss of an earlier step.
+        absent = {f"train/{name}": float("nan") for name in totals.keys() - means.keys()}
+        self.log_dict({**absent, **self.figures, "step": self.global_step + 1})  # the step that loggers write down
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:
-        self._seen: dict[tuple[str, str], Tensor] = {}  # of a condition, the sum and the count of a loss
-        self._not_compared = 0  # rows with images that nothing could take the place of
+        self._means = Means()
+        for evaluator in self._due("validation").values():
+            evaluator.start()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """All rows, then those that can be compared with their own images, with others' and with blank ones."""
         output = self.objective(self.model, batch)
-        self._see("loss", output)
-        for name in (name for name in output.sums if name.startswith("loss/")):  # of each source of a mixture
-            self._see_one("source", name, output.sums[name].item(), output.counts[name])
+        self._means.add_losses("loss:", output)
+        for name in (name for name in output.sums if not is_loss(name)):
+            self._means.add(name, output.sums[name].item(), output.counts[name])
         if batch_index == 0:
             for name, value in self.model.diagnostics(batch).items():
                 self.log(f"val/{name}", value, batch_size=1)
-        pairs, rows = compared(batch)
-        self._not_compared += num_with_images(batch) - len(rows)
-        # Where the model is sliced, all ranks must run it equally often, also one that has nothing to compare.
-        some, partly = self._over_ranks([bool(rows), 0 < len(rows) < len(batch.num_images)])
-        if some:
-            for name in CONDITIONS:
-                again = name != "correct" or partly
-                same = self.objective(self.model, pairs.get(name, batch)) if again else output
-                self._see(name, same, counts=bool(rows))
+        for evaluator in self._due("validation").values():
+            evaluator.update(self.context, batch, output)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means; without two images to swap there is no visual gain."""
-        *sums, left_out = self._over_ranks(
-            [*(value for pair in self._seen.values() for value in pair), self._not_compared]
-        )
-        means = {key: a / b for key, a, b in zip(self._seen, sums[::2], sums[1::2], strict=True) if b}
-
-        def total(condition: str) -> float:
-            return sum(mean for (name, _), mean in means.items() if name == condition)
-
-        figures = {f"val/{name}": mean for (condition, name), mean in means.items() if condition == "source"}
-        figures["val/loss"] = total("loss")
-        if any(condition == "correct" for condition, _ in means):
-            figures |= {f"val/loss_{name}": total(name) for name in ("shuffled", "blank")}
-            figures["val/visual_gain"] = total("shuffled") - total("correct")
-        if left_out:
-            figures["val/num_not_compared"] = left_out
-        self.log_dict(figures)
+        means = self._means.over_ranks(self.context)
+        figures = {f"val/{name.removeprefix('loss:')}": mean for name, mean in means.items()}
+        figures["val/loss"] = total(means, "loss:")
+        for evaluator in self._due("validation").values():
+            figures |= evaluator.finish(self.context)
+        self.log_dict({**figures, "step": self.global_step})
         self.validated_step = self.global_step
 
-    def _see(self, condition: str, output: LossOutput, *, counts: bool = True) -> None:
-        """Add an output's losses to the sums of one condition, or nothing to them."""
-        for name in (name for name in output.sums if is_loss(name)):
-            self._see_one(condition, name, output.sums[name].item() * counts, output.counts[name] * counts)
+    def on_validation_end(self) -> None:
+        """Raise TrainingStopped where an evaluator has a reason; callbacks and loggers come before this."""
+        if self.trainer.state.fn == "fit":
+            for evaluator in self._due("validation").values():
+                if (reason := evaluator.reason_to_stop(self.global_step)) is not None:
+                    raise TrainingStopped(reason)
 
-    def _see_one(self, condition: str, name: str, value: float, count: int) -> None:
-        pair = torch.tensor([value, count], dtype=torch.float64)
-        self._seen[condition, name] = self._seen.get((condition, name), 0) + pair
+    def _due(self, at: str) -> dict[str, Evaluator]:
+        return {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.at == at}
+
+    def evaluate_at_end(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The figures and samples of the evaluators that are due at the end; every rank must call this."""
+        figures: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        self.model.to(self.trainer.strategy.root_device).eval()  # Lightning has taken it away
+        with self.trainer.precision_plugin.forward_context():
+            for evaluator in self._due("end").values():
+                figures |= evaluator.finish(self.context)
+                samples += evaluator.samples
+        return figures, samples
+
+    @property
+    def context(self) -> Context:
+        """What evaluators work with."""
+        strategy = self.trainer.strategy
+        return Context(
+            model=self.model,
+            objective=self.objective,
+            data=self.trainer.datamodule,  # type: ignore[attr-defined]
+            device=strategy.root_device,
+            sum_over_ranks=self._over_ranks,
+            from_first_rank=strategy.broadcast,
+            autocast=self.trainer.precision_plugin.forward_context,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen tensors out: they are the base models'. The last step's figures go with it."""
+        checkpoint["evaluators"] = {name: evaluator.state_dict() for name, evaluator in self.evaluators.items()}
         checkpoint["figures"] = {name: float(value) for name, value in self.figures.items()}
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
@@ -218,9 +242,15 @@ class VLMModule(pl.LightningModule):
         if odd := sorted(trainable ^ set(checkpoint["state_dict"])):
             raise ValueError(f"the checkpoint does not fit this run: {len(odd)} tensors differ, first {odd[0]!r}")
         self.figures = checkpoint.get("figures", {})  # which one of an earlier version has not
+        earlier = checkpoint["callbacks"].get("Forgetting")  # a callback in an earlier version
+        states = checkpoint.get("evaluators", {"forgetting": earlier} if earlier else {})
+        for name in self.evaluators.keys() & states.keys():
+            self.evaluators[name].load_state_dict(states[name])
 
     def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
         """The sum of each over all ranks."""
+        if not values:
+            return []
         if self.trainer.world_size == 1 and not any(isinstance(value, Tensor) for value in values):
             return [float(value) for value in values]
         exact = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not know

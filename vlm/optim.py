@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vlm.models.base import Model
+from vlm.options import known, mapping, parameters, shown, typed
 from vlm.ranges import LearningRate, Length, RatioAboveZero
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -38,6 +39,21 @@ def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
 def _choices(allowed: Sequence[str]) -> str:
     words = [STATE_WORDS.get(state, state) for state in allowed]
     return " or ".join([", ".join(words[:-1]), words[-1]])
+
+
+def check_lora(lora: Any, part: Any) -> None:
+    """Raise ValueError for an option of the adapter that a part, a class with `add_lora`, cannot use."""
+    mapping("stage.lora", lora)
+    if isinstance(pattern := lora.get("target_modules"), str):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"stage.lora.target_modules={shown(pattern)} is not a regular expression ({error}); "
+                "give a list of names"
+            ) from error
+    known("stage.lora", lora, parameters(part.add_lora).keys() - {"self"})
+    typed("stage.lora", lora, part.add_lora)
 
 
 def check_steps(trainer: Mapping[str, Any]) -> None:

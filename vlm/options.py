@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
 
-from vlm.data.quote import LONGEST, quoted
+from vlm.quote import LONGEST, quoted
 from vlm.ranges import LIBRARIES, Known
 
 
@@ -34,14 +34,16 @@ KINDS = {  # a key stands for all below it, unless a longer one does
     "connector": Kind(MODULE, ("vlm.connectors.",), ("fusion",)),
     "llm": Kind(MODULE, ("vlm.llms.",), ("fusions", "layers", "add_lora")),
     "model": Kind("vlm.models.base.Model", ("vlm.models.",)),
-    "stage.objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
+    "objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
+    "evaluators": Kind("vlm.evaluation.base.Evaluator", ("vlm.evaluation.",)),
+    ".scorer": Kind("vlm.evaluation.scorers.base.Scorer", ("vlm.evaluation.scorers.",)),  # of an evaluator
     "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),
     "trainer": Kind("lightning.pytorch.Trainer", ("lightning.pytorch.Trainer",)),
     "trainer.strategy": Kind(
         "lightning.pytorch.strategies.Strategy", ("lightning.pytorch.strategies.", "vlm.sharding.")
     ),
     "callbacks": Kind("lightning.pytorch.Callback", ("lightning.pytorch.callbacks.", "vlm.callbacks.")),
-    "logger": Kind("lightning.pytorch.loggers.Logger", ("lightning.pytorch.loggers.",)),
+    "logger": Kind("lightning.pytorch.loggers.Logger", ("lightning.pytorch.loggers.", "vlm.loggers.")),
 }
 PASSED_ON = {  # where what a constructor does not know ends up
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
@@ -67,7 +69,7 @@ def bind(name: str, options: Any, derived: Mapping[str, Any] | None = None) -> p
     mapping(name, options)
     arguments = dict(options)
     target = arguments.pop("_target_", None)
-    return _bound(name, _constructor(name, target), arguments, derived, target)
+    return _bound(name, find_class(name, target), arguments, derived, target)
 
 
 def bind_class(
@@ -99,16 +101,17 @@ def _bound(
     return partial(constructor, **arguments, **derived)
 
 
-def _constructor(name: str, target: Any) -> Callable[..., Any]:
+def find_class(name: str, target: Any) -> Callable[..., Any]:
     """The class that a config names. Raises ValueError unless it is of the kind that the config's group takes.
 
     A class of the user's own package is, if it is derived from the group's base. Whether the user has said so or a
     stored config does, which must not, `vlm.trust` looks at.
     """
     kind = kind_of(name)
-    assert kind is not None, name
     folders = " or ".join(folder.rstrip(".") for folder in kind.folders)
     wanted = f"name a class of {folders}, or one that is derived from {kind.base}"
+    if not folders:
+        wanted = f"name a class that is derived from {kind.base}"
     if not isinstance(target, str) or "." not in target.strip("."):
         raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
     try:
@@ -124,10 +127,11 @@ def _constructor(name: str, target: Any) -> Callable[..., Any]:
     return found
 
 
-def kind_of(name: str) -> Kind | None:
-    """The kind of classes that an option's group takes; None where it takes none."""
-    group = max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len, default=None)
-    return None if group is None else KINDS[group]
+def kind_of(name: str) -> Kind:
+    """The kind of classes that an option's group takes; a part that only some model knows is any module."""
+    nested = next((key for key in KINDS if key.startswith(".") and name.endswith(key)), None)
+    group = nested or max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len, default=None)
+    return Kind(MODULE, ()) if group is None else KINDS[group]
 
 
 def _derived(found: type, base: str) -> bool:
@@ -139,10 +143,10 @@ def _import(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def defaults(target: str) -> dict[str, Any]:
-    """What a constructor takes where an option is not given."""
-    taken = parameters(_constructor("connector", target))
-    return {name: p.default for name, p in taken.items() if p.default is not p.empty}
+def defaults(name: str, target: str) -> dict[str, Any]:
+    """What the constructor of an option takes where an option of its own is not given."""
+    taken = parameters(find_class(name, target))
+    return {key: p.default for key, p in taken.items() if p.default is not p.empty}
 
 
 @cache
@@ -159,7 +163,7 @@ def known(name: str, given: Mapping[str, Any], choices: Any) -> None:
 
 
 def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
-    """What to say of a key that does not exist; `asked` is the word that was misspelt, the key's last by default."""
+    """What to say of a key that does not exist; `asked` is the word that was misspelled, the key's last by default."""
     if not choices:
         return f"there is no option {full_key}; {full_key.rpartition('.')[0]} has no options here"
     close = get_close_matches(asked or full_key.rpartition(".")[2], list(map(str, choices)), n=1)

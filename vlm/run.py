@@ -9,16 +9,17 @@ import os
 import secrets
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from vlm import files
 from vlm.artifact import aside, put, write, write_json
@@ -40,9 +41,11 @@ class PlainConsole(Console):
 
 CONSOLE = PlainConsole(width=None if Console().is_terminal else 120, soft_wrap=False)
 MAX_METRICS = 2**30  # bytes
+# Of a run: all steps done and all figures there; a signal or trainer.max_time came first; figures failed at the end.
+Status = Literal["finished", "stopped", "time_up", "failed"]
 
 
-def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
+def lock(run_dir: Path, *, resumed: bool) -> IO[str] | None:
     """Take a directory for this run, for as long as the returned file stays open.
 
     The lock is one of POSIX (`lockf`): it ends with its process, however that ends, and data workers do not inherit it;
@@ -54,38 +57,50 @@ def claim(run_dir: Path, *, resumed: bool) -> IO[str] | None:
         return None
     run_dir.mkdir(parents=True, exist_ok=True)
     files.refuse_links(run_dir)
-    lock = files.lock_file(run_dir / ".lock")  # closing it would release it
+    held = files.lock_file(run_dir / ".lock")  # closing it would release it
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise ValueError(
-                f"run_dir={run_dir} is in use by {lock.read(200) or 'another process'}; wait for its end, or choose "
+                f"run_dir={run_dir} is in use by {held.read(200) or 'another process'}; wait for its end, or choose "
                 "another directory"
             ) from error
         print(f"{run_dir} is on a file system without locks ({error.strerror}): start no second run in it")
     if not resumed and (run_dir / "config.yaml").exists():
         raise ValueError(f"run_dir={run_dir} already holds a run; choose another directory or remove this one")
     with files.named(run_dir / ".lock"):
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    return lock
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        held.flush()
+    return held
 
 
-def identity(run_id: str, settings: Mapping[str, Any], choices: Mapping[str, str | None]) -> dict[str, Any]:
+def identity(
+    run_id: str, settings: Mapping[str, Any], choices: Mapping[str, str | None], parts: Iterable[str]
+) -> dict[str, Any]:
     """What artifact and checkpoints carry to tell their run: an id that no other has, and what it is by name."""
-    groups = ("stage", "encoder", "connector", "llm", "data")
+    groups = ("stage", *parts, "data")
     return {"id": run_id, "seed": settings["seed"], **{group: choices.get(group) for group in groups}}
 
 
-def finished(run_dir: Path) -> bool:
-    """Whether a run went to its end. One that a signal stopped also has figures, but not those of the answers."""
+def status(run_dir: Path) -> Status | None:
+    """How a run ended, as metrics.json says; None where it has not ended yet, or was killed."""
     file = run_dir / "metrics.json"
+    if not file.is_file():
+        return None
     try:
-        return file.is_file() and "val/exact_match" in json.loads(files.read(file, max_bytes=MAX_METRICS))
-    except (ValueError, TypeError) as error:  # written by renaming, so no run has left it so
+        content = json.loads(files.read(file, max_bytes=MAX_METRICS))
+        # A run of an earlier version did not say so, but only one that went to its end had figures of the answers.
+        return content.get("status") or ("finished" if "val/exact_match" in content else "stopped")
+    except (ValueError, AttributeError) as error:  # written by renaming, so no run has left it so
         raise ValueError(f"{file} cannot be read ({error}); remove it, and the run ends anew with resume=") from error
+
+
+def read_metrics(run_dir: Path) -> dict[str, float]:
+    """The final figures of a run."""
+    content = json.loads(files.read(run_dir / "metrics.json", max_bytes=MAX_METRICS))
+    return {name: value for name, value in content.items() if name != "status"}
 
 
 def first_rank() -> bool:
@@ -106,8 +121,8 @@ def name_loggers(loggers: Mapping[str, dict[str, Any]], *, step: int) -> None:
             options["version"] = f"from_step_{step}"
 
 
-def forget_after(run_dir: Path, *, step: int) -> None:
-    """Drop the metrics of steps that will be done again."""
+def truncate_metrics(run_dir: Path, *, step: int) -> None:
+    """Drop the metrics of steps that will be repeated."""
     file = run_dir / "metrics.jsonl"
     if file.exists():
         lines = files.read(file, max_bytes=MAX_METRICS).decode(errors="replace").split("\n")
@@ -141,31 +156,42 @@ def native_precision(accelerator: str) -> str:
     return "bf16-mixed" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "32-true"
 
 
-def count_parameters(model: Model) -> dict[str, dict[str, int]]:
-    """Parameters per part, total and trainable; a tied one counts once."""
+def count_parameters(model: Model, objective: nn.Module | None = None) -> dict[str, dict[str, int]]:
+    """Parameters per part, total and trainable, and of an objective that has some; a tied one counts once."""
+    parts = {part: getattr(model, part) for part in model.parts}
+    if objective is not None and any(True for _ in objective.parameters()):
+        parts["objective"] = objective
     return {
         part: {
-            "total": sum(p.numel() for p in getattr(model, part).parameters()),
-            "trainable": sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in module.parameters()),
+            "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
-        for part in model.parts
+        for part, module in parts.items()
     }
 
 
 def print_parts(
-    counts: Mapping[str, Mapping[str, int]], options: Mapping[str, str | None], stage: Mapping[str, Any]
+    counts: Mapping[str, Mapping[str, int]],
+    options: Mapping[str, str | None],
+    stage: Mapping[str, Any],
+    *,
+    decayed: str | None = None,
 ) -> None:
-    """What trains: one line a part, with its parameters as `count_parameters` has them."""
-    table = Table(title=f"What trains in stage {stage['name']}")
+    """One line a part, with its parameters as `count_parameters` has them.
+
+    `decayed` is the part whose blocks learn at rates that `stage.layer_decay` makes smaller.
+    """
+    table = Table(title=f"Trainable parameters in stage {stage['name']}")
     for heading in ("part", "option", "state", "learning rate", "trainable", "total"):
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
-        state = stage[part] if isinstance(stage[part], str) else f"last {stage[part]['last_n']}"
-        lr: Any = stage["lr"][part] if numbers["trainable"] else "-"
+        state = stage.get(part, "full")
+        state = state if isinstance(state, str) else f"last {state['last_n']}"
+        lr: Any = stage["lr"].get(part) if numbers["trainable"] else "-"
         rate = ", ".join(f"{name} {value:g}" for name, value in lr.items()) if isinstance(lr, dict) else f"{lr}"
-        if numbers["trainable"] and part == "encoder" and (factor := stage.get("layer_decay")) is not None:
+        if numbers["trainable"] and part == decayed and (factor := stage.get("layer_decay")) is not None:
             rate += f", × {factor:g} a block"
-        table.add_row(part, options[part], state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
+        table.add_row(part, options.get(part) or "", state, rate, f"{numbers['trainable']:,}", f"{numbers['total']:,}")
     CONSOLE.print(table)
 
 
@@ -194,9 +220,21 @@ def disk_of_loggers(trainer: Any) -> Iterator[None]:
         raise OSError(f"could not write the metrics in {folders}: {error.strerror}") from error
 
 
-def finish(run_dir: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
-    """Write the final figures and print them with a few held-out pictures."""
-    write_json(run_dir / "metrics.json", metrics)
+def close_loggers(trainer: Any, metrics: Mapping[str, float], *, failed: bool) -> None:
+    """Give the loggers the final figures and let each end."""
+    for logger in trainer.loggers:
+        with disk_of_loggers(trainer):
+            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.finalize("failed" if failed else "success")
+        if finish := getattr(logger.experiment, "finish", None):  # W&B's: or a sweep's next job would log into it
+            finish()
+
+
+def finish(
+    run_dir: Path, metrics: dict[str, float], samples: Sequence[dict[str, Any]], status: Status = "finished"
+) -> None:
+    """Write the final figures and how the run ended; print the figures with a few held-out pictures."""
+    write_json(run_dir / "metrics.json", {"status": status, **metrics})
     print_figures(metrics)
     print_samples(samples)
     CONSOLE.print(f"Run directory: {run_dir}", soft_wrap=True)
@@ -217,7 +255,7 @@ def figure(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:z,.3f}"
 
 
-def print_samples(samples: list[dict[str, Any]], num: int = 6) -> None:
+def print_samples(samples: Sequence[dict[str, Any]], num: int = 6) -> None:
     """A few held-out pictures with what the model said and what was right."""
     if not samples:
         return

@@ -21,6 +21,8 @@ from torch import Tensor
 IGNORE = -100  # label of a position that is not supervised; PyTorch's cross-entropy default
 
 Split = Literal["train", "val"]
+# What a row of text holds: a whole conversation, whose answers are supervised, or what comes before its last answer.
+Form = Literal["conversation", "prompt"]
 
 
 class Content(TypedDict):
@@ -103,7 +105,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class VisualSpec:
-    """All that data has to know about the model's eye.
+    """All that data has to know about how the model takes images.
 
     `num_tokens` is the number of placeholders that one image, or tile of one, takes in a row of text: K where the
     visual tokens enter the LLM's input, 0 where the LLM's layers attend to them.
@@ -116,6 +118,7 @@ class VisualSpec:
     image_size: tuple[int, int]  # height, width in pixels
     transform: Callable[[Image.Image], Tensor]  # one PIL image -> [3, H, W], or [tiles, 3, H, W]; deterministic
     tile_rows: Callable[[tuple[int, int]], list[int]] | None = None
+    max_tiles: int = 1  # of an image
     row_separator: str = ""  # text between the rows of tiles
 
 
@@ -126,10 +129,10 @@ class Batch:
     A row is one sample, or several side by side ("packed"), none of which may see another.
     """
 
-    pixels: Float[Tensor, "n 3 h w"]
+    pixel_values: Float[Tensor, "n 3 h w"]
     input_ids: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
-    positions: Int[Tensor, "b t"]  # in the token's own sample
+    position_ids: Int[Tensor, "b t"]  # in the token's own sample
     image_mask: Bool[Tensor, "b t"]  # True where visual tokens go
     images_before: Int[Tensor, "b t"]  # how many of the row's images start before this token
     images_hidden: Int[Tensor, "b t"]  # how many of those are another sample's
@@ -142,7 +145,7 @@ class Batch:
     sources: tuple[str, ...] = ()  # what samples' meta["source"] can be, in a mixture
 
     @property
-    def keep(self) -> Bool[Tensor, "b t"]:
+    def logits_mask(self) -> Bool[Tensor, "b t"]:
         """Positions whose logits are needed: those before a supervised token."""
         return torch.nn.functional.pad(self.labels[:, 1:] != IGNORE, (0, 1), value=False)
 
@@ -153,7 +156,7 @@ class Batch:
 
     @property
     def targets(self) -> Int[Tensor, " m"]:
-        """The supervised tokens, in the order of the logits at `keep`."""
+        """The supervised tokens, in the order of the logits at `logits_mask`."""
         return self.labels[:, 1:][self.labels[:, 1:] != IGNORE]
 
     def to(self, device: torch.device) -> Batch:

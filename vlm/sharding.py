@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 
 class FullyShard(ModelParallelStrategy):
-    """Slices all parameters, frozen ones too, and their gradients and optimiser states evenly over all processes.
+    """Slices all parameters, frozen ones too, and their gradients and optimizer states evenly over all processes.
 
     The blocks of the encoder and the layers of the LLM are put together one at a time, when the computation comes to
     them. What is left (the connector, embeddings, the output matrix) is put together by the model's forward pass and
@@ -28,8 +28,11 @@ class FullyShard(ModelParallelStrategy):
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
 
-    def shard(self, model: Any) -> None:
-        """Shard a model block by block, unless that is done."""
+    def shard(self, model: Any, objective: nn.Module) -> None:
+        """Shard a model block by block, and the objective's own parameters, unless that is done.
+
+        Raises ValueError for a parameter without an axis to slice.
+        """
         if isinstance(model, FSDPModule):
             return
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
@@ -39,11 +42,19 @@ class FullyShard(ModelParallelStrategy):
         fully_shard(model, mesh=mesh)
         for method in model.root_methods:
             register_fsdp_forward_method(model, method)
+        own = dict(objective.named_parameters())
+        if scalar := next((name for name, parameter in own.items() if parameter.ndim == 0), None):
+            raise ValueError(
+                f"parameter {scalar} of the objective {type(objective).__name__} is a single number, which "
+                "trainer=fsdp cannot slice; make it a vector of one, or use trainer=ddp"
+            )
+        if own:
+            fully_shard(objective, mesh=mesh)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains; Lightning's own would also put the frozen tensors together, for a checkpoint without them."""
         assert self.lightning_module is not None
-        self.lightning_module.model.reshard()  # type: ignore[operator,union-attr]  # the optimiser knows slices alone
+        self.lightning_module.model.reshard()  # type: ignore[operator,union-attr]  # the optimizer knows slices alone
         trained = [name for name, p in self.lightning_module.named_parameters() if p.requires_grad]
         return gather(self.lightning_module, trained)
 

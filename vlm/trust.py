@@ -25,9 +25,11 @@ from vlm.options import kind_of
 
 MARK = "# written here: "
 MAX_BYTES = 2**20  # of a config.yaml, which has about 6,000
-GROUPS = ("encoder", "connector", "llm", "model", "data", "stage", "trainer", "logger", "callbacks")
-MAY_BE_NONE = ("logger", "callbacks")
-MODEL = ("encoder", "connector", "llm", "model", "stage")  # what a trained model is built from
+NEEDED = ("model", "data", "stage", "trainer", "logger", "callbacks", "choices", "preflight")  # in each config.yaml
+USUAL = ("encoder", "connector", "llm", "objective", "checkpoint", "answers")  # in most
+MAY_BE_NONE = ("logger", "callbacks", "evaluators")
+# Sections that no model is built from; the parts of a model are among the others.
+OF_THE_RUN = ("data", "trainer", *MAY_BE_NONE, "choices", "preflight", "plan", "resume", "recipe", "checkpoint")
 # Not a name or hub id: absolute, from a home or a folder above, or one of the schemes for local files.
 PATH = re.compile(r"^(~|/|\\|\.{1,2}([/\\]|$)|[A-Za-z]:\\|file:|local-dir:)|(^|/)\.\.(/|$)")
 HUB = ("pretrained", "name", "init_from")  # a name on the hub, or a folder
@@ -117,10 +119,15 @@ def stored_config(run_dir: str | Path) -> tuple[dict[str, Any], bool]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {'nothing' if content is None else 'no settings'}; {remedy}")
     content.setdefault("choices", {})
-    for name in (*GROUPS, "choices", "checkpoint", "answers", "preflight"):
+    for name in (*NEEDED, *(key for key in USUAL if key in content)):
         if not isinstance(content.get(name), dict) and not (name in MAY_BE_NONE and name in content):
             raise ValueError(f"{file} is not whole: its {name} is {content.get(name, 'missing')!r:.40}; {remedy}")
     return content, is_own(text)
+
+
+def of_model(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sections of a config that a trained model is built from."""
+    return tuple(key for key, value in content.items() if isinstance(value, Mapping) and key not in OF_THE_RUN)
 
 
 def group_choices(content: Mapping[str, Any]) -> dict[str, str]:
@@ -198,7 +205,7 @@ def _values(key: str, value: Any, hint: Any = None) -> Iterator[tuple[str, Any, 
 def _annotations(key: str, target: Any) -> dict[str, Any]:
     if not isinstance(target, str) or not _of_this_code(key, target):
         return {}
-    from vlm.data.datamodule import VLMDataModule  # takes seconds, which a misspelt option should not
+    from vlm.data.datamodule import VLMDataModule  # takes seconds, which a misspelled option should not
 
     module, _, name = target.rpartition(".")
     found: dict[str, Any] = {}
@@ -209,8 +216,8 @@ def _annotations(key: str, target: Any) -> dict[str, Any]:
 
 
 def _of_this_code(key: str, target: str) -> bool:
-    kind = kind_of(key)
-    return kind is not None and target.startswith(kind.folders)
+    folders = kind_of(key).folders
+    return bool(folders) and target.startswith(folders)
 
 
 def _reaches_out(key: str, value: Any, hint: Any, run_dir: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -14,28 +15,35 @@ from vlm.ranges import Decay
 
 
 class EMA(pl.Callback):
-    """After optimiser step t: average ← d·average + (1 - d)·weights, with d = min(ema_decay, (1 + t) / (10 + t)).
+    """After optimizer step t: average ← d·average + (1 - d)·weights, with d = min(ema_decay, (1 + t) / (10 + t)).
 
     The growing d is TensorFlow's (tf.train.ExponentialMovingAverage): the weights that a run began with are forgotten
     early, where a d of 0.999 from the start would still hold 71 % of them after 340 steps.
 
     Averages are float32 and of the trained tensors alone; Lightning's WeightAveraging would copy the frozen model too.
-    The model holds them in validation, in an artefact (`averaged`) and once the fit is over; a checkpoint holds both.
-    It stands before Save in the list of callbacks, so that a step is in the average before it is saved.
+    The model holds them in validation, in an artifact and once the fit is over; a checkpoint holds both.
+
+    Args:
+        ema_decay: d; None keeps no average.
     """
 
-    def __init__(self, *, ema_decay: Decay) -> None:
-        if not 0 < ema_decay < 1:
-            raise ValueError(
-                f"stage.ema_decay={ema_decay} is no share of an average to keep; set it between 0 and 1, such as 0.999"
-            )
+    order: ClassVar[int] = 1  # before Save, so that a step is in the average before it is saved
+
+    def __init__(self, *, ema_decay: Decay | None = None) -> None:
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"stage.ema_decay={ema_decay} must be above 0 and below 1, such as 0.999")
         self.ema_decay = ema_decay
         self._averages: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}  # while the model holds the averages
         self._step = 0
 
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        module.weights_to_save = partial(self._averaged, module)
+
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.ema_decay is None:
+            return
         known, self._step = self._averages, trainer.global_step  # known where a run goes on
         self._averages = {
             name: known.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
@@ -45,7 +53,7 @@ class EMA(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self._step:
+        if self.ema_decay is None or trainer.global_step == self._step:
             return  # a step of several batches is not over
         self._step = trainer.global_step
         decay = min(self.ema_decay, (1 + self._step) / (10 + self._step))
@@ -84,15 +92,11 @@ class EMA(pl.Callback):
             module.get_parameter(name).data = weight
         self._weights = {}
 
-
-@contextmanager
-def averaged(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Within it the model holds the averages, if the run keeps any."""
-    kept = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-    for ema in kept:
-        ema._put_in(module)
-    try:
-        yield
-    finally:
-        for ema in kept:
-            ema._take_out(module)
+    @contextmanager
+    def _averaged(self, module: pl.LightningModule) -> Iterator[None]:
+        """Within it the model holds the averages."""
+        self._put_in(module)
+        try:
+            yield
+        finally:
+            self._take_out(module)

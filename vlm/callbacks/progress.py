@@ -1,4 +1,4 @@
-"""A progress bar in optimiser steps: loss, tokens a second, time left."""
+"""A progress bar in optimizer steps: loss, tokens a second, time left."""
 
 from __future__ import annotations
 

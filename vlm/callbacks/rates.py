@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 
 
 class ConfiguredRates(pl.Callback):
-    """Puts the optimiser's options and the schedule's peaks back to what they were before the checkpoint was read.
+    """Puts the optimizer's options and the schedule's peaks back to what they were before the checkpoint was read.
 
     Where nothing was changed they are the same numbers.
     """
 
-    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:  # before the optimisers' states are restored
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:  # before the optimizers' states are restored
         schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._peaks = [list(schedule.base_lrs) for schedule in schedules]
         self._options = [

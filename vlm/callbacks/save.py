@@ -1,4 +1,4 @@
-"""Saves what a run leaves behind: the artefact, and checkpoints that hold all that resuming needs."""
+"""Saves what a run leaves behind: the artifact, and checkpoints that hold all that resuming needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,9 +17,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from vlm import artifact, files
-from vlm.callbacks.ema import averaged
 from vlm.callbacks.stop import between_steps
-from vlm.module import Ended
+from vlm.module import TrainingStopped
 from vlm.ranges import Number, Range, Steps
 from vlm.run import CONSOLE
 from vlm.sharding import FullyShard, gather
@@ -45,8 +44,10 @@ class Save(pl.Callback):
     Args:
         every_n_steps, every_n_minutes: when to save; None for the minutes looks at the steps alone.
         keep_last: how many checkpoints to keep: `last.ckpt`, and before it `last-1.ckpt`, ….
-        best: keep the artefact of the validation with the best figure of that name under `best/`, which `ckpt=` takes.
+        best: keep the artifact of the validation with the best figure of that name under `best/`, which `ckpt=` takes.
     """
+
+    order: ClassVar[int] = 2  # after all that has a part in the weights and in the decision to stop
 
     def __init__(
         self,
@@ -61,10 +62,13 @@ class Save(pl.Callback):
     ) -> None:
         if every_n_steps < 1 or keep_last < 1:
             raise ValueError(
-                f"checkpoint.every_n_steps={every_n_steps} and checkpoint.keep_last={keep_last}; set both to 1 or more"
+                f"callbacks.save.every_n_steps={every_n_steps} and callbacks.save.keep_last={keep_last}; "
+                "set both to 1 or more"
             )
         if every_n_minutes is not None and every_n_minutes <= 0:
-            raise ValueError(f"checkpoint.every_n_minutes={every_n_minutes}; set it above 0, or null for steps alone")
+            raise ValueError(
+                f"callbacks.save.every_n_minutes={every_n_minutes}; set it above 0, or null for steps alone"
+            )
         self.run_dir, self.manifest, self.inherited = run_dir, manifest, inherited
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_steps, every_n_minutes, keep_last
         self.best, self._best_value = best, float("-inf")
@@ -92,7 +96,7 @@ class Save(pl.Callback):
             best = self.run_dir / "best"
             if trainer.is_global_zero:
                 best.mkdir(exist_ok=True)
-                config = best / "config.yaml"  # first, for an artefact is not taken without it
+                config = best / "config.yaml"  # first, for an artifact is not taken without it
                 artifact.write(artifact.aside(config), (self.run_dir / config.name).read_text(encoding="utf-8"))
                 artifact.put(config)
             self._save_artifact(trainer, module, best)
@@ -108,7 +112,7 @@ class Save(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         if trainer.global_step == self._saved or isinstance(exception, artifact.SaveError):
             return
-        together = isinstance(exception, Ended)  # which all ranks raise; from a sliced model they save together
+        together = isinstance(exception, TrainingStopped)  # all ranks raise it, and save a sliced model together
         if not together and isinstance(trainer.strategy, FullyShard):
             return
         try:
@@ -166,14 +170,16 @@ class Save(pl.Callback):
         except (OSError, RuntimeError) as error:
             artifact.aside(file).unlink(missing_ok=True)
             raise artifact.SaveError(
-                f"could not write {file} at step {trainer.global_step}: {_of_disk(error)}; the artefact is saved"
+                f"could not write {file} at step {trainer.global_step}: {_of_disk(error)}; the artifact is saved"
             ) from error
         self._time = time.monotonic()
 
     def _save_artifact(self, trainer: pl.Trainer, module: Any, folder: Path) -> None:
         names = artifact.trained_names(module.model, self.inherited)
-        with averaged(trainer, module):
+        with module.weights_to_save():
             tensors = gather(module.model, names)  # with all ranks
+            own = [name for name, _ in module.objective.named_parameters()]
+            tensors |= {artifact.OBJECTIVE + name: each for name, each in gather(module.objective, own).items()}
         if trainer.is_global_zero:
             artifact.save(folder / "artifact", tensors=tensors, manifest=self.manifest, step=trainer.global_step)
 

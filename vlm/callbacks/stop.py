@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,10 +21,11 @@ def between_steps(trainer: Any) -> bool:
 class StopOnSignal(pl.Callback):
     """Turns the first signal into a stop request; a second Ctrl-C ends at once, further signals change nothing.
 
-    No validation follows it, also where one was due: who sends it may not wait. `received` is the first signal, on
-    whichever rank it came, or None.
+    No validation follows it, also where one was due: who sends it may not wait. The module's `stopped_by` is the first
+    signal, on whichever rank it came.
     """
 
+    order: ClassVar[int] = -2  # before those that look at whether the training should stop
     received: signal.Signals | None = None
 
     def on_train_start(self, trainer: Any, module: pl.LightningModule) -> None:
@@ -55,6 +56,9 @@ class StopOnSignal(pl.Callback):
         if trainer.state.fn == "fit":
             self._look(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        module.stopped_by = self.agree(trainer)
+
     def _look(self, trainer: Any) -> None:
         if not between_steps(trainer):
             return  # a step that has begun is done first
@@ -76,14 +80,19 @@ class StopOnTime(Timer):
 
     A stop among the accumulated batches of a step would lose their gradients. A run that goes on has its time again, as
     a job that a scheduler queues again has.
+
+    Args:
+        max_time: DD:HH:MM:SS; None stops nothing.
     """
 
-    def __init__(self, *, max_time: Any) -> None:
+    order: ClassVar[int] = -1  # before Save, which looks at whether the training should stop
+
+    def __init__(self, *, max_time: str | None = None) -> None:
         try:
             super().__init__(duration=max_time)
         except MisconfigurationException as error:
             raise ValueError(
-                f"trainer.max_time={max_time!r} is no time; write it as 00:04:30:00, from days on"
+                f"trainer.max_time={max_time!r} must be DD:HH:MM:SS, days first, such as 00:04:30:00"
             ) from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -15,13 +15,12 @@ from vlm.schema import Batch
 
 
 class Throughput(pl.Callback):
-    """Logs `perf/*` at every logged step and keeps the sums over the whole fit; validation time does not count.
+    """Logs `perf/*` at every logged step and of the whole fit; validation time does not count.
 
     Tokens are those of the rows, visual ones and prompts included, padding not; per process.
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, float] = {}  # once the fit has ended
         self._seconds = self._tokens = self._samples = self._steps = self._before = 0.0
 
     def state_dict(self) -> dict[str, float]:
@@ -72,7 +71,7 @@ class Throughput(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         seconds = max(self._seconds, 1e-9)
-        self.totals = {
+        module.totals |= {
             "perf/tokens_per_second": self._tokens / seconds,
             "perf/samples_per_second": self._samples / seconds,
             "perf/step_seconds": seconds / max(1.0, self._steps),

@@ -1,4 +1,4 @@
-"""Look into artefacts: vlm-artifact show <run> | diff <run> <run> | merge <run> out=<folder>."""
+"""Look into artifacts: vlm-artifact show <run> | diff <run> <run> | merge <run> out=<folder>."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _fields(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def show(run: Path) -> None:
-    """Print what an artefact is of, and what it holds."""
+    """Print what an artifact is of, and what it holds."""
     from vlm import artifact
 
     manifest = artifact.read_manifest(run)
@@ -131,7 +131,7 @@ def show(run: Path) -> None:
         "llm.quantization": manifest["quantization"],
         "adapter": _inline(manifest["lora"]) if manifest["lora"] else "none",
     }
-    _print(f"Artefact of {run}", ("", ""), general.items())
+    _print(f"Artifact of {run}", ("", ""), general.items())
     stages = [
         (stage["name"], stage["run"], _inline({key: v for key, v in stage["options"].items() if "/" not in key}))
         for stage in manifest["stages"]
@@ -157,7 +157,7 @@ def _hash(config: Any) -> str:
 
 
 def diff(run: Path, other: Path) -> None:
-    """Print in what two artefacts differ."""
+    """Print in what two artifacts differ."""
     found = differences(run, other)
     names = (str(run), str(other))
     _print("Manifest fields that differ", ("field", *names), [(key, *pair) for key, pair in found["fields"].items()])

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlm import artifact, build, files, run, trust
+from vlm import artifact, build, config, files, run, trust
 from vlm.cli.entry import CONF
 from vlm.cli.overrides import for_shell, override
+from vlm.identity import identity
 from vlm.sharding import gather
 from vlm.text.templates import resolve
 
@@ -39,8 +40,8 @@ def merge(
     """
     ckpt, out = ckpt.absolute(), out.absolute()
     manifest = artifact.read_manifest(ckpt)
-    settings, choices = build.read_config(ckpt, given=given, sections=trust.MODEL)
-    run_id = build.run_id(ckpt)
+    settings, choices = config.read_config(ckpt, given=given)
+    run_id = config.run_id(ckpt)
     if not any(name.startswith("llm.") for name in manifest["tensors"]):
         raise ValueError(f"ckpt={ckpt} has trained nothing in its llm, so there is nothing to merge; use it as it is")
     if manifest["quantization"] != "none":
@@ -50,14 +51,14 @@ def merge(
         )
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder")
-    build.enter_folder_of(ckpt)
+    config.enter_folder_of(ckpt)
     model = _model(ckpt, settings)
     _merge(model.llm)
     model.llm.to(getattr(torch, dtype))
 
     llm = {**settings["llm"], "pretrained": str(out / "llm"), "weights": "pretrained", "package": None}
     stages = [*manifest["stages"], {"name": "merge", "run": str(out), "options": {"ckpt": str(ckpt)}}]
-    bases = {**manifest["bases"], "llm": {**artifact.identity(model.llm, llm), "pretrained": llm["pretrained"]}}
+    bases = {**manifest["bases"], "llm": {**identity(model.llm, llm), "pretrained": llm["pretrained"]}}
     kept = [name for name in manifest["tensors"] if not name.startswith("llm.")]
     lr = {
         **settings["stage"]["lr"],
@@ -81,7 +82,7 @@ def merge(
             manifest={**manifest, "bases": bases, "lora": None, "stages": stages, "code": run.provenance()},
             step=manifest["step"],
         )
-        build.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices, run_id)
+        config.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices, run_id)
         for file in (folder / "llm").iterdir():
             shutil.copymode(folder / "config.yaml", file)  # safetensors lets nobody else read what it writes
         folder.rename(out)
@@ -109,7 +110,7 @@ def _model(ckpt: Path, settings: dict[str, Any]) -> Any:
     """The trained model in float32 on the CPU."""
     exact = {**settings["trainer"], "accelerator": "cpu", "precision": "32-true"}
     model, manifest = build.build_model({**settings, "trainer": exact})
-    artifact.load(ckpt, model=model, manifest=manifest, run_id=build.run_id(ckpt))
+    artifact.load(ckpt, model=model, manifest=manifest, run_id=config.run_id(ckpt))
     return model.eval()  # an adapter comes with its dropout
 
 

@@ -13,15 +13,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vlm.cli.overrides import MANY, for_shell, holds_path, override, written
+from vlm.renamed import refuse_renamed_key
 
 CONF = Path(__file__).parents[2] / "conf"
 FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
 SWEEP = ("-m", "--multirun")
 # What a run from elsewhere may not decide: where weights lie, whose classes are made, whether to trust their code.
 SAID_AGAIN = re.compile(
-    r"(encoder|connector|llm)\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
+    r"(?!data\.|trainer\.)\w+\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
 )
-REQUIRED = ("encoder", "connector", "llm", "model", "data", "stage", "trainer")  # groups of which a run has one option
+GROUPS = tuple(sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"))
+REQUIRED = tuple(group for group in GROUPS if group not in (*MANY, "experiment", "debug"))
 
 
 def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
@@ -34,6 +36,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
         # The run's data has keys of its own, and where weights lie may have to be said again.
         words = [f"++{word}" if word.startswith("data.") or SAID_AGAIN.match(word) else word for word in words]
         refuse_parts(words)
+    for word in words:
+        refuse_renamed_key(word.partition("=")[0].lstrip("+~"))
     words = [quote_path(argument, sweep=bool(flags)) for argument in words]
     words = [each for argument in words for each in _group_option(argument)]
     keys = {argument.partition("=")[0] for argument in words}

@@ -59,7 +59,7 @@ def doctor(cfg: Any) -> None:
         if benchmark is not None:
             benchmark.keep(read(benchmark, "reading the benchmark"))
         findings = find(checkups, data.splits, benchmark, similarity=options.similarity)
-        report = doctor_report.summary(parts, model.connector.num_tokens, checkups, data.splits, benchmark)
+        report = doctor_report.summary(parts, model.num_visual_tokens, checkups, data.splits, benchmark)
         if options.score:
             for split, checkup in checkups.items():
                 indices = sorted({*checkup.owners})
@@ -90,11 +90,11 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from vlm import build
+    from vlm import config
     from vlm.data.findings import KINDS
     from vlm.options import bind_class, unknown_key
 
-    settings = build.plain(cfg)
+    settings = config.plain(cfg)
     options: Options = bind_class("doctor", Options, settings.pop("doctor"))()
     for kind in options.filter_kinds:
         if kind not in KINDS:
@@ -107,9 +107,9 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
     if settings["ckpt"]:
         theirs, choices = _parts_of(settings["ckpt"], settings)
         settings |= theirs
-    build.check(settings)
+    config.check(settings)
     settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
-    parts = ("encoder", "connector", "llm")
+    parts = config.model_class(settings).groups(settings)
     return settings, options, {part: choices.get(part) or _class_name(settings[part]) for part in parts}
 
 
@@ -133,14 +133,14 @@ def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], d
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from vlm import artifact, build, trust
+    from vlm import artifact, config, trust
     from vlm.cli.command_line import SAID_AGAIN
 
     artifact.read_manifest(run_dir)
     said = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task if SAID_AGAIN.match(word)]
     given = {key: value for key, value in trust.leaves(settings) if key in said}
-    theirs, choices = build.read_config(Path(run_dir), given=given, sections=trust.MODEL)
-    return {part: theirs[part] for part in trust.MODEL}, choices
+    theirs, choices = config.read_config(Path(run_dir), given=given)
+    return {section: theirs[section] for section in trust.of_model(theirs)}, choices
 
 
 def _model(settings: dict[str, Any], *, weights: bool) -> Any:
@@ -148,19 +148,16 @@ def _model(settings: dict[str, Any], *, weights: bool) -> Any:
     import torch
 
     from vlm import artifact, build
-    from vlm.llms.loading import load_tokenizer
+    from vlm.cli.plan import without_weights
 
     if weights:
         model, manifest = build.build_model(settings)
         artifact.load(settings["ckpt"], model=model, manifest=manifest)
         return model
-    llm = settings["llm"]
-    meta = {part: {**settings[part], "weights": "meta"} for part in ("encoder", "llm")}
     shapes: Any
     with torch.device("meta"):
-        shapes, _ = build.build_model({**settings, **meta})
-    if llm["weights"] == "pretrained":
-        shapes.llm.tokenizer = load_tokenizer(llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"])
+        shapes, _ = build.build_model(without_weights(settings))
+    shapes.load_tokenizer(settings)
     return shapes
 
 

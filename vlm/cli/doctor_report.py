@@ -22,7 +22,7 @@ from vlm.artifact import write_json
 from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
 from vlm.data.images import to_rgb
-from vlm.data.quote import one_line
+from vlm.quote import one_line
 from vlm.run import CONSOLE
 from vlm.schema import Source, Split
 

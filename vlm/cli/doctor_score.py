@@ -20,7 +20,7 @@ from vlm.data.batching import EvenBatches
 from vlm.data.collate import collate
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.rows import Rows
-from vlm.evaluation.looking import compared
+from vlm.evaluation.visual_gain import compared
 from vlm.objectives.language_modeling import SummedCrossEntropy
 from vlm.schema import Batch, Split
 
@@ -51,7 +51,7 @@ def scores(
         collate_fn=partial(collate, spec=data.spec, pad_id=data.text.pad_id),
     )
     one_device = {**settings["trainer"], "devices": 1, "num_nodes": 1}
-    trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, Path(), [])
+    trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, Path())
     found[list(indices)] = list(chain(*trainer.predict(_Agreement(model.eval(), advance), loader)))
     return found
 
@@ -76,6 +76,6 @@ class _Agreement(pl.LightningModule):
 def sample_losses(model: Any, batch: Batch) -> Tensor:
     """Mean cross-entropy of each sample's supervised tokens, in nats, float32 [samples]."""
     _, losses = SummedCrossEntropy.apply(model(batch), batch.targets)  # M
-    sample = batch.sample_index[batch.keep]  # M
+    sample = batch.sample_index[batch.logits_mask]  # M
     total = losses.new_zeros(len(batch.ids)).index_add_(0, sample, losses)
     return total / sample.bincount(minlength=len(batch.ids))

@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vlm import build, run
+from vlm import config, run
 from vlm.cli.entry import CONF
 from vlm.cli.plan import build_meta
 
@@ -60,10 +60,7 @@ def _figures(group: str, option: str) -> list[str]:
     cfg = compose("train", overrides=[*(f"{key}={value}" for key, value in choices.items()), "run_dir=none"])
     if OmegaConf.missing_keys(cfg[group]):  # the user says which model it will be
         return ["any", *[""] * (len(HEADINGS[group]) - 3)]
-    settings = build.plain(cfg)
-    for part in ("encoder", "llm"):
-        settings[part]["weights"] = "meta"
-    model = build_meta(settings)
+    model, _ = build_meta(config.plain(cfg))
     parameters = f"{run.count_parameters(model)[group]['total']:,}"
     rows, cols = model.encoder.grid
     return {

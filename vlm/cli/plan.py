@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer
 
-from vlm import artifact, build, run
-from vlm.llms.gguf import package_folder
+from vlm import artifact, build, config, run
 
 GB = 10**9
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type
-# Bytes a weight that bitsandbytes quantises. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
+# Bytes a weight that bitsandbytes quantizes. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
 # these one of 32 bits for every 256 (double quantisation, arXiv 2305.14314).
 QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 
@@ -37,14 +34,13 @@ def plan(cfg: DictConfig) -> None:
     for key in OmegaConf.missing_keys(cfg):
         if key.startswith("data."):  # a plan needs no data: the source's refusal of these words is shown
             OmegaConf.update(cfg, key, "not given")
-    settings = build.plain(cfg)
-    for part in ("encoder", "llm"):
-        settings[part]["weights"] = "meta"
-    build.check(settings)
-    model = build_meta(settings)
+    settings = config.plain(cfg)
+    config.check(without_weights(settings))
+    model, objective = build_meta(settings)
     report, remark = describe(settings, model)
     hydra = HydraConfig.get().runtime
-    run.print_parts(report["parts"], hydra.choices, settings["stage"])
+    counts = run.count_parameters(model, objective) | report["parts"]
+    run.print_parts(counts, hydra.choices, settings["stage"], decayed=model.layer_decay_part)
     run.CONSOLE.print(render(report, remark))
     if settings["plan"]["json"]:
         artifact.write_json(Path(settings["plan"]["json"]), report)
@@ -52,37 +48,46 @@ def plan(cfg: DictConfig) -> None:
         Path(hydra.output_dir).rmdir()  # Hydra has made it, and there is no run
 
 
-def build_meta(settings: Mapping[str, Any]) -> Any:
-    """The model on the meta device as the stage would train it, types and trainable state set."""
+def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the option that allocates no weights, for each part that comes with some."""
+    parts = config.model_class(settings).pretrained
+    return {**settings, **{part: {**settings[part], "weights": "meta"} for part in parts}}
+
+
+def build_meta(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and objective on the meta device as the stage would train them, types and trainable state set."""
     model: Any
     with torch.device("meta"):
-        model, _ = build.build_model(settings)
+        model, _ = build.build_model(without_weights(settings))
+        objective = build.build_objective(settings)
         lora = artifact.read_manifest(settings["ckpt"])["lora"] if settings["ckpt"] else None
         if lora:
-            model.llm.add_lora(**lora)
-        build.build_module(settings, model)
-    return model
+            getattr(model, model.lora_part()).add_lora(**lora)
+        build.build_module(settings, model, objective)
+    return model, objective
 
 
 def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], str]:
     """The plan as JSON takes it, and a remark on how `tokens_per_sample` came about.
 
-    The encoder's total is that of the published tower; `loaded` of it are held in memory and run. Where images are
+    The total of a part is that of the published model; `loaded` of it are held in memory and run. Where images are
     tiled, `visual_tokens_per_image` is the most that an image can have.
     """
     tokens, remark = _tokens_per_sample(settings, model)
     parts = run.count_parameters(model)
-    parts["encoder"] |= {"total": model.encoder.published_size(), "loaded": parts["encoder"]["total"]}
-    _, tiles = build.split_tiles(settings["encoder"])
+    for part, counts in parts.items():
+        if published := getattr(getattr(model, part), "published_size", None):
+            counts |= {"total": published(), "loaded": counts["total"]}
+    per_image = model.num_visual_tokens * model.visual_spec().max_tiles
     report = {
-        "precision": build.precision(settings),
+        "precision": config.precision(settings),
         "parts": parts,
-        "visual_tokens_per_image": model.connector.num_tokens * tiles.most,
-        "visual_tokens_per_tile": model.connector.num_tokens,
+        "visual_tokens_per_image": per_image,
+        "visual_tokens_per_tile": model.num_visual_tokens,
         "tokens_per_sample": tokens,
         "memory_gb": memory_gb(
             model,
-            quantization=settings["llm"].get("quantization", "none"),
+            quantization=model.quantization,
             averaged=settings["stage"].get("ema_decay") is not None,
         ),
     }
@@ -94,7 +99,7 @@ def memory_gb(model: Any, *, quantization: str, averaged: bool = False) -> dict[
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if quantization != "none":
-        linear = (m for layer in model.llm.layers() for m in layer.modules() if isinstance(m, nn.Linear))
+        linear = (m for layer in model.blocks(model.lora_part()) for m in layer.modules() if isinstance(m, nn.Linear))
         for weight in (m.weight for m in linear if not m.weight.requires_grad):  # those of an adapter learn
             stored += weight.numel() * (QUANTIZED[quantization] - weight.element_size())
     held = {"weights": stored, "gradients": trained, "optimizer_states": ADAMW_STATES * trained}
@@ -108,9 +113,10 @@ def render(report: Mapping[str, Any], remark: str) -> Table:
     table.add_column("quantity")
     table.add_column("value", justify="right")
     table.add_column("remark")
-    encoder, tokens = report["parts"]["encoder"], report["tokens_per_sample"]
-    if encoder["loaded"] != encoder["total"]:
-        table.add_row("encoder: loaded and run", f"{encoder['loaded']:,}", f"of {encoder['total']:,} parameters")
+    tokens = report["tokens_per_sample"]
+    for part, counts in report["parts"].items():
+        if (loaded := counts.get("loaded", counts["total"])) != counts["total"]:
+            table.add_row(f"{part}: loaded and run", f"{loaded:,}", f"of {counts['total']:,} parameters")
     visual, per_tile = report["visual_tokens_per_image"], report["visual_tokens_per_tile"]
     most = f"at most: {visual // per_tile} tiles of {per_tile:,}" if visual != per_tile else ""
     table.add_row("visual tokens per image", f"{visual:,}", most)
@@ -122,39 +128,11 @@ def render(report: Mapping[str, Any], remark: str) -> Table:
 
 def _tokens_per_sample(settings: Mapping[str, Any], model: Any) -> tuple[float | None, str]:
     """Mean tokens of some training samples, visual ones included, and with which tokenizer; None if there are none."""
-    llm = dict(settings["llm"])
-    local = _local_tokenizer(llm)
-    if local is None:  # its texts are several times as long, and it has no template of its own
-        llm["chat_template"] = llm["chat_template"] or "chatml"
-    else:
-        model.llm.tokenizer = local
+    tokenizer = model.use_local_tokenizer(settings)
     data = {**settings["data"], "max_length": 10**9}  # a row too long for training also counts
     try:
-        module = build.build_data({**settings, "llm": llm, "data": data}, model, None)
+        module = build.build_data({**settings, "data": data}, model, None)
         report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
     except (ValueError, OSError) as error:
         return None, str(error)
-    tokenizer = "the LLM's own tokenizer" if local else "a byte tokenizer"
     return report.num_tokens / report.num_samples, f"mean of {report.num_samples} samples, with {tokenizer}"
-
-
-def _local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
-    """The LLM's own tokenizer if its files are on this machine."""
-    try:
-        folder = _tokenizer_folder(llm)
-        trust = llm.get("trust_remote_code", False)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust) if folder else None
-    except (OSError, ValueError):  # incomplete, or no name that the hub's cache knows
-        return None
-
-
-def _tokenizer_folder(llm: Mapping[str, Any]) -> Path | None:
-    """The folder that training would read, as far as that takes no conversion and no download."""
-    package = package_folder(llm["package"]) if llm.get("package") else None
-    name = llm.get("pretrained")
-    if package and package.is_dir():
-        return package
-    if not name or Path(name).is_dir():
-        return Path(name) if name else None
-    cached = try_to_load_from_cache(name, "tokenizer.json")
-    return Path(cached).parent if isinstance(cached, str) else None

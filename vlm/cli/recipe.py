@@ -24,12 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
 
-from vlm import build, run
-from vlm.artifact import read_manifest, write_json
+from vlm import config, run
+from vlm.artifact import write_json
 from vlm.cli import plan
 from vlm.cli.entry import CONF, config_error, fail
-from vlm.cli.launch import FORWARDED, num_processes, searchpath, wait_for
 from vlm.cli.overrides import for_shell, override
+from vlm.cli.processes import FORWARDED, num_processes, searchpath, wait_for
 from vlm.cli.resume import FREE, within
 from vlm.options import known
 
@@ -65,17 +65,17 @@ def run_stages(cfg: DictConfig) -> None:
             f"a recipe starts its stages itself, but {num} processes were started with it; start one, or each stage by "
             "its own command with recipe=null"
         )
-    with run.claim(root, resumed=False) or nullcontext():  # each stage has a directory of its own
+    with run.lock(root, resumed=False) or nullcontext():  # each stage has a directory of its own
         _begun(root, stages)
         for number, stage in enumerate(stages):
-            if run.finished(stage.run_dir) and not _time_was_up(stage):
+            if run.status(stage.run_dir) == "finished":
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", soft_wrap=True)
             elif (stage.run_dir / "config.yaml").exists():
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options)
             else:
                 _run(stage.name, "train.py", _begin(stages, number))
-            if _time_was_up(stage):
+            if run.status(stage.run_dir) == "time_up":
                 fail(f"the time of {stage.name} is up (trainer.max_time); {GO_ON}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
                 (stage.run_dir / "eval" / "results.json").unlink(missing_ok=True)  # of other options
@@ -108,7 +108,7 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
                 raise ValueError(f"{barred[0]} is not for a stage to set; give it on the command line")
             composed = compose("train", [*options, override("run_dir", str(root / name))])
             if not plan.wanted(cfg):  # which needs no data
-                build.check(settings := build.plain(composed))
+                config.check(settings := config.plain(composed))
                 _check_evaluation(settings, _asked(cfg))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"stage {name} of the recipe: {config_error(error)}") from error
@@ -122,7 +122,7 @@ def _check_evaluation(settings: dict[str, Any], asked: Mapping[str, Any]) -> Non
     """Raise ValueError where eval.py would not take what it is to be asked."""
     options = [override(f"++{key}" if key.startswith("data.") else key, value) for key, value in asked.items()]
     data = OmegaConf.merge(settings["data"], compose("eval", options).data)
-    build.check({**settings, "data": OmegaConf.to_container(data)})
+    config.check({**settings, "data": OmegaConf.to_container(data)})
 
 
 def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -160,7 +160,8 @@ def _begin(stages: Sequence[Stage], number: int) -> list[str]:
 
 def _evaluation(stage: Stage, cfg: DictConfig) -> list[str]:
     """The options of eval.py that measure a stage, on one device, with what all stages are measured with."""
-    answers = {key: stage.cfg.answers[key] for key in ("num_samples", "batch_size", "max_new_tokens")}
+    keys = ("num_samples", "batch_size", "max_new_tokens")
+    answers = {key: value for key in keys if (value := OmegaConf.select(stage.cfg, f"evaluators.answers.{key}"))}
     machine = {f"trainer.{key}": stage.cfg.trainer[key] for key in ("accelerator", "precision")}
     options = {"ckpt": str(stage.run_dir), **answers, **machine, "trainer.devices": 1, **_asked(cfg)}
     return [override(key, value) for key, value in options.items()]
@@ -211,13 +212,6 @@ def _tell(what: str, program: str, options: Sequence[str]) -> None:
     run.CONSOLE.print(line, soft_wrap=True)
 
 
-def _time_was_up(stage: Stage) -> bool:
-    """Whether a stage has all its figures, but before its last step."""
-    asked = stage.cfg.trainer
-    stopped = asked.max_time is not None and run.finished(stage.run_dir)
-    return stopped and read_manifest(stage.run_dir)["step"] < asked.max_steps
-
-
 def _run(what: str, program: str, options: Sequence[str]) -> None:
     """Start a program of the project and wait for its end; exit with its code if that is not 0."""
     _tell(what, program, options)
@@ -242,7 +236,7 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
         {
             "name": stage.name,
             "run": str(stage.run_dir),
-            "metrics": json.loads((stage.run_dir / "metrics.json").read_text(encoding="utf-8")),
+            "metrics": run.read_metrics(stage.run_dir),
             "eval": _figures(stage, cfg) if evaluated else None,
         }
         for stage in stages

@@ -10,13 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from vlm import build, trust
+from vlm import config, trust
 from vlm.cli.overrides import chosen
 from vlm.trust import within
 
 # These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
 FREE = (
-    *("resume", "run_dir", "plan", "preflight", "answers", "logger", "callbacks", "checkpoint"),
+    *("resume", "run_dir", "plan", "preflight", "evaluators", "logger", "callbacks"),
     *("data.num_workers", "trainer.max_time", "trainer.log_every_n_steps"),
 )
 
@@ -26,7 +26,7 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
 
     Raises ValueError, naming the keys, where more is changed than `resume.allow` says.
     """
-    before, choices, is_own = build.stored_config(run_dir)
+    before, choices, is_own = config.stored_config(run_dir)
     if (run_dir / "llm").is_dir():
         raise ValueError(f"{run_dir} is a merged run, which has ended; start a next stage from it with ckpt={run_dir}")
     if before["trainer"].get("overfit_batches"):
@@ -38,16 +38,16 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
         values = ", ".join(f"{key} is {old.get(key)} and would be {new.get(key)}" for key in refused)
         raise ValueError(
             f"resume= goes on with a run as it was configured, but {values}; leave that out, allow it with "
-            f"'resume.allow=[{','.join(refused)}]', or start a new run from its artefact with ckpt={run_dir}"
+            f"'resume.allow=[{','.join(refused)}]', or start a new run from its artifact with ckpt={run_dir}"
         )
     for options in filter(None, after["logger"].values()):
         options |= {key: str(run_dir) for key, value in options.items() if value == before["run_dir"]}
     after["run_dir"] = str(run_dir)
     if not is_own:
         composed: Any = OmegaConf.to_container(cfg, resolve=True)
-        sections = (*trust.GROUPS, "checkpoint", "ckpt")
+        sections = (*trust.of_model(after), *config.MANY, "data", "trainer", "ckpt")
         after = trust.restrict(after, run_dir=run_dir, sections=sections, said=_said(cfg, choices), composed=composed)
-    build.enter_folder_of(run_dir)
+    config.enter_folder_of(run_dir)
     return after, choices
 
 
@@ -64,9 +64,10 @@ def _overridden(
         if key not in choices:
             OmegaConf.update(after, key, _plain(OmegaConf.select(cfg, key)), merge=False)
         elif (option := chosen(hydra)[key]) != choices[key]:
-            if key not in build.GROUPS:
+            composed = config.plain(cfg)
+            if not isinstance(composed.get(key), dict):  # experiment and debug have no section of their own
                 raise ValueError(f"resume= cannot change {key}={choices[key]} to {option}; leave it out")
-            after[key], choices[key] = build.plain(cfg)[key], option
+            after[key], choices[key] = composed[key], option
     after["resume"] = _plain(cfg.resume)
     changed: Any = OmegaConf.to_container(after)
     return changed, choices

@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
     A forward pre-hook runs the block before every n-th layer, from the first: the LLM's own modules and names stay as
     they are, and the blocks belong to this module. Their gates start at zero, where the LLM answers as if bare. A token
     sees the last image before it. One with no image before it passes the blocks as it came, as in Llama 3.2, so that
-    the LLM answers text alone as if bare. Outside `looking_at` it is bare. A learned vector marks each visual token,
+    the LLM answers text alone as if bare. Outside `attending_to` it is bare. A learned vector marks each visual token,
     whose place no order tells here.
 
     Parameters: the resampler's, K·D for the places, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the
@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
         every: a block before every n-th layer.
         all_previous_images: let a token see all the images before it, not the last alone.
         num_queries, depth: visual tokens per image, and blocks, of the resampler.
-        num_heads, head_width, ff_mult: of the attention and feed-forward of all blocks, the resampler's too.
+        num_heads, head_dim, ff_mult: of the attention and feed-forward of all blocks, the resampler's too.
     """
 
     fusion: ClassVar[str] = "layers"
@@ -69,7 +69,7 @@ class CrossAttention(nn.Module):
         num_queries: Width = 64,
         depth: Depth = 2,
         num_heads: Heads = 8,
-        head_width: Width = 64,
+        head_dim: Width = 64,
         ff_mult: Annotated[int, Range(1, 64)] = 4,
     ) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class CrossAttention(nn.Module):
             num_queries=num_queries,
             depth=depth,
             num_heads=num_heads,
-            head_width=head_width,
+            head_dim=head_dim,
             ff_mult=ff_mult,
         )
         self.places = nn.Parameter(PLACES * output_rms * torch.randn(num_queries, llm_width))
@@ -94,7 +94,7 @@ class CrossAttention(nn.Module):
             GatedBlock,
             width=llm_width,
             num_heads=num_heads,
-            head_width=head_width,
+            head_dim=head_dim,
             ff_mult=ff_mult,
             output_rms=output_rms,
         )
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
             layer.register_forward_pre_hook(partial(self._look, block))
 
     @contextmanager
-    def looking_at(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Iterator[None]:
+    def attending_to(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Iterator[None]:
         """Within it the LLM sees the images of `batch`, also in the tokens that it generates."""
         # Visual tokens come at the scale of embeddings; the blocks' matrices are drawn for a scale of 1.
         normed = F.layer_norm(visual, visual.shape[2:])  # N K D
@@ -169,7 +169,7 @@ class View:
         if num_images != len(visual):
             raise ValueError(
                 f"the batch counts {num_images} images but has the visual tokens of {len(visual)}; "
-                f"make num_images match pixels (samples {', '.join(batch.ids[:4])})"
+                f"make num_images match pixel_values (samples {', '.join(batch.ids[:4])})"
             )
         # Rows without an image get an empty slot all the same: a softmax over nothing is not a number.
         slots = torch.arange(1, max(1, int(batch.num_images.max())) + 1, device=visual.device)  # I
@@ -221,10 +221,10 @@ class GatedBlock(nn.Module):
     gate adds starts at the scale of the LLM's embeddings, `output_rms`.
     """
 
-    def __init__(self, *, width: int, num_heads: int, head_width: int, ff_mult: int, output_rms: float) -> None:
+    def __init__(self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, output_rms: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        inner = num_heads * head_width
+        inner = num_heads * head_dim
         self.attention_norm = nn.LayerNorm(width)
         self.q = _linear(width, inner)
         self.k = _linear(width, inner)

@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class MLP(nn.Module):
     """features [N,P,Dv] -> visual [N,P,D]: `depth` linear layers with an activation between them.
 
-    With `norm` and `position` off it is LLaVA's projector, initialised as PyTorch does. With `norm` the visual tokens
+    With `norm` and `position` off it is LLaVA's projector, initialized as PyTorch does. With `norm` the visual tokens
     start with the root mean square of the LLM's input embeddings, and the mean of each activation is taken off: what
     all patches share would else outweigh, in every update, what sets them apart.
 

@@ -39,7 +39,7 @@ class PerceiverResampler(nn.Module):
         num_patches: how many there are (P).
         num_queries: how many latents come out (K).
         depth: blocks of attention and feed-forward.
-        num_heads, head_width: of the attention; their product need not be the width.
+        num_heads, head_dim: of the attention; their product need not be the width.
         ff_mult: hidden width of the feed-forward over `width`.
         width: of the latents; None is the encoder's. Another one puts a matrix before the blocks.
         qk_norm: layer norm on each head's queries and keys.
@@ -56,7 +56,7 @@ class PerceiverResampler(nn.Module):
         num_queries: int,
         depth: int,
         num_heads: int,
-        head_width: int,
+        head_dim: int,
         ff_mult: int = 4,
         width: int | None = None,
         qk_norm: bool = False,
@@ -70,7 +70,7 @@ class PerceiverResampler(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, self.width))
         self.widen = nn.Identity() if width is None else nn.Linear(vision_width, width, bias=False)
         self.position = nn.Parameter(torch.randn(num_patches, self.width)) if position else None
-        sizes = {"num_heads": num_heads, "head_width": head_width, "ff_mult": ff_mult}
+        sizes = {"num_heads": num_heads, "head_dim": head_dim, "ff_mult": ff_mult}
         blocks = [ResamplerBlock(width=self.width, qk_norm=qk_norm, **sizes) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(self.width)
@@ -90,14 +90,14 @@ class PerceiverResampler(nn.Module):
 class ResamplerBlock(nn.Module):
     """The latents attend to the features and to each other, then pass a feed-forward; both add to what they were."""
 
-    def __init__(self, *, width: int, num_heads: int, head_width: int, ff_mult: int, qk_norm: bool) -> None:
+    def __init__(self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, qk_norm: bool) -> None:
         super().__init__()
-        inner = num_heads * head_width
+        inner = num_heads * head_dim
         self.num_heads = num_heads
         self.features_norm = nn.LayerNorm(width)
         self.latents_norm = nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
-        self.q_norm, self.k_norm = (nn.LayerNorm(head_width) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(inner, width, bias=False)
         self.ff_norm = nn.LayerNorm(width)
         self.ff_in = nn.Linear(width, ff_mult * width, bias=False)
@@ -162,7 +162,7 @@ class Resampler(nn.Module):
         num_queries: Width = 64,
         depth: Depth = 2,
         num_heads: Heads = 8,
-        head_width: Width = 64,
+        head_dim: Width = 64,
         ff_mult: Annotated[int, Range(1, 64)] = 4,
         width: Width | None = None,
         qk_norm: bool = False,
@@ -176,7 +176,7 @@ class Resampler(nn.Module):
             num_queries=num_queries,
             depth=depth,
             num_heads=num_heads,
-            head_width=head_width,
+            head_dim=head_dim,
             ff_mult=ff_mult,
             width=width,
             qk_norm=qk_norm,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from vlm.data.fingerprint import hashed
 from vlm.data.paths import likely_path, no_path
-from vlm.data.quote import quoted
 from vlm.file_kinds import HEAD, kind_of
+from vlm.quote import quoted
 
 
 class Row(NamedTuple):

@@ -21,7 +21,7 @@ class Row:
 
     samples: list[Sample]  # without their pictures
     encoded: list[Encoded]
-    pixels: list[Tensor]  # each [3, H, W], of an image or a tile
+    pixel_values: list[Tensor]  # each [3, H, W], of an image or a tile
     layouts: list[tuple[int, ...]]  # of each image, how many tiles stand in each row of tiles
 
 
@@ -38,7 +38,7 @@ def join(rows: Sequence[Row]) -> Row:
     return Row(
         samples=list(chain.from_iterable(row.samples for row in rows)),
         encoded=list(chain.from_iterable(row.encoded for row in rows)),
-        pixels=list(chain.from_iterable(row.pixels for row in rows)),
+        pixel_values=list(chain.from_iterable(row.pixel_values for row in rows)),
         layouts=list(chain.from_iterable(row.layouts for row in rows)),
     )
 
@@ -64,19 +64,23 @@ def collate(
         return torch.from_numpy(lines)
 
     samples = list(chain.from_iterable(row.samples for row in rows))
-    pixels = list(chain.from_iterable(row.pixels for row in rows))
-    last = torch.stack([each.permute(1, 2, 0) for each in pixels]) if pixels else torch.zeros(0, *spec.image_size, 3)
+    pixel_values = list(chain.from_iterable(row.pixel_values for row in rows))
+    last = (
+        torch.stack([each.permute(1, 2, 0) for each in pixel_values])
+        if pixel_values
+        else torch.zeros(0, *spec.image_size, 3)
+    )
     return Batch(
-        pixels=last.permute(0, 3, 1, 2),  # as `Transform` leaves them: the channels last in memory
+        pixel_values=last.permute(0, 3, 1, 2),  # as `Transform` leaves them: the channels last in memory
         input_ids=padded("input_ids", pad_id),
         attention_mask=padded("attention_mask").bool(),
-        positions=padded("positions"),
+        position_ids=padded("position_ids"),
         image_mask=padded("image_mask").bool(),
         images_before=padded("images_before"),
         images_hidden=padded("images_hidden"),
         labels=padded("labels", IGNORE),
         sample_index=padded("sample_index", -1),
-        num_images=torch.tensor([len(row.pixels) for row in rows]),
+        num_images=torch.tensor([len(row.pixel_values) for row in rows]),
         layouts=[row.layouts for row in rows],
         ids=[sample.id for sample in samples],
         samples=samples,
@@ -93,7 +97,7 @@ def _columns(row: Row, first: int) -> dict[str, np.ndarray]:
         part = {
             "input_ids": np.array(encoded.input_ids),
             "attention_mask": np.ones(size, dtype=int),
-            "positions": np.arange(size),
+            "position_ids": np.arange(size),
             "image_mask": np.array(encoded.image_mask, dtype=int),
             "images_before": images + np.array(encoded.images_before),
             "images_hidden": np.full(size, images),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from vlm.data.quote import named, quoted
+from vlm.quote import named, quoted
 from vlm.schema import BadSample, Content, Message
 
 MARK = "<image>"  # in a text, the place of the next image

@@ -1,4 +1,4 @@
-"""The LightningDataModule: a source's two splits become batches that the model's eye and tongue can read."""
+"""The LightningDataModule: a source's two splits become batches that a model can read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vlm.data.filter import filtered
 from vlm.data.fingerprint import fingerprint
 from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
-from vlm.data.quote import quoted
 from vlm.data.reading import Reading, applied
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
 from vlm.data.shared import shared_images
 from vlm.data.workers import WorkerContext
+from vlm.quote import quoted
 from vlm.ranges import BatchSize, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
-from vlm.schema import BadSample, Batch, Source, Split, VisualSpec
+from vlm.schema import BadSample, Batch, Form, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.turns import count
 
@@ -52,7 +52,7 @@ class VLMDataModule(pl.LightningDataModule):
         train_on, system_prompt, too_long: as `TextEncoder` takes them.
         num_val_samples: how many of the held-out samples every validation takes (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
-        max_bad_share: with `skip`, the share of bad samples above which the run stops all the same; above 0 it allows
+        max_bad_ratio: with `skip`, the share of bad samples above which the run stops all the same; above 0 it allows
             one at least.
         seed: of the order of the samples.
         bad_samples_file: where skipped samples are named; None writes nothing.
@@ -80,7 +80,7 @@ class VLMDataModule(pl.LightningDataModule):
         too_long: Literal["drop", "truncate_text"] = "drop",
         num_val_samples: Samples | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
-        max_bad_share: Ratio = 0.01,
+        max_bad_ratio: Ratio = 0.01,
         seed: Seed = 0,
         bad_samples_file: Path | None = None,
         filter: Name | None = None,
@@ -114,7 +114,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.train_on, self.system_prompt, self.too_long = train_on, system_prompt, too_long
         self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed = num_val_samples, seed
-        self.max_bad_share = 0.0 if on_bad_sample == "raise" else max_bad_share
+        self.max_bad_ratio = 0.0 if on_bad_sample == "raise" else max_bad_ratio
         self.bad_samples_file = bad_samples_file
         self._start: dict[str, Any] | None = None  # of the training batches
 
@@ -125,9 +125,12 @@ class VLMDataModule(pl.LightningDataModule):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None,
         max_answers: int | None = None,
+        form: Form = "conversation",
     ) -> None:
-        """Learn what a picture and a word are to the model, and how many answers a row may hold (None: any number)."""
-        self.spec = spec
+        """Learn how the model takes images and text, how many answers a row may hold (None: any number), and what form
+        of rows the objective wants.
+        """
+        self.spec, self.form = spec, form
         self.text = TextEncoder(
             tokenizer=tokenizer,
             num_image_tokens=spec.num_tokens,
@@ -139,7 +142,7 @@ class VLMDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             too_long=self.too_long,
         )
-        self.judge = Judge(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers)
+        self.judge = Judge(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers, form=form)
         self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
 
     def counts(self) -> dict[str, int]:
@@ -258,7 +261,7 @@ class VLMDataModule(pl.LightningDataModule):
             source=source,
             split=split,
             judge=self.judge,
-            max_bad=max(1, int(self.max_bad_share * len(source))) if self.max_bad_share else 0,
+            max_bad=max(1, int(self.max_bad_ratio * len(source))) if self.max_bad_ratio else 0,
             bad_samples_file=self.bad_samples_file,
             augment=self.augment if split == "train" else None,
             seed=self.seed,
@@ -280,7 +283,8 @@ class VLMDataModule(pl.LightningDataModule):
     def _collated(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         """What makes a batch of a split's rows."""
         sources = getattr(self.splits[split], "names", ())
-        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources)
+        side: Literal["left", "right"] = "left" if self.form == "prompt" else "right"
+        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources, side=side)
 
     @property
     def _val_size(self) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 DISTANCE = 3  # bits of 64 in which the hashes of near duplicates may differ
-CELLS, COLOUR = 4, 16  # and the levels of 256 by which the colours of the 4 x 4 cells of near duplicates may differ
+CELLS, COLOR = 4, 16  # and the levels of 256 by which the colors of the 4 x 4 cells of near duplicates may differ
 SIMILARITY = 0.99  # the least correlation of what near duplicates show, in 16 x 18 gray cells
 CONTENT = (16, 18)
 CONTRAST = 32  # gray levels of standard deviation from which on a step is one of MARGIN; below it takes less
@@ -24,7 +24,7 @@ class Look(NamedTuple):
 
     pixels: int  # hash of its size and pixels, 64 bits
     steps: int  # difference hash: is each cell of 9 x 8 darker than its right neighbour? 64 bits
-    colours: bytes  # the mean colors of 4 x 4 cells: plain drawings share their steps
+    colors: bytes  # the mean colors of 4 x 4 cells: plain drawings share their steps
     content: bytes  # 16 x 18 gray cells, int8, their mean 0 and their standard deviation 32: X-rays share much else
 
 
@@ -32,7 +32,7 @@ class Looks:
     """The looks of many pictures, 352 bytes each."""
 
     def __init__(self) -> None:
-        self._pixels, self._steps, self._colours, self._content = array("Q"), array("Q"), array("B"), array("b")
+        self._pixels, self._steps, self._colors, self._content = array("Q"), array("Q"), array("B"), array("b")
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -40,7 +40,7 @@ class Looks:
     def append(self, look: Look) -> None:
         self._pixels.append(look.pixels)
         self._steps.append(look.steps)
-        self._colours.frombytes(look.colours)
+        self._colors.frombytes(look.colors)
         self._content.frombytes(look.content)
 
     def take(self, indices: NDArray[np.int64]) -> Looks:
@@ -48,7 +48,7 @@ class Looks:
         taken = Looks()
         taken._pixels.extend(self.pixels[indices].tolist())
         taken._steps.extend(self.steps[indices].tolist())
-        taken._colours.extend(self.colours[indices].flatten().tolist())
+        taken._colors.extend(self.colors[indices].flatten().tolist())
         taken._content.frombytes(self.content[indices].tobytes())
         return taken
 
@@ -61,8 +61,8 @@ class Looks:
         return np.array(self._steps, dtype=np.uint64)
 
     @property
-    def colours(self) -> NDArray[np.int16]:
-        return np.array(self._colours, dtype=np.int16).reshape(len(self), CELLS * CELLS * 3)
+    def colors(self) -> NDArray[np.int16]:
+        return np.array(self._colors, dtype=np.int16).reshape(len(self), CELLS * CELLS * 3)
 
     @property
     def content(self) -> NDArray[np.int8]:
@@ -76,11 +76,11 @@ def look(image: Image.Image) -> Look:
     steps = np.packbits(np.diff(_cells(gray, 8, 9)) > margin)
     content = _cells(gray, *CONTENT)
     content = (content - content.mean()) * (32 / max(0.5, float(content.std())))
-    colours = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+    colors = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
     return Look(
         digest(f"{image.size}".encode() + image.tobytes()),
         int.from_bytes(steps.tobytes(), "big"),
-        colours,
+        colors,
         np.clip(np.rint(content), -127, 127).astype(np.int8).tobytes(),
     )
 
@@ -106,7 +106,7 @@ def closest(
     With `before`, query q is compared with the references in front of number `before[q]` alone.
     """
     wanted, known = queries.steps, references.steps
-    wanted_colours, known_colours = queries.colours, references.colours
+    wanted_colors, known_colors = queries.colors, references.colors
     wanted_content, known_content = _normalized(queries.content), _normalized(references.content)
     same = queries.pixels, references.pixels
     limits = np.full(len(wanted), len(known)) if before is None else before
@@ -122,7 +122,7 @@ def closest(
             near = near[: np.searchsorted(near, limits[query])]
             distances = np.bitwise_count(known[near] ^ wanted[query])
             near, distances = near[distances <= DISTANCE], distances[distances <= DISTANCE]
-            alike = np.abs(known_colours[near] - wanted_colours[query]).max(1, initial=0) <= COLOUR
+            alike = np.abs(known_colors[near] - wanted_colors[query]).max(1, initial=0) <= COLOR
             correlation = known_content[near] @ wanted_content[query]
             flat = ~known_content[near].any(1) & ~wanted_content[query].any()
             alike &= (correlation >= similarity) | flat | (same[1][near] == same[0][query])

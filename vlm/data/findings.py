@@ -140,7 +140,7 @@ def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity
 def _shared(train: Checkup, val: Checkup, similarity: float) -> Iterator[Finding]:
     for index, match, word in _matches(train, val.looks, similarity):
         other = val.owners[match]
-        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learnt"
+        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learned"
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 

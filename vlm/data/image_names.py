@@ -13,8 +13,8 @@ from PIL import Image
 from vlm.data.files import open_inside
 from vlm.data.images import BadImage, decode_image, load_image
 from vlm.data.paths import likely_path, no_path
-from vlm.data.quote import LONGEST, quoted
 from vlm.data.split import digest
+from vlm.quote import LONGEST, quoted
 from vlm.schema import BadSample, StoredImage
 
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.-]+)*;base64,", re.ASCII)

@@ -120,7 +120,7 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
-    """The image in the middle of a square of colour `fill`.
+    """The image in the middle of a square of color `fill`.
 
     Raises `ValueError` where the square would hold more pixels than data.reading allows: a strip of 1 x 60,000 pixels
     passes for a small image until it is padded.

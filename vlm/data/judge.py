@@ -9,9 +9,9 @@ from typing import Any
 from PIL.Image import Image
 
 from vlm.data.collate import Row, make_row
-from vlm.data.quote import one_line
 from vlm.data.reading import Reading, applied
-from vlm.schema import BadSample, Sample, Source, VisualSpec
+from vlm.quote import one_line
+from vlm.schema import BadSample, Form, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
 
@@ -28,6 +28,7 @@ class Judge:
     spec: VisualSpec
     reading: Reading = field(default_factory=Reading)
     max_answers: int | None = None
+    form: Form = "conversation"
 
     def read(self, source: Source, index: int) -> Sample:
         """The sample as its source gives it. Raises BadSample where that cannot read it."""
@@ -66,12 +67,15 @@ class Judge:
                 )
 
     def encoded(self, sample: Sample, *, num_images: int | None = None) -> Encoded:
-        """The conversation in tokens. Raises BadSample where there is no row to train on.
+        """The row to train on, in tokens. Raises BadSample where there is none.
 
         `num_images` says how many images an outline has.
         """
         self.check(sample)
-        encoded = _blamed(self.text.encode, sample, len(sample.images) if num_images is None else num_images)
+        num = len(sample.images) if num_images is None else num_images
+        if self.form == "prompt":
+            return _blamed(self.text.encode_prompt, sample, num)
+        encoded = _blamed(self.text.encode, sample, num)
         answers = len(self.text.supervised(encoded)) if self.max_answers is not None else 0
         if self.max_answers is not None and answers > self.max_answers:
             raise BadSample(

@@ -118,7 +118,7 @@ class Rows(Dataset[Row]):
     def check(self, num_bad: int, error: BadSample) -> None:
         """Raise ValueError, naming the latest of them, where that many bad samples are more than are allowed."""
         if num_bad > self.max_bad:
-            remedy = "data.max_bad_share" if self.max_bad else "data.on_bad_sample=skip and data.max_bad_share"
+            remedy = "data.max_bad_ratio" if self.max_bad else "data.on_bad_sample=skip and data.max_bad_ratio"
             share = num_bad / len(self.source)
             more = f", or set {remedy} above {share:.2g}" if share < 1 else ""  # which would leave no sample
             raise ValueError(

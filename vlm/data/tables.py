@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 from vlm.data.annotations import Row
-from vlm.data.quote import named
+from vlm.quote import named
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Flickr8k.token.txt and Flickr30k's results.token: `1000092795.jpg#0<tab>Two men ...`, without a header.

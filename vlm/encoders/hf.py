@@ -24,9 +24,9 @@ from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Rang
 
 
 class HFEncoder(nn.Module):
-    """pixels [N,3,H,W] -> features [N,P,Dv], with no class or register token, and no layer that they do not need.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv], with no class or register token, and no layer that they do not need.
 
-        pixels ──► tower ──► hidden_states[layer] [N,L,·] each ──► first tokens dropped, joined ──► features
+        pixel_values ──► tower ──► hidden_states[layer] [N,L,·] each ──► first tokens dropped, joined ──► features
 
     Args:
         pretrained: hub id or local folder of the weights (safetensors).
@@ -109,14 +109,14 @@ class HFEncoder(nn.Module):
         """Parameters of the whole tower, those that features do not need among them."""
         return self._published_size
 
-    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
-            return self(pixels.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
-        states = self._hidden_states(self.tower, pixels.to(self.tower.dtype))  # each N L ·
+    def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        if len(pixel_values) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+            return self(pixel_values.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
+        states = self._hidden_states(self.tower, pixel_values.to(self.tower.dtype))  # each N L ·
         return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._drop :]  # N P Dv
 
-    def _hidden_states(self, tower: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, ...]:
-        return tower(pixel_values=pixels, output_hidden_states=True, **self._options).hidden_states
+    def _hidden_states(self, tower: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return tower(pixel_values=pixel_values, output_hidden_states=True, **self._options).hidden_states
 
     def _tokens_to_drop(self, skeleton: PreTrainedModel, asked: int | None) -> int:
         """All but one token a patch. Raises where `asked` is another number."""

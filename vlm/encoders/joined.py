@@ -17,9 +17,9 @@ from vlm.ranges import Facts, ImageSize, Layers, Length, Name
 
 
 class JoinedEncoder(nn.Module):
-    """pixels [N,3,H,W] -> features [N,P,Dv]: what each encoder makes of the same patch, joined on the feature axis.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv]: what each encoder makes of a patch, joined on the feature axis.
 
-    A picture becomes one tensor, normalised for the first encoder. The others were trained with another mean and
+    A picture becomes one tensor, normalized for the first encoder. The others were trained with another mean and
     standard deviation: an affine change of each channel takes the pixels from the first one's scale to theirs.
 
     Args:
@@ -92,14 +92,14 @@ class JoinedEncoder(nn.Module):
         """Parameters of all the encoders as they were published."""
         return sum(encoder.published_size() for encoder in self.encoders)  # type: ignore[operator]
 
-    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        features = [encoder(self._rescaled(pixels, encoder.transform)) for encoder in self.encoders]  # each N P ·
+    def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        features = [encoder(self._rescaled(pixel_values, encoder.transform)) for encoder in self.encoders]  # each N P ·
         return torch.cat(features, dim=-1)  # N P Dv
 
-    def _rescaled(self, pixels: Tensor, transform: Any) -> Tensor:
-        """Pixels as `transform` would have normalised them."""
+    def _rescaled(self, pixel_values: Tensor, transform: Any) -> Tensor:
+        """Pixels as `transform` would have normalized them."""
         if transform == self.transform:
-            return pixels
+            return pixel_values
         triples = (self.transform.mean, self.transform.std, transform.mean, transform.std)
-        mean, std, their_mean, their_std = (pixels.new_tensor(list(triple)).view(3, 1, 1) for triple in triples)
-        return (pixels * std + mean - their_mean) / their_std  # N 3 H W
+        mean, std, their_mean, their_std = (pixel_values.new_tensor(list(triple)).view(3, 1, 1) for triple in triples)
+        return (pixel_values * std + mean - their_mean) / their_std  # N 3 H W

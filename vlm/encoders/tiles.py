@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlm.encoders.transform import Transform, centred, pixels_of
+from vlm.encoders.transform import Transform, centered, pixels_of
 from vlm.ranges import Grid
 
 
@@ -85,7 +85,7 @@ class TiledTransform:
             return thumbnail
         height, width = self._pixels((rows, cols))
         fitted = self.whole.fitted(pixels_of(image), (height, width))  # 3 h w
-        canvas = self.whole.normalised(centred(fitted, (height, width)))  # 3 rows·H cols·W
+        canvas = self.whole.normalized(centered(fitted, (height, width)))  # 3 rows·H cols·W
         tiles = canvas.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))  # 3 rows H cols W
         return torch.cat([thumbnail, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])  # tiles 3 H W
 

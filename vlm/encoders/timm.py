@@ -33,9 +33,9 @@ TIMM_LOG = logging.getLogger("timm.models._builder")
 
 
 class TimmEncoder(nn.Module):
-    """pixels [N,3,H,W] -> features [N,P,Dv], with no class or register token, head, or layer that they do not need.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv], without class tokens, head, and layers that are not needed.
 
-        pixels ──► forward_intermediates ──► a map [N,C,R,S] per selected layer ──► joined, row by row ──► features
+        pixel_values ──► forward_intermediates ──► a map [N,C,R,S] of each layer ──► joined, row by row ──► features
 
     A hidden state is taken as the block leaves it, before the model's last norm. The cells of a finer map that fall
     into one of the coarsest go to its feature axis, as in YOLOv2's passthrough layer (arXiv 1612.08242): nothing of
@@ -143,7 +143,7 @@ class TimmEncoder(nn.Module):
         """Training mode, but for batch norm, which always uses its running statistics.
 
         A batch holds few images, so its own statistics are noise, and they would tie the features of one image to the
-        others. Running statistics that moved would also be lost: an artefact holds trained parameters, not buffers.
+        others. Running statistics that moved would also be lost: an artifact holds trained parameters, not buffers.
         """
         super().train(mode)
         for module in self.modules():
@@ -151,12 +151,14 @@ class TimmEncoder(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        if len(pixels) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
-            return self(pixels.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
+    def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
+        if len(pixel_values) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+            return self(pixel_values.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
         # Channels last: a ConvNet then runs about twice as fast on a CPU. The weights keep the layout that files have.
-        pixels = pixels.to(next(self.model.parameters()).dtype, memory_format=torch.channels_last)  # N 3 H W
-        maps = _read(self.model, self._layers, pixels)  # each N C R S
+        pixel_values = pixel_values.to(
+            next(self.model.parameters()).dtype, memory_format=torch.channels_last
+        )  # N 3 H W
+        maps = _read(self.model, self._layers, pixel_values)  # each N C R S
         rows = self.grid[0]
         maps = [F.pixel_unshuffle(each, each.shape[2] // rows) for each in maps]  # each N · R S, of the coarsest
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
@@ -182,10 +184,10 @@ def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
             ) from error
 
 
-def _read(model: Any, layers: list[int], pixels: Tensor) -> list[Tensor]:
+def _read(model: Any, layers: list[int], pixel_values: Tensor) -> list[Tensor]:
     """The feature maps of `layers`, in their order; timm gives each once, from the first to the last."""
     asked = sorted(set(layers))
-    maps = model.forward_intermediates(pixels, indices=asked, intermediates_only=True)
+    maps = model.forward_intermediates(pixel_values, indices=asked, intermediates_only=True)
     return [maps[asked.index(layer)] for layer in layers]
 
 

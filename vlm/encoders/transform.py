@@ -27,7 +27,7 @@ class Transform:
     A picture of another shape than `size` is made to fit in one of three ways:
 
     - `squash`: both sides are scaled, each as it must, as SigLIP and BLIP-2 do; nothing is lost but the proportions.
-    - `pad`: it is scaled to fit in, and the rest takes the mean colour, as LLaVA-1.5 does (arXiv 2310.03744).
+    - `pad`: it is scaled to fit in, and the rest takes the mean color, as LLaVA-1.5 does (arXiv 2310.03744).
     - `crop`: it is scaled to fill, and what sticks out is cut off, as CLIP does; a caption may speak of what is lost.
 
     The filter widens with the scale, which is the antialiasing that the pretrained encoders saw. PyTorch's gives what
@@ -63,10 +63,10 @@ class Transform:
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         pixels = pixels_of(image)  # 3 h w
         if self.resize == "pad":
-            return centred(self.normalised(self.fitted(pixels, self.size)), self.size)  # 3 H W: 0 is the mean colour
+            return centered(self.normalized(self.fitted(pixels, self.size)), self.size)  # 3 H W: 0 is the mean color
         if self.resize == "crop":
-            return self.normalised(self._filled(pixels))  # 3 H W
-        return self.normalised(self.resampled(pixels, self.size))  # 3 H W
+            return self.normalized(self._filled(pixels))  # 3 H W
+        return self.normalized(self.resampled(pixels, self.size))  # 3 H W
 
     def resampled(self, pixels: UInt8[Tensor, "3 h w"], size: tuple[int, int]) -> UInt8[Tensor, "3 rows cols"]:
         """The picture with both sides scaled to `size`, height and width in pixels."""
@@ -82,7 +82,7 @@ class Transform:
         scale = min(size[0] / height, size[1] / width)
         return self.resampled(pixels, (min(math.ceil(height * scale), size[0]), min(math.ceil(width * scale), size[1])))
 
-    def normalised(self, pixels: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
+    def normalized(self, pixels: UInt8[Tensor, "3 h w"]) -> Float[Tensor, "3 h w"]:
         """The channels lie last in memory, as Pillow gives them: whole lines are computed on, and none is moved."""
         lines = pixels.permute(1, 2, 0).flatten(1).float()  # h w·3
         mean, std = (value.repeat(pixels.shape[2]) for value in self._moments)  # w·3
@@ -99,11 +99,11 @@ class Transform:
         # The far ends of a strip go first: scaled with the rest, 60,000 pixels by 1 would take gigabytes.
         height, width = pixels.shape[1:]
         height, width = min(height, 16 * -(-width * rows // cols)), min(width, 16 * -(-height * cols // rows))
-        pixels = centred(pixels, (height, width))
+        pixels = centered(pixels, (height, width))
         size = (height * cols // width, cols) if height * cols > width * rows else (rows, width * rows // height)
         kept = [_kept(*sides) for sides in zip((height, width), size, self.size, strict=True)]
-        pixels = centred(pixels, (kept[0][0], kept[1][0]))
-        return centred(self.resampled(pixels, (kept[0][1], kept[1][1])), self.size)
+        pixels = centered(pixels, (kept[0][0], kept[1][0]))
+        return centered(self.resampled(pixels, (kept[0][1], kept[1][1])), self.size)
 
 
 def pixels_of(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -122,7 +122,7 @@ def _kept(side: int, scaled: int, wanted: int) -> tuple[int, int]:
     return side - 2 * cut * (side // common), scaled - 2 * cut * (scaled // common)
 
 
-def centred(pixels: Shaped[Tensor, "3 h w"], size: tuple[int, int]) -> Shaped[Tensor, "3 rows cols"]:
+def centered(pixels: Shaped[Tensor, "3 h w"], size: tuple[int, int]) -> Shaped[Tensor, "3 rows cols"]:
     """The picture in the middle of `size`: zeros around it where it is smaller, cut where it is larger."""
     rows, cols = size[0] - pixels.shape[1], size[1] - pixels.shape[2]
     top, left = int(rows / 2), int(cols / 2)  # towards zero, as LLaVA pads and CLIP crops

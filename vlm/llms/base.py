@@ -250,12 +250,12 @@ class LanguageModel(nn.Module, ABC):
                 parameter.requires_grad_(flag)
 
     @contextmanager
-    def narrowed(self, keep: Tensor) -> Iterator[None]:
-        """Within it the output matrix sees the positions of `keep` alone: a vocabulary is far wider than hidden states.
+    def select_logits(self, logits_mask: Tensor) -> Iterator[None]:
+        """Within it logits are computed at `logits_mask` alone: a vocabulary is far wider than hidden states.
 
         What the model does to its logits (soft-capping, scaling) still applies.
         """
-        narrow = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][keep],))
+        narrow = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][logits_mask],))
         try:
             yield
         finally:

@@ -30,17 +30,17 @@ class CausalLM(LanguageModel):
         self,
         embeds: Float[Tensor, "b t d"],
         mask: Bool[Tensor, "b t"] | None,
-        positions: Int[Tensor, "b t"],
-        keep: Bool[Tensor, "b t"],
+        position_ids: Int[Tensor, "b t"],
+        logits_mask: Bool[Tensor, "b t"],
     ) -> Float[Tensor, "m v"]:
-        """Logits at the positions of `keep` alone, row by row.
+        """Logits at the positions of `logits_mask` alone, row by row.
 
         Without a mask, tokens see only those since the last position that does not follow the one before it: several
         samples may share a row. `check_packing` tells whether the LLM keeps to it.
         """
-        with self.narrowed(keep), self.recomputing(torch.is_grad_enabled()):
+        with self.select_logits(logits_mask), self.recomputing(torch.is_grad_enabled()):
             return self.model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+                inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).logits  # M V
 
     @torch.no_grad()
@@ -50,9 +50,9 @@ class CausalLM(LanguageModel):
         ids = torch.tensor(
             [[5, 6, 7, 8, 9, 10], [11, 12, 13, 8, 9, 10]], device=device
         )  # only the first sample differs
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device).expand(2, -1)
-        keep = (positions >= 0) & (torch.arange(6, device=device) > 2)
-        one, other = self(self.embed(ids), None, positions, keep).view(2, 3, -1)
+        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device).expand(2, -1)
+        logits_mask = (position_ids >= 0) & (torch.arange(6, device=device) > 2)
+        one, other = self(self.embed(ids), None, position_ids, logits_mask).view(2, 3, -1)
         if not torch.allclose(one, other, atol=1e-3 * float(one.abs().max())):
             name = self.model.config.model_type
             raise ValueError(f"llm {name} lets samples of one row see each other; set data.packing=false")

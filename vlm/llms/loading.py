@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from vlm.architecture import facts_of, from_facts
 from vlm.hub import check_match, config_of, first_line, look_up, readable_weights
-from vlm.llms.gguf import convert_package
+from vlm.llms.gguf import convert_package, package_folder
 from vlm.llms.quantization import Quantization, loading_options
 
 # Any of these holds a vocabulary.
@@ -189,3 +190,25 @@ def _untie(model: Any) -> None:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:
         head.weight = nn.Parameter(torch.empty_like(table.weight).normal_(std=table.weight.shape[1] ** -0.5))
+
+
+def local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
+    """The LLM's own tokenizer if its files are on this machine."""
+    try:
+        folder = _tokenizer_folder(llm)
+        trust = llm.get("trust_remote_code", False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust) if folder else None
+    except (OSError, ValueError):  # incomplete, or no name that the hub's cache knows
+        return None
+
+
+def _tokenizer_folder(llm: Mapping[str, Any]) -> Path | None:
+    """The folder that training would read, as far as that takes no conversion and no download."""
+    package = package_folder(llm["package"]) if llm.get("package") else None
+    name = llm.get("pretrained")
+    if package and package.is_dir():
+        return package
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    cached = try_to_load_from_cache(name, "tokenizer.json")
+    return Path(cached).parent if isinstance(cached, str) else None

@@ -38,26 +38,27 @@ class Seq2SeqLM(LanguageModel):
         self,
         embeds: Float[Tensor, "b t d"],
         mask: Bool[Tensor, "b t"],
-        positions: Int[Tensor, "b t"],
-        keep: Bool[Tensor, "b t"],
+        position_ids: Int[Tensor, "b t"],
+        logits_mask: Bool[Tensor, "b t"],
     ) -> Float[Tensor, "m v"]:
-        """Logits at the positions of `keep`, row by row; what follows an answer is not read, nor are `positions`.
+        """Logits at the positions of `logits_mask`, row by row; `position_ids` and what follows an answer are not read.
 
         Raises ValueError for a row with several answers.
         """
-        after = F.pad(keep, (1, -1))  # B T, True one position later
-        answers = int((keep & ~after).sum(1).max())
+        after = F.pad(logits_mask, (1, -1))  # B T, True one position later
+        answers = int((logits_mask & ~after).sum(1).max())
         if answers > 1:
             raise ValueError(
                 f"a row has {answers} answers, but an encoder-decoder llm takes 1, which its decoder writes; "
                 "choose data with one answer a sample (of shapes, data.num_questions=1)"
             )
         prompt = mask & (after.cumsum(1) == 0)  # B T
-        answer = torch.arange(int(keep.sum(1).max()), device=keep.device) < keep.sum(1, keepdim=True)  # B S
+        lengths = logits_mask.sum(1, keepdim=True)  # B 1
+        answer = torch.arange(int(lengths.max()), device=lengths.device) < lengths  # B S
         written = embeds.new_zeros(*answer.shape, embeds.shape[2])  # B S D
-        written = written.masked_scatter(answer[..., None], embeds[keep])  # B S D
+        written = written.masked_scatter(answer[..., None], embeds[logits_mask])  # B S D
         written = torch.cat([self._start(len(embeds)), written[:, 1:]], dim=1)  # B S D
-        with self.narrowed(answer), self.recomputing(torch.is_grad_enabled()):
+        with self.select_logits(answer), self.recomputing(torch.is_grad_enabled()):
             return self.model(
                 inputs_embeds=embeds, attention_mask=prompt, decoder_inputs_embeds=written, use_cache=False
             ).logits  # M V

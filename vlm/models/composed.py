@@ -1,23 +1,33 @@
-"""Encoder, connector and LLM in a row: the picture enters the LLM as visual tokens."""
+"""Encoder, connector and LLM in a row: the image enters the LLM as visual tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlm.models.base import Model
-from vlm.schema import Batch
+from vlm.architecture import from_facts
+from vlm.encoders.tiles import Tiles
+from vlm.llms.loading import load_tokenizer, local_tokenizer
+from vlm.llms.quantization import check_quantization
+from vlm.models.base import AnswersText, Generates, Model, PredictsTokens
+from vlm.options import bind, bind_class, parameters, unknown_key
+from vlm.schema import Batch, VisualSpec
+from vlm.text.templates import TEMPLATES
+
+RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
+SIZES = ("vision_width", "llm_width", "grid", "output_rms")  # what a connector is told about its neighbors
 
 
-class Composed(Model):
+class Composed(Model, PredictsTokens, Generates, AnswersText):
     """A vision-language model made of three parts.
 
-    pixels [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
+    pixel_values [N,3,H,W] ── encoder ──► features [N,P,Dv] ── connector ──► visual [N,K,D]
                                                                            │
     input_ids [B,T] ── llm.embed ──► embeds [B,T,D] ◄── placeholders ──────┘  fusion "tokens"
                                           │          or decoder layers ◄───┘  fusion "layers"
@@ -38,37 +48,54 @@ class Composed(Model):
     connector: Any
     llm: Any
 
-    def __init__(self, *, encoder: nn.Module, connector: nn.Module, llm: nn.Module) -> None:
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        connector: nn.Module,
+        llm: nn.Module,
+        tiles: Tiles | None = None,
+        chat_template: str | None = None,
+        quantization: str = "none",
+    ) -> None:
         super().__init__()
         self.encoder, self.connector, self.llm = encoder, connector, llm
+        self.tiles, self.chat_template, self.quantization = tiles or Tiles(), chat_template, quantization
         if connector.fusion == "layers":
             self.connector.attach(self.llm.layers())
         self.check_parts()
 
-    def blocks(self, part: str) -> list[nn.Module]:
-        if part == "encoder":
-            return list(self.encoder.blocks())
-        return list(self.llm.layers()) if part == "llm" else []
-
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
-        visual = self.connector(self.encoder(batch.pixels))  # N K D
+        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
+        with self.fused(visual, embeds, batch) as embeds:  # B T D
+            return self.llm(embeds, batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
+        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
+        embeds = self.llm.embed(batch.input_ids)  # B T D
+        with self.fused(visual, embeds, batch) as embeds:  # B T D
+            return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
+
+    @contextmanager
+    def fused(
+        self, visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
+    ) -> Iterator[Float[Tensor, "b t d"]]:
+        """The embeddings that the LLM reads: with the visual tokens in them, or with its layers attending to those."""
         if self.connector.fusion == "tokens":
-            embeds = place(visual, embeds, batch)  # B T D
-            return self.llm(embeds, batch.llm_mask, batch.positions, batch.keep)  # M V
-        with self.connector.looking_at(visual, batch):
-            return self.llm(embeds, batch.llm_mask, batch.positions, batch.keep)  # M V
+            yield scatter_visual_tokens(visual, embeds, batch)  # B T D
+        else:
+            with self.connector.attending_to(visual, batch):
+                yield embeds
 
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
-        """Logits of the bare LLM, for rows of text alone."""
-        return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.positions, batch.keep)  # M V
+        return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that answer text alone."""
         return self.llm.parameters()
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """Within it text is answered as before an adapter was added."""
         return self.llm.without_adapter()
 
     @torch.no_grad()
@@ -77,25 +104,158 @@ class Composed(Model):
 
         Visual tokens that are far louder or softer than words are learned slowly.
         """
-        visual = self.connector(self.encoder(batch.pixels))  # N K D
+        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
         if len(visual) == 0:
             return {}
         rms = visual.float().square().mean().sqrt()
         return {"visual_rms": float(rms), "embed_rms": self.llm.embed_rms}
 
-    @torch.no_grad()
-    def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
-        """Ids of the answers to a batch of left-padded prompts."""
-        visual = self.connector(self.encoder(batch.pixels))  # N K D
-        embeds = self.llm.embed(batch.input_ids)  # B T D
-        if self.connector.fusion == "tokens":
-            embeds = place(visual, embeds, batch)  # B T D
-            return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
-        with self.connector.looking_at(visual, batch):
-            return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
+    def blocks(self, part: str) -> list[nn.Module]:
+        if part == "encoder":
+            return list(self.encoder.blocks())
+        return list(self.llm.layers()) if part == "llm" else []
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.llm.tokenizer
+
+    @property
+    def max_answers(self) -> int | None:  # type: ignore[override]
+        return self.llm.max_answers
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.connector.num_tokens
+
+    def visual_spec(self) -> VisualSpec:
+        transform = self.encoder.transform
+        spec = VisualSpec(
+            num_tokens=self.connector.num_tokens if self.connector.fusion == "tokens" else 0,
+            image_size=self.encoder.image_size,
+            transform=transform,
+        )
+        if not self.tiles.grids:
+            return spec
+        tiled, separator = self.tiles.around(transform), "\n" if self.tiles.row_separator else ""
+        return replace(spec, transform=tiled, tile_rows=tiled.rows, max_tiles=self.tiles.most, row_separator=separator)
+
+    def check_rows(self, *, max_length: int, packing: bool) -> None:
+        self.llm.check_length(max_length)
+        if packing and not next(self.llm.parameters()).is_meta:
+            self.llm.check_packing()
+
+    @classmethod
+    def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
+        if missing := [part for part in cls.parts if part not in cfg]:
+            raise ValueError(f"a run cannot do without {missing[0]}; choose one of the options in conf/{missing[0]}")
+        return list(cls.parts)
+
+    @classmethod
+    def check(cls, cfg: Mapping[str, Any]) -> None:
+        encoder, tiles = _split_tiles(cfg["encoder"])
+        bind("encoder", encoder)
+        connector: Any = bind("connector", cfg["connector"], derived=dict.fromkeys(SIZES)).func
+        llm: Any = bind("llm", cfg["llm"], derived={"dtype": "float32"}).func
+        bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm", *OF_OPTIONS)))
+        if lacking := [size for size in SIZES if size not in parameters(connector)]:
+            raise ValueError(
+                f"connector {connector.__name__} does not take {lacking[0]}; the constructor of a connector takes "
+                f"{', '.join(SIZES)} (docs/extend.md)"
+            )
+        _check_contract("connector", connector, ("fusion",))
+        if tiles.grids and connector.fusion != "tokens":
+            raise ValueError(
+                f"connector {connector.__name__} shows the llm one image at a time and encoder.tiles.grids="
+                f"{tiles.grids} makes several of one; set encoder.tiles.grids=[] or connector=mlp"
+            )
+        for part in ("encoder", "llm"):
+            if isinstance(facts := cfg[part].get("config"), Mapping) and "model_type" in facts:
+                from_facts(facts, option=f"{part}.config")
+        options = cfg["llm"]
+        if connector.fusion not in llm.fusions:
+            raise ValueError(
+                f"connector {connector.__name__} attaches to the layers of a decoder-only llm, but "
+                f"{options['pretrained']} has an encoder and a decoder; choose another llm, or a connector for its "
+                "input such as connector=mlp"
+            )
+        quantization, state = options.get("quantization", "none"), cfg["stage"].get("llm")
+        if quantization != "none" and state not in ("frozen", "lora"):
+            raise ValueError(
+                f"stage.llm={state} cannot train weights that llm.quantization={quantization} has rounded; "
+                "set stage.llm=lora or llm.quantization=none"
+            )
+        check_quantization(quantization, weights=options["weights"])
+        if (template := options.get("chat_template")) is not None and template not in TEMPLATES:
+            raise ValueError(unknown_key(f"llm.chat_template={template}", TEMPLATES, asked=template))
+
+    @classmethod
+    def build(cls, cfg: Mapping[str, Any], *, bf16: bool) -> Model:
+        """As `Model.build`. The connector learns the sizes of its neighbors."""
+        # What trains is loaded in float32, so that no value of it is rounded; an adapter's LLM is frozen itself.
+        rounded = bf16 and cfg["stage"]["llm"] in ("frozen", "lora")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_WEIGHTS_SEED)
+            options, tiles = _split_tiles(cfg["encoder"])
+            encoder: Any = bind("encoder", options)().requires_grad_(False)
+            _check_contract("encoder", encoder, ("width", "grid", "image_size", "transform", "blocks"))
+            sizes = {"vision_width": encoder.width, "grid": tuple(encoder.grid)}
+            with torch.device("meta"):  # what does not fit is said before the LLM is loaded
+                connector: Any = bind("connector", cfg["connector"], {**sizes, "llm_width": 64, "output_rms": 1.0})()
+            inside = ("attach", "attending_to") if connector.fusion == "layers" else ()
+            _check_contract("connector", connector, ("num_tokens", *inside))
+            llm: Any = bind("llm", cfg["llm"], {"dtype": "bfloat16" if rounded else "float32"})().requires_grad_(False)
+        torch.manual_seed(cfg["seed"])
+        sizes |= {"llm_width": llm.width, "output_rms": llm.embed_rms}
+        parts = {"encoder": encoder, "connector": bind("connector", cfg["connector"], sizes)(), "llm": llm}
+        of_options = {
+            "tiles": tiles,
+            "chat_template": cfg["llm"]["chat_template"],
+            "quantization": cfg["llm"].get("quantization", "none"),
+        }
+        return bind("model", cfg["model"], {**parts, **of_options})()
+
+    def identity(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Model.identity`; of the encoder also what its features are taken from, and how images are cut."""
+        found = super().identity(cfg)
+        found["parts"]["encoder"] = {
+            **{key: cfg["encoder"].get(key) for key in ("_target_", "layer")},
+            "image_size": list(self.encoder.image_size),
+            "transform": asdict(self.encoder.transform),
+            "tiles": asdict(self.tiles),
+        }
+        return found
+
+    def load_tokenizer(self, cfg: Mapping[str, Any]) -> None:
+        llm = cfg["llm"]
+        if llm["weights"] == "pretrained":
+            self.llm.tokenizer = load_tokenizer(
+                llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"]
+            )
+
+    def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
+        if (found := local_tokenizer(cfg["llm"])) is not None:
+            self.llm.tokenizer = found
+            return "the LLM's own tokenizer"
+        # A byte tokenizer stands in, whose texts are several times as long and which has no template of its own.
+        self.chat_template = self.chat_template or "chatml"
+        return "a byte tokenizer"
 
 
-def place(visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch) -> Float[Tensor, "b t d"]:
+OF_OPTIONS = ("tiles", "chat_template", "quantization")  # what the model takes from the options of its parts
+
+
+def _check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
+    """Raise ValueError where a part lacks an attribute that this model uses."""
+    if lacking := [name for name in names if not hasattr(found, name)]:
+        kind = found if isinstance(found, type) else type(found)
+        raise ValueError(
+            f"{part} {kind.__name__} has no {lacking[0]}; docs/extend.md says what a {part} has beside its forward pass"
+        )
+
+
+def scatter_visual_tokens(
+    visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
+) -> Float[Tensor, "b t d"]:
     """The embeddings with the visual tokens, in order, where the placeholders are.
 
     Raises ValueError if there are not as many placeholders as visual tokens.
@@ -107,3 +267,9 @@ def place(visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch:
             f"tokens = {tokens}; tell the data the connector's num_tokens (samples {', '.join(batch.ids[:4])})"
         )
     return embeds.masked_scatter(batch.image_mask[..., None], visual.to(embeds.dtype))
+
+
+def _split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
+    """The options of the encoder, and the tiling around it."""
+    encoder = dict(options)
+    return encoder, bind_class("encoder.tiles", Tiles, encoder.pop("tiles", {}))()

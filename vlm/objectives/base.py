@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from vlm.schema import Batch, LossOutput
+from vlm.schema import Batch, Form, LossOutput
 
 
 class Objective(nn.Module, ABC):
@@ -15,7 +15,14 @@ class Objective(nn.Module, ABC):
 
     The loss that is minimized is the sum of `sums / counts` over the names that end in `_loss`. Parameters of its own,
     such as a learnable temperature, are trained at `stage.lr.objective` and saved with the model's.
+
+    Attributes:
+        needs: the protocols of `vlm.models.base` that the model must have.
+        form: of the rows that it is computed from. Rows that hold a `prompt` are left-padded, to generate from.
     """
+
+    needs: ClassVar[tuple[type, ...]] = ()
+    form: ClassVar[Form] = "conversation"
 
     @abstractmethod
     def forward(self, model: Any, batch: Batch) -> LossOutput: ...

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vlm.models.base import PredictsTokens
 from vlm.objectives.base import Objective
 from vlm.schema import Batch, LossOutput
 
@@ -20,13 +21,15 @@ class LanguageModeling(Objective):
     `lm_loss` is over all of them; in a mixture, `loss/<source>` is over those of one source.
     """
 
+    needs: ClassVar[tuple[type, ...]] = (PredictsTokens,)
+
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         logits = model(batch)  # M V
         loss, losses = SummedCrossEntropy.apply(logits, batch.targets)  # and M
         sums, counts = {"lm_loss": loss}, {"lm_loss": len(batch.targets)}
         if batch.sources:  # all of them, also those with no sample here: every rank adds up the same names
             source = torch.tensor([batch.sources.index(sample.meta["source"]) for sample in batch.samples])
-            source = source.to(losses.device)[batch.sample_index[batch.keep]]  # M
+            source = source.to(losses.device)[batch.sample_index[batch.logits_mask]]  # M
             for number, name in enumerate(batch.sources):
                 sums[f"loss/{name}"] = losses[source == number].sum()
                 counts[f"loss/{name}"] = int((source == number).sum())

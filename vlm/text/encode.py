@@ -65,7 +65,7 @@ class TextEncoder:
 
     Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located,
     that ends no answer with a special token of the tokenizer, or after whose generation prompt no answer could begin as
-    it was learnt; also for a tokenizer with neither pad nor eos token.
+    it was learned; also for a tokenizer with neither pad nor eos token.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class TextEncoder:
         if opening != cut_spaces(prompt):
             raise ValueError(
                 f"the chat template opens an answer with {opening[-20:]!r} but its generation prompt ends with "
-                f"{prompt[-20:]!r}, so that no answer could begin as it was learnt"
+                f"{prompt[-20:]!r}, so that no answer could begin as it was learned"
             )
         start, _ = self._row(*self._prompt(roles[:-1], texts[:-1], form), ())
         for answer in FIRST_LETTERS:
@@ -259,7 +259,7 @@ class TextEncoder:
             if row.input_ids[: answers.index(1)] != start.input_ids:
                 raise ValueError(
                     f"the tokenizer splits the generation prompt {prompt[-20:]!r} otherwise where the answer "
-                    f"{answer!r} follows, so that no such answer could begin as it was learnt"
+                    f"{answer!r} follows, so that no such answer could begin as it was learned"
                 )
         return last.mark
 

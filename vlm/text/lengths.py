@@ -11,7 +11,7 @@ from vlm.text.turns import count
 
 
 def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool = False) -> None:
-    """Raise BadSample for a row of more than `max_length` tokens; `may_cut` says that a cut would leave what it needs."""
+    """Raise BadSample for a row of more than `max_length` tokens; `may_cut`: a cut would leave what it needs."""
     length = len(row.input_ids)
     if length <= max_length:
         return

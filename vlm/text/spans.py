@@ -63,7 +63,7 @@ def answer_spans(
         if mark is None:
             raise ValueError(
                 f"an assistant turn is followed by {piece[:20]!r}, which is no special token of this tokenizer, so "
-                "that the end of turn cannot be learnt"
+                "that the end of turn cannot be learned"
             )
         # The model has to write the space that some templates put before the mark, too.
         spans.append(

@@ -103,7 +103,7 @@ _LLAMA3_2 = (
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}"
 )
 
-# Roles as words on one line. A system text takes the place of the preamble that Vicuna learnt with. The prompt ends at
+# Roles as words on one line. A system text takes the place of the preamble that Vicuna learned with. The prompt ends at
 # the colon, for SentencePiece makes one token of the space and the first word of the answer.
 _VICUNA_V1 = (
     "{{- bos_token or '' -}}"

@@ -21,9 +21,9 @@ from vlm.data.annotations import (
 from vlm.data.conversations import Malformed, RecordReader, as_text, caption_messages, check_columns, renamed
 from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image, short_name, stored_image
-from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, image_key, in_split
 from vlm.data.tables import read_table
+from vlm.quote import named, quoted
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadKind, BadSample, Sample, Split, StoredImage
 

@@ -24,8 +24,8 @@ from vlm.data.conversations import (
 from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image, stored_image
 from vlm.data.images import BadImage, decode_image
-from vlm.data.quote import named, quoted
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
+from vlm.quote import named, quoted
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Split, StoredImage
 

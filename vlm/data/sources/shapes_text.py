@@ -14,11 +14,11 @@ class Named(Protocol):
     @property
     def shape(self) -> str: ...
     @property
-    def colour(self) -> str: ...
+    def color(self) -> str: ...
 
 
 JA_SHAPES = {"circle": "丸", "square": "四角", "triangle": "三角", "star": "星"}
-JA_COLOURS = {
+JA_COLORS = {
     "red": "赤い",
     "orange": "オレンジの",
     "yellow": "黄色い",
@@ -32,15 +32,15 @@ JA_CELLS = (("左上", "上", "右上"), ("左", "中央", "右"), ("左下", "�
 
 
 def _en(thing: Named) -> str:
-    return f"{thing.colour} {thing.shape}"
+    return f"{thing.color} {thing.shape}"
 
 
 def _an(thing: Named) -> str:
-    return f"an {_en(thing)}" if thing.colour == "orange" else f"a {_en(thing)}"
+    return f"an {_en(thing)}" if thing.color == "orange" else f"a {_en(thing)}"
 
 
 def _ja(thing: Named) -> str:
-    return JA_COLOURS[thing.colour] + JA_SHAPES[thing.shape]
+    return JA_COLORS[thing.color] + JA_SHAPES[thing.shape]
 
 
 def _en_list(things: Sequence[Named]) -> str:
@@ -75,13 +75,13 @@ CAPTIONS: dict[str, tuple[Callable[[Sequence[Any]], str], ...]] = {
 }
 
 
-def _en_kind(shape: str | None, colour: str | None, *, plural: bool) -> str:
+def _en_kind(shape: str | None, color: str | None, *, plural: bool) -> str:
     noun = shape or "shape"
-    return f"{colour + ' ' if colour else ''}{noun}{'s' if plural else ''}"
+    return f"{color + ' ' if color else ''}{noun}{'s' if plural else ''}"
 
 
-def _ja_kind(shape: str | None, colour: str | None) -> str:
-    return f"{JA_COLOURS[colour] if colour else ''}{JA_SHAPES[shape] if shape else '図形'}"
+def _ja_kind(shape: str | None, color: str | None) -> str:
+    return f"{JA_COLORS[color] if color else ''}{JA_SHAPES[shape] if shape else '図形'}"
 
 
 def _en_yes(answer: bool) -> str:
@@ -110,7 +110,7 @@ QUESTIONS: dict[str, dict[str, Callable[..., tuple[str, str]]]] = {
     "ja": {
         "count": lambda s, c, n: (f"{_ja_kind(s, c)}はいくつありますか。", str(n)),
         "existence": lambda s, c, a: (f"{_ja_kind(s, c)}はありますか。", _ja_yes(a)),
-        "colour": lambda s, c: (f"{JA_SHAPES[s]}は何色ですか。", JA_COLOURS[c].rstrip("いの")),
+        "colour": lambda s, c: (f"{JA_SHAPES[s]}は何色ですか。", JA_COLORS[c].rstrip("いの")),
         "position": lambda s, c, row, column: (f"{_ja_kind(s, c)}はどこにありますか。", JA_CELLS[row][column]),
         "comparison": lambda a, b, answer: (
             f"{JA_SHAPES[a]}は{JA_SHAPES[b]}より多いですか。",

@@ -31,9 +31,9 @@ from vlm.data.conversations import (
 from vlm.data.files import check_bytes
 from vlm.data.fingerprint import SAMPLES, hashed, row_text
 from vlm.data.images import decode_image
-from vlm.data.quote import quoted
 from vlm.data.reading import current
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
+from vlm.quote import quoted
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Split, StoredImage
 

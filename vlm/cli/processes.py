@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from vlm import build
@@ -49,7 +50,7 @@ def check_machine(settings: Mapping[str, Any], run_dir: Path) -> Any:
         raise ValueError(
             f"trainer.devices={num} is for GPUs, and this run is on the CPU; set a number of processes, such as 1"
         )
-    trainer = build.build_trainer({**settings, "logger": {}, "callbacks": {}}, run_dir, [])
+    trainer = build.build_trainer({**settings, "logger": {}, "callbacks": {}}, run_dir)
     if (started := num_processes()) > 1 and trainer.world_size == 1:
         raise ValueError(
             f"{started} processes were started, but trainer.devices={trainer.num_devices} uses 1; set trainer=ddp and "
@@ -83,12 +84,13 @@ def started_from_outside(trainer: Any) -> bool:
     return trainer.world_size == 1 or getattr(environment, "creates_processes_externally", False)
 
 
-def in_its_own_process(hydra: Any, trainer: Any, script: str) -> bool:
+def run_apart(trainer: Any, script: str) -> bool:
     """Whether this job of a sweep was one for several devices, and has been run in a process made for it.
 
     Lightning starts the other ranks by the command line, which is that of the whole sweep here, and leaves the process
     in a state that no second job can start from.
     """
+    hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN or started_from_outside(trainer):
         return False
     quoted = str(hydra.runtime.output_dir).replace("'", r"\'")

@@ -1,0 +1,115 @@
+"""One run of eval.py around its parts: which run and data it measures, and where the results go."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from vlm import artifact, config, files, run, trust
+from vlm.build import check_rows
+from vlm.cli import interrupt, processes
+from vlm.cli.overrides import absolute_paths
+from vlm.data.datamodule import VLMDataModule
+from vlm.evaluation.answers import write_samples
+from vlm.evaluation.loop import Result
+from vlm.module import VLMModule
+from vlm.options import known
+
+
+class EvaluationRun:
+    """A trained run and what eval.py is asked to measure of it.
+
+    Attributes:
+        run_dir: of the training.
+        settings: its checked config, with the trainer and the changes of the command line.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        """Raises ValueError for options that cannot be used, or results of other options that would be lost."""
+        config.check_evaluation(cfg)
+        self.run_dir = Path(cfg.ckpt).absolute()
+        self._manifest = artifact.read_manifest(self.run_dir)
+        self.run_id = config.run_id(self.run_dir)
+        parts = trust.of_model(config.stored_config(self.run_dir)[0])
+        known("", cfg, {*config.EVALUATION, "trainer", "evaluators", *parts})
+        asked = config.given(cfg, [key for key in ("data", "evaluators", *parts) if key in cfg])
+        self._asked = absolute_paths(asked, "")  # from the user's folder, not the run's
+        settings, _ = config.read_config(self.run_dir, given={**self._sizes(cfg), **self._asked}, with_data=True)
+        self._options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]
+        self.out = Path(cfg.out or self.run_dir / "eval").absolute()
+        config.enter_folder_of(self.run_dir)
+        settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
+        settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
+        config.check(settings)
+        self._trainer = processes.check_machine(settings, self.run_dir)
+        self._check_out()
+        self.settings = settings
+        if cfg.out is None:
+            files.refuse_links(self.out, within=self.run_dir)
+            keep_other_results(self.out, self._options)
+        interrupt.raise_again()
+
+    def _sizes(self, cfg: Any) -> dict[str, Any]:
+        """What eval.py's own options are in the run's config."""
+        sizes = {"data.batch_size": cfg.batch_size, "data.num_val_samples": cfg.num_samples}
+        evaluators = config.stored_config(self.run_dir)[0]["evaluators"]
+        if "answers" in evaluators:
+            for key in ("num_samples", "batch_size", "max_new_tokens"):
+                sizes[f"evaluators.answers.{key}"] = cfg[key]
+        return sizes
+
+    def _check_out(self) -> None:
+        """Raise ValueError where the folder cannot be made or written to, before anything loads."""
+        there = next(folder for folder in (self.out, *self.out.parents) if os.path.lexists(folder))
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "may not be written to" if there.is_dir() else "is not a folder"
+            raise ValueError(f"out={self.out} cannot be made because {there} {why}; give out=<folder>")
+
+    def report(self, module: VLMModule, data: VLMDataModule) -> None:
+        """Say what cannot be measured. Raises ValueError for other rows than those of the training."""
+        if not config.names_rows(self._asked):
+            rows = {"val": data.fingerprints()["val"]}
+            check_rows(self._manifest.get("data") or {}, rows, "name them again with data.annotations= or its like")
+        for evaluator in module.evaluators.values():
+            for figure, why in evaluator.missing(data, num_ranks=self._trainer.world_size).items():
+                run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
+
+    def finish(self, trainer: Any, result: Result) -> None:
+        """Write and print the figures."""
+        if not trainer.is_global_zero:
+            return
+        if result.failure is not None and not result.metrics:
+            raise result.failure
+        results = {
+            "metrics": result.metrics,
+            "num_samples": len(result.samples),
+            "options": self._options,
+            "stages": self._manifest["stages"],
+            "code": run.provenance(),
+        }
+        artifact.write_json(self.out / "results.json", results)
+        write_samples(self.out / "samples.jsonl", result.samples)
+        run.print_figures(result.metrics)
+        run.print_samples(result.samples)
+        run.CONSOLE.print(f"Results: {self.out / 'results.json'}", soft_wrap=True)
+        if result.failure is not None:
+            raise result.failure
+
+
+def keep_other_results(out: Path, options: list[str]) -> None:
+    """Raise ValueError where a folder holds the results of other options, which would be lost."""
+    file = out / "results.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8")).get("options", [])
+    differ = sorted({*before} ^ {*options})
+    if differ := [option for option in differ if not option.startswith("ckpt=")]:
+        raise ValueError(
+            f"{file} holds results that differ in {', '.join(differ)}; give out=<folder> for these, or out={out} to "
+            "replace them"
+        )

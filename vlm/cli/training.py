@@ -1,0 +1,172 @@
+"""One run of train.py around its parts: where it starts from, what it tells before, and what it leaves behind."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from torch import nn
+
+from vlm import artifact, config, run
+from vlm.build import check_rows
+from vlm.callbacks.save import data_of, newest_checkpoint
+from vlm.cli import processes, resume
+from vlm.cli.overrides import chosen
+from vlm.data.datamodule import VLMDataModule
+from vlm.data.preflight import render
+from vlm.evaluation.answers import write_samples
+from vlm.evaluation.loop import Result, evaluate
+from vlm.models.base import Model
+from vlm.module import TrainingStopped, VLMModule
+
+
+class TrainingRun:
+    """A run that is new, or resumes from its checkpoint.
+
+    Its directory is locked for as long as this object is there.
+
+    Attributes:
+        settings: the checked config.
+        manifest: what the artifact says of the run; `load` fills it.
+        inherited: names of tensors that earlier stages have trained.
+        trainer: one without callbacks and loggers, which tells how many processes there will be.
+        checkpoint: the file to resume from and its step, or None.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        """Raises ValueError for a config that cannot be run, or a directory that is taken."""
+        hydra = HydraConfig.get()
+        self.run_dir = Path(hydra.runtime.output_dir)
+        resumes = cfg.resume.run is not None
+        found = resume.settings(cfg, self.run_dir) if resumes else (config.plain(cfg), chosen(hydra))
+        self.settings, self.choices = found
+        config.check(self.settings)
+        processes.check_ranks(hydra)
+        if self.settings["ckpt"] and not resumes:
+            artifact.read_manifest(self.settings["ckpt"])
+        self.trainer = processes.check_machine(self.settings, self.run_dir)
+        self.other_data_allowed = resumes and resume.allows_other_data(cfg)
+        self._resumes = resumes
+
+    def start(self) -> None:
+        """Take the directory, find the checkpoint to resume from, and seed the random numbers."""
+        run.CONSOLE.quiet = not run.first_rank()
+        self._lock = run.lock(self.run_dir, resumed=self._resumes)
+        self.run_id = (config.run_id(self.run_dir) if self._resumes else None) or secrets.token_hex(8)
+        parts = config.model_class(self.settings).parts
+        self.identity = run.identity(self.run_id, self.settings, self.choices, parts)
+        self.checkpoint = newest_checkpoint(self.run_dir, self.identity) if self._resumes else None
+        run.name_loggers(self.settings["logger"], step=self._step)
+        pl.seed_everything(self.settings["seed"], verbose=False)
+
+    def load(self, model: Model, manifest: dict[str, Any], objective: nn.Module) -> None:
+        """Put in what earlier stages have trained, or this run before it stopped; complete the manifest."""
+        stage, part = self.settings["stage"], model.lora_part()
+        earlier = self._load(model, manifest, objective)
+        lineage, self.inherited, lora = [], [], None
+        if earlier:
+            lineage, self.inherited, lora = earlier["stages"], earlier["tensors"], earlier["lora"]
+            if earlier.get("run", {}).get("id") == self.run_id:
+                lineage = lineage[:-1]
+        trains_adapter = part is not None and stage[part] == "lora"
+        if trains_adapter and lora not in (None, stage["lora"]):
+            raise ValueError(
+                f"ckpt={self.settings['ckpt'] or self.run_dir} has an adapter with {lora}, stage.lora is "
+                f"{stage['lora']}; use the same, one adapter is trained on"
+            )
+        self.manifest = manifest | {
+            "run": self.identity,
+            "lora": stage["lora"] if trains_adapter else lora,
+            "objective": artifact.class_path(objective),
+            "stages": [*lineage, {"name": stage["name"], "run": str(self.run_dir), "options": self.choices}],
+            "code": run.provenance(),
+        }
+
+    def _load(self, model: Model, manifest: dict[str, Any], objective: nn.Module) -> dict[str, Any] | None:
+        """The manifest of the artifact that the run starts from, if it starts from one."""
+        known: dict[str, Any] = {"model": model, "manifest": manifest, "objective": objective}
+        if self.checkpoint:  # a run that resumes has all of earlier stages itself
+            try:
+                return artifact.load(self.run_dir, **known, run_id=self.run_id)
+            except artifact.Damaged as error:
+                run.CONSOLE.print(f"{error}; the run resumes from its checkpoint", soft_wrap=True)
+        ckpt = self.settings["ckpt"]
+        return artifact.load(ckpt, **known) if ckpt else None
+
+    def report(self, module: VLMModule, data: VLMDataModule) -> None:
+        """Say what trains, on what data, and what cannot be measured on it.
+
+        Raises ValueError where there is nothing to learn, or the rows are not those of the run that resumes.
+        """
+        self.manifest["data"] = data.fingerprints()
+        if self.checkpoint and not self.other_data_allowed:
+            remedy = f"'resume.allow=[data]' or a new run with ckpt={self.checkpoint[0]}"
+            check_rows(data_of(self.checkpoint[0]), self.manifest["data"], remedy)
+        model, preflight = module.model, self.settings["preflight"]
+        counts = run.count_parameters(model, module.objective)
+        run.print_parts(counts, self.choices, self.settings["stage"], decayed=model.layer_decay_part)
+        run.CONSOLE.print(render(data.preflight(num_samples=preflight["samples"], show=preflight["show"])))
+        if run.first_rank() and (remark := data.check_shared()):
+            run.CONSOLE.print(remark, soft_wrap=True)
+        best = (self.settings["callbacks"].get("save") or {}).get("best")
+        for evaluator in module.evaluators.values():
+            for figure, why in evaluator.missing(data, num_ranks=self.trainer.world_size).items():
+                if figure == best:
+                    raise ValueError(
+                        f"callbacks.save.best={best} needs a visual gain, but {why}; set callbacks.save.best=val/loss"
+                    )
+                run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
+
+    def fit(self, trainer: Any, module: VLMModule, data: VLMDataModule) -> Result:
+        """Train, then evaluate. What fails after the last step takes no figures with it."""
+        if run.first_rank():
+            # From here on the directory is taken.
+            config.write_config(self.run_dir, self.settings, self.choices, self.run_id)
+            run.truncate_metrics(self.run_dir, step=self._step)
+        run.log_options(trainer, self.settings)
+        checkpoint = self.checkpoint and self.checkpoint[0]
+        try:
+            with run.disk_of_loggers(trainer):
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except TrainingStopped:
+            if trainer.is_global_zero:  # rank 0 reports for all
+                raise
+            sys.exit(0)
+        except Exception as error:
+            if trainer.global_step < trainer.max_steps or isinstance(error, artifact.SaveError):
+                raise
+            return Result(failure=error)  # of the validation after the last step
+        return evaluate(trainer, module, data) if module.stopped_by is None else Result()
+
+    def finish(self, trainer: Any, module: VLMModule, data: VLMDataModule, result: Result) -> None:
+        """Write and print the figures; exit with 128 + the signal where one has stopped the run."""
+        metrics = {name: float(v) for name, v in module.figures.items() if name == "train/loss"} | result.metrics
+        if result.failure is None or trainer.world_size == 1:  # other ranks may not have come so far
+            metrics |= data.counts()
+        if trainer.is_global_zero:
+            counts = run.count_parameters(module.model, module.objective).values()
+            metrics |= module.totals
+            metrics |= {f"params/{kind}": sum(part[kind] for part in counts) for kind in ("trainable", "total")}
+            write_samples(self.run_dir / "samples.jsonl", result.samples)
+            run.finish(self.run_dir, metrics, result.samples, self._status(trainer, module, result))
+            run.close_loggers(trainer, metrics, failed=result.failure is not None)
+        if result.failure is not None:
+            raise result.failure
+        if module.stopped_by is not None and trainer.is_global_zero:
+            sys.exit(128 + module.stopped_by)
+
+    @property
+    def _step(self) -> int:
+        return self.checkpoint[1] if self.checkpoint else 0
+
+    @staticmethod
+    def _status(trainer: Any, module: VLMModule, result: Result) -> run.Status:
+        if module.stopped_by is not None:
+            return "stopped"
+        if result.failure is not None:
+            return "failed"
+        return "time_up" if trainer.global_step < trainer.max_steps else "finished"
