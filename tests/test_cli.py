@@ -499,7 +499,7 @@ print(held, megabytes() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no GNU OpenMP")
 @pytest.mark.parametrize(
-    ("given", "count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+    ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
 )
 def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> None:
     script = "from vlm.cli.entry import sleep_early\nsleep_early()\nimport torch"
