@@ -23,8 +23,9 @@ install: .venv/.offline  ## make .venv and install the project with its offline 
 train: .venv/.offline  ## install what is missing, then run train.py $(ARGS)
 	$(BIN)/python train.py $(ARGS)
 
+# Two workers share the cores, so each has one thread. They split modules: a fixture of a module may run in both.
 test: .venv/.dev  ## install what is missing, then run the test suite: pytest $(ARGS)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/.dev  ## check style and spelling
 	$(BIN)/python -m ruff check .
