@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm.cli import interrupt
+from vlm.launch import interrupt
 
 
 def evaluate(cfg: Any) -> None:
     """Loss, visual gain and answers of a run's artifact on its base models, into <run dir>/eval/ or `out`."""
-    from vlm import artifact, build
-    from vlm.cli.evaluation import EvaluationRun
+    from vlm import build
     from vlm.evaluation.loop import evaluate
+    from vlm.launch.evaluation import EvaluationRun
+    from vlm.training import artifact
 
     run = EvaluationRun(cfg)
     model, manifest = build.build_model(run.settings)
@@ -26,6 +27,6 @@ def evaluate(cfg: Any) -> None:
 
 if __name__ == "__main__":
     interrupt.end_at_once()
-    from vlm.cli.entry import start
+    from vlm.launch.entry import start
 
     start(evaluate, config_name="eval")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm.cli import interrupt
-from vlm.cli.dispatch import single_run
+from vlm.launch import interrupt
+from vlm.launch.dispatch import single_run
 
 
 @single_run(script=__file__)
@@ -31,6 +31,6 @@ def train(run: Any) -> None:
 
 if __name__ == "__main__":
     interrupt.end_at_once()
-    from vlm.cli.entry import start
+    from vlm.launch.entry import start
 
     start(train, config_name="train")

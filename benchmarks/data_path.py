@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-from vlm.cli.entry import keep_memory
 from vlm.data.collate import collate, make_row
 from vlm.data.images import load_image
 from vlm.encoders.transform import Transform
+from vlm.launch.entry import keep_memory
 from vlm.llms.gguf import convert_package
 from vlm.schema import Batch, Message, Sample, VisualSpec
 from vlm.text.encode import TextEncoder

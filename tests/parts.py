@@ -18,9 +18,9 @@ from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 from vlm.module import VLMModule
 from vlm.objectives.language_modeling import LanguageModeling
-from vlm.optim import set_trainable
 from vlm.schema import IGNORE, Batch, Message, Sample, VisualSpec
 from vlm.text.row import Encoded
+from vlm.training.optim import set_trainable
 
 torch.set_num_threads(1)  # tiny matrices: threads would only wait for each other
 

@@ -28,7 +28,7 @@ from vlm.module import NotFinite
 from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.schema import Batch, LossOutput
-from vlm.sharding import FullyShard, gather
+from vlm.training.sharding import FullyShard, gather
 
 PICTURED = [([11, IMAGE, 12], [21]), ([13, IMAGE], [22, 23]), ([IMAGE, 14], [24, 25, 26]), ([15, IMAGE], [27])]
 TEXT = [([31, 32], [41, 42, 43, 44, 45]), ([33], [46]), ([34, 35, 36], [47, 48]), ([37], [49])]

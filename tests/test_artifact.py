@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from tests.test_stages import ADAPTER, CONNECTOR
-from vlm import artifact
 from vlm.identity import fingerprint, identity
 from vlm.models.composed import Composed
-from vlm.optim import set_trainable
-from vlm.sharding import gather
+from vlm.training import artifact
+from vlm.training.optim import set_trainable
+from vlm.training.sharding import gather
 
 PARTS = {
     "connector": {"_target_": "vlm.connectors.mlp.MLP", "depth": 2},

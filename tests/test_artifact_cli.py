@@ -20,10 +20,11 @@ from transformers import AutoTokenizer
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from tests.test_cli import QUICK, evaluate, read, told, train
-from vlm import artifact, build, config
+from vlm import build, config
 from vlm.cli.artifact import differences, main, parse, sizes
 from vlm.cli.artifact_merge import _merge
-from vlm.optim import lora_names, set_trainable
+from vlm.training import artifact
+from vlm.training.optim import lora_names, set_trainable
 
 __all__ = ["told"]  # a fixture
 EXACT = [*QUICK, "trainer.precision=32-true", "stage=instruct", "stage.lr.llm=0.05"]

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train as training
 from vlm import build
-from vlm.cli.entry import start
-from vlm.run import log_options
+from vlm.launch.entry import start
+from vlm.training.run import log_options
 
 ROOT = Path(__file__).parents[1]
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "debug=fast"]
@@ -482,7 +482,7 @@ def test_several_loggers_and_a_run_of_an_earlier_version(tmp_path: Path) -> None
 
 FREED = """
 import numpy as np
-from vlm.cli.entry import keep_memory
+from vlm.launch.entry import keep_memory
 
 def megabytes():
     with open("/proc/self/statm") as file:
@@ -502,7 +502,7 @@ print(held, megabytes() - before)
     ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
 )
 def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> None:
-    script = "from vlm.cli.entry import sleep_early\nsleep_early()\nimport torch"
+    script = "from vlm.launch.entry import sleep_early\nsleep_early()\nimport torch"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {**given, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}

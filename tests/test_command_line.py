@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.test_cli import FILES, QUICK, evaluate, files, read, told, train
-from vlm.cli.command_line import translate
-from vlm.cli.entry import CONF
-from vlm.cli.evaluation import keep_other_results
-from vlm.cli.overrides import holds_path, override
+from vlm.launch.command_line import translate
+from vlm.launch.entry import CONF
+from vlm.launch.evaluation import keep_other_results
+from vlm.launch.overrides import holds_path, override
 from vlm.options import _import, parameters
 
 __all__ = ["told"]  # a fixture

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from vlm import config
-from vlm.cli.entry import CONF, config_error
+from vlm.launch.entry import CONF, config_error
 from vlm.models.composed import Composed
 
 GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
@@ -177,13 +177,13 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp"]),
         # a section that has one class names none: a file's would take its place
         (
-            "data.augment={_target_:vlm.cli.processes.wait_for}",
-            ["data.augment._target_='vlm.cli.processes.wait_for' must be a number"],
+            "data.augment={_target_:vlm.launch.processes.wait_for}",
+            ["data.augment._target_='vlm.launch.processes.wait_for' must be a number"],
         ),
-        ("+encoder.tiles._target_=vlm.cli.processes.wait_for", ["there is no option encoder.tiles._target_"]),
+        ("+encoder.tiles._target_=vlm.launch.processes.wait_for", ["there is no option encoder.tiles._target_"]),
         (
-            "callbacks.save._target_=vlm.cli.processes.wait_for",
-            ["callbacks.save._target_=vlm.cli.processes.wait_for is not"],
+            "callbacks.save._target_=vlm.launch.processes.wait_for",
+            ["callbacks.save._target_=vlm.launch.processes.wait_for is not"],
         ),
         ("+checkpoint.every_n_steps=5", ["the option checkpoint is called callbacks.save now"]),
         ("trainer.strategy={_target_:os.system}", ["trainer.strategy._target_=os.system is not allowed"]),

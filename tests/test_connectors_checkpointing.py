@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_encoder
 from tests.test_llms import small_llm
-from vlm.cli.entry import CONF
+from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import LanguageModeling
-from vlm.optim import set_trainable
 from vlm.options import bind
+from vlm.training.optim import set_trainable
 
 OPTIONS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))
 SMALL = {"depth": 2, "width": 16, "hidden_width": 16, "num_heads": 2, "head_dim": 8, "num_queries": 4}

@@ -18,9 +18,9 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 
 from tests.parts import IMAGE, make_batch, make_module, pictures, tiny_encoder, tiny_llm
 from tests.test_model import FAMILIES
-from vlm.cli.entry import CONF
 from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention, GatedBlock, View
 from vlm.connectors.resampler import Resampler
+from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
 from vlm.schema import Batch
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tests import ranks
 from tests.parts import make_module
 from tests.test_cli import QUICK, ROOT, call, evaluate, files, read, told, train
-from vlm import artifact
-from vlm.cli import processes
-from vlm.cli.entry import quiet
 from vlm.data.batching import EvenBatches
-from vlm.sharding import check_strategy
+from vlm.launch import processes
+from vlm.launch.entry import quiet
+from vlm.training import artifact
+from vlm.training.sharding import check_strategy
 
 __all__ = ["told"]  # a fixture
 # float32 sums in another order; Adam divides a gradient by its own size, so a parameter may move by more than it
@@ -338,10 +338,11 @@ def test_every_rank_validates_as_often() -> None:
 
 
 def test_what_sharding_cannot_do() -> None:
+    sharded = {"strategy": {"_target_": "vlm.training.sharding.FullyShard"}}
     with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sliced"):
-        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="nf4", ema_decay=None)
+        check_strategy(sharded, quantization="nf4", ema_decay=None)
     with pytest.raises(ValueError, match="averages whole tensors"):
-        check_strategy({"strategy": {"_target_": "vlm.sharding.FullyShard"}}, quantization="none", ema_decay=0.9)
+        check_strategy(sharded, quantization="none", ema_decay=0.9)
     check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4", ema_decay=0.9)
     for name in ("DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
         strategy = {"_target_": f"lightning.pytorch.strategies.{name}"}

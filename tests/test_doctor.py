@@ -18,14 +18,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vlm import artifact, build, config
+from vlm import build, config
 from vlm.cli.doctor import main
-from vlm.cli.entry import CONF
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.sources.instruct import Instruct
+from vlm.launch.entry import CONF
 from vlm.llms.bytes import byte_tokenizer as tiny_tokenizer
 from vlm.schema import Split, VisualSpec
-from vlm.sharding import gather
+from vlm.training import artifact
+from vlm.training.sharding import gather
 
 LONG = "a very long caption " * 100
 MACHINE = "I cannot see the image."

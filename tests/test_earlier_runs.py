@@ -11,8 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from vlm import config
 
 ROOT = Path(__file__).parents[1]
 EARLIER = Path(__file__).parent / "earlier_runs"
@@ -57,3 +60,14 @@ def test_it_is_resumed(runs: Path) -> None:
     assert after.startswith(before)
     steps = [json.loads(line)["step"] for line in after.removeprefix(before).splitlines()]
     assert steps == [7, 8]
+
+
+def test_the_strategy_of_a_sharded_run_is_found_where_it_is_now() -> None:
+    stored: dict[str, Any] = {
+        "stage": {},
+        "objective": {},
+        "evaluators": {},
+        "logger": None,
+        "trainer": {"strategy": {"_target_": "vlm.sharding.FullyShard"}},
+    }
+    assert config.migrated(stored)["trainer"]["strategy"] == {"_target_": "vlm.training.sharding.FullyShard"}

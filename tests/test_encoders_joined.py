@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.parts import Parts
 from vlm.encoders.timm import TimmEncoder
-from vlm.optim import set_trainable
+from vlm.training.optim import set_trainable
 
 NAMES = ("vit_large_patch14_reg4_dinov2", "vit_so400m_patch14_siglip_384")
 

@@ -26,11 +26,11 @@ from torch.utils.data import get_worker_info
 from tests.parts import make_module, make_trainer
 from tests.test_cli import QUICK, read, told, train
 from tests.test_module import WHOLE, loader
-from vlm import artifact, run
 from vlm.callbacks.rates import ConfiguredRates
 from vlm.callbacks.save import Save, newest_checkpoint
-from vlm.cli.entry import sentence
 from vlm.data.rows import Rows
+from vlm.launch.entry import sentence
+from vlm.training import artifact, run
 
 __all__ = ["told"]  # a fixture
 EVERY = {"val_check_interval": 1, "check_val_every_n_epoch": None}

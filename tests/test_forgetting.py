@@ -24,13 +24,13 @@ from tests.test_datamodule import module as numbered
 from tests.test_module import loader
 from tests.test_resume import assert_same
 from tests.test_sources_mixture import mixture
-from vlm import artifact
 from vlm.data.filter import Filtered
 from vlm.data.replay import REPLAY, with_replay
 from vlm.evaluation.forgetting import TEXTS, text_batches, text_loss
 from vlm.models.composed import Composed
 from vlm.schema import Batch, Sample
 from vlm.text.templates import TEMPLATES
+from vlm.training import artifact
 
 __all__ = ["told"]  # a fixture
 CPU = torch.device("cpu")

@@ -18,10 +18,11 @@ from torch._utils import ExceptionWrapper
 
 from tests.parts import make_module, make_trainer
 from tests.test_module import WHOLE, loader
-from vlm import artifact, config, files, run
-from vlm.cli.entry import sentence
+from vlm import config, files
 from vlm.evaluation.answers import write_samples
+from vlm.launch.entry import sentence
 from vlm.loggers.metrics_file import MetricsFile
+from vlm.training import artifact, run
 
 
 @contextmanager

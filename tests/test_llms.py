@@ -14,10 +14,10 @@ from torch import nn
 
 from tests.chat import encoder, say
 from tests.parts import IMAGE, NUM_TOKENS, make_batch, tiny_model
-from vlm.cli.entry import CONF
+from vlm.launch.entry import CONF
 from vlm.llms.base import LanguageModel
-from vlm.optim import lora_names
 from vlm.text.templates import TEMPLATES
+from vlm.training.optim import lora_names
 
 OPTIONS = sorted(path.stem for path in (Path(CONF) / "llm").glob("*.yaml") if not path.name.startswith("_"))
 # Parameters as the hub counts those of the checkpoint's safetensors; a tied matrix counts once.

@@ -16,12 +16,12 @@ from torch import nn
 from tests.parts import IMAGE, LORA, STATES, Gated, make_batch, tiny_model
 from tests.test_llms import composed, shrunk, small_llm
 from vlm import build, config
-from vlm.cli.entry import CONF
 from vlm.connectors.mlp import MLP
+from vlm.launch.entry import CONF
 from vlm.llms.base import LanguageModel
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.causal import CausalLM
-from vlm.optim import lora_names, set_trainable
+from vlm.training.optim import lora_names, set_trainable
 
 FAMILIES = ["llama3_2_1b", "gemma3_1b", "qwen3_0_6b", "phi4_mini", "opt_2_7b", "flan_t5_xl"]
 ROWS = (([11, IMAGE, 12], [21, 22]), ([14, 15], [23]), ([16, IMAGE], [24, 25, 26]))

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.parts import IMAGE, SPEC, make_batch, make_module, make_trainer, pictures, tiny_llm, tiny_model
-from vlm import artifact
 from vlm.callbacks.save import Save
 from vlm.evaluation.visual_gain import compared, num_with_images, select, swapped
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
 from vlm.schema import Batch
+from vlm.training import artifact
 
 IMAGES = pictures(4)
 ROWS = (

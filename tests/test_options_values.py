@@ -20,9 +20,9 @@ from tests.test_config import GROUPS, TINY, needs, options
 from vlm import config
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import Options as DoctorOptions
-from vlm.cli.entry import CONF
 from vlm.data.augment import Augment
 from vlm.data.datamodule import VLMDataModule
+from vlm.launch.entry import CONF
 from vlm.llms.base import LanguageModel
 from vlm.module import VLMModule
 from vlm.options import parameters

@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.test_cli import QUICK, evaluate, read, told, train
-from vlm import artifact, config, run
+from vlm import config
 from vlm.evaluation.answers import Answers, mean_scores, write_samples
 from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.files import escape_controls
 from vlm.module import VLMModule
+from vlm.training import artifact, run
 
 __all__ = ["told"]  # a fixture
 HOSTILE = ["[/b] and [red]", "a :smile: b", r"a \[bold]", "[link=x]", "\x1b[31mred", "Z\udcfcrich", "\u202etxt.exe"]

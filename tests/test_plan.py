@@ -17,10 +17,11 @@ from PIL import Image
 
 import train as training
 from tests.test_encoders_sizes import FACTS as TOWERS
-from vlm import build, config, run
-from vlm.cli.entry import CONF, start
-from vlm.cli.plan import build_meta, describe, memory_gb
+from vlm import build, config
+from vlm.launch.entry import CONF, start
+from vlm.launch.plan import build_meta, describe, memory_gb
 from vlm.llms.bytes import byte_tokenizer
+from vlm.training import run
 
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x"]
 CONNECTORS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))

@@ -16,9 +16,9 @@ from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight, render
 from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
-from vlm.run import print_figures
 from vlm.schema import BadSample, Message, Sample, Split, VisualSpec
 from vlm.text.encode import TextEncoder
+from vlm.training.run import print_figures
 
 GOOD = [say("user", None, "Hi"), say("assistant", "no")]  # with `plain`: <bos>, 3 visual, "Hi\n", "no<eos>"
 

@@ -25,8 +25,8 @@ from vlm.connectors.qformer import QFormer
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, to_blip2
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import LanguageModeling
-from vlm.optim import parameter_groups
 from vlm.schema import Batch
+from vlm.training.optim import parameter_groups
 
 SIZES: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (1, 5), "output_rms": 0.7}
 TINY: dict[str, Any] = {**SIZES, "num_queries": 4, "depth": 3, "width": 16, "num_heads": 2}

@@ -21,10 +21,10 @@ from omegaconf import OmegaConf
 
 from tests.test_cli import QUICK, ROOT, TINY, evaluate, read, told, train
 from tests.test_faults import another_process
-from vlm import run
 from vlm.callbacks.save import Save
 from vlm.callbacks.stop import StopOnTime
-from vlm.cli import recipe
+from vlm.launch import recipe
+from vlm.training import run
 
 __all__ = ["told"]  # a fixture
 SHIPPED = [*TINY, "experiment=shapes_align_instruct"]

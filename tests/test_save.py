@@ -13,8 +13,8 @@ import torch
 from tests.parts import make_module, make_trainer
 from tests.test_faults import EVERY
 from tests.test_module import HALVES, WHOLE, loader
-from vlm import artifact
 from vlm.callbacks.save import Save, newest_checkpoint, rng_state, set_rng_state
+from vlm.training import artifact
 
 
 def test_saving_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

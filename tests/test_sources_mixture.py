@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from vlm import config
-from vlm.cli.entry import CONF
 from vlm.data.sources.mixture import Mixture
+from vlm.launch.entry import CONF
 from vlm.schema import BadSample, Sample
 
 

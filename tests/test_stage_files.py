@@ -13,11 +13,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.test_stages import CONNECTOR, trained
-from vlm import build, config, run
-from vlm.cli.entry import CONF
+from vlm import build, config
+from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
 from vlm.module import VLMModule
 from vlm.options import parameters
+from vlm.training import run
 
 STAGES = sorted(path.stem for path in (Path(CONF) / "stage").glob("[!_]*.yaml"))
 MATRICES = [f"self_attn.{matrix}_proj" for matrix in "qkvo"] + [

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.parts import IMAGE, LORA, STATES, make_batch, tiny_llm, tiny_model
 from vlm.models.composed import Composed
-from vlm.optim import check_rates, make_schedule, parameter_groups, set_trainable
+from vlm.training.optim import check_rates, make_schedule, parameter_groups, set_trainable
 
 CONNECTOR = {
     "connector.norm.weight",

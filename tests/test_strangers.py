@@ -20,13 +20,14 @@ from tests.parts import make_module, make_trainer
 from tests.test_artifact_cli import call as artifact_program
 from tests.test_cli import QUICK, call, evaluate, told, train
 from tests.test_module import WHOLE, loader
-from vlm import artifact, config, files, run, trust
+from vlm import config, files
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import doctor
 from vlm.connectors.mlp import MLP
 from vlm.evaluation.answers import write_samples
 from vlm.loggers.metrics_file import MetricsFile
 from vlm.options import KINDS, bind
+from vlm.training import artifact, run, trust
 
 __all__ = ["told"]  # a fixture
 
@@ -126,10 +127,10 @@ class SoftPool(nn.Module):
 
 FUNCTIONS = (
     *(
-        "vlm.cli.processes.wait_for",
-        "vlm.artifact.write_json",
+        "vlm.launch.processes.wait_for",
+        "vlm.training.artifact.write_json",
         "vlm.callbacks.save.newest_checkpoint",
-        "vlm.run.finish",
+        "vlm.training.run.finish",
     ),
     *("torch.load", "torch.save", "torch.hub.load", "torch.utils.collect_env.run", "os.system", "builtins.eval"),
     *("lightning.pytorch.seed_everything", "pathlib.Path", "subprocess.Popen", "vlm.connectors.mlp.nn", "torch", ".x"),
@@ -190,7 +191,7 @@ PROGRAMS: dict[str, Any] = {
 }  # fmt: skip
 CANARY = "the user's secret"
 OF_MODEL = {
-    "connector/_target_": ("vlm.artifact.write_json", "connector._target_=vlm.artifact.write_json"),
+    "connector/_target_": ("vlm.training.artifact.write_json", "connector._target_=vlm.training.artifact.write_json"),
     "objective/_target_": ("torch.hub.load", "objective._target_=torch.hub.load"),
     "model/_target_": ("mypkg.Model", "model._target_=mypkg.Model"),
     "llm/pretrained": ("{home}", "llm.pretrained={home}"),
@@ -213,7 +214,7 @@ OF_RUN = {
         {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "home"}, "callbacks.x.dirpath=home"
     ),
     "callbacks/y": (
-        {"_target_": "vlm.cli.processes.wait_for", "command": ["id"]}, "callbacks.y._target_=vlm.cli.processes"
+        {"_target_": "vlm.launch.processes.wait_for", "command": ["id"]}, "callbacks.y._target_=vlm.launch.processes"
     ),
     "trainer/strategy": ({"_target_": "torch.save"}, "trainer.strategy._target_=torch.save"),
     "ckpt": ("{home}", "ckpt={home}"),

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from tests.chat import byte_tokenizer, encoder, say
-from vlm.cli.entry import CONF
 from vlm.cli.labels import PAGE, page
+from vlm.launch.entry import CONF
 from vlm.text import jinja
 from vlm.text.templates import TEMPLATES
 

@@ -17,11 +17,11 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
 from vlm import build, config
-from vlm.cli.entry import CONF
 from vlm.connectors.mlp import MLP
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import TiledTransform, Tiles
 from vlm.encoders.transform import Transform
+from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
 from vlm.schema import Sample, VisualSpec
 from vlm.text.row import Encoded

@@ -26,7 +26,7 @@ from vlm.encoders.hf import HFEncoder
 from vlm.models.composed import Composed
 from vlm.module import VLMModule
 from vlm.objectives.language_modeling import LanguageModeling
-from vlm.optim import set_trainable
+from vlm.training.optim import set_trainable
 
 FACTS = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 FACTS |= {"image_size": 16, "patch_size": 8}

@@ -13,9 +13,9 @@ from torch import nn
 
 from tests.parts import Parts
 from tests.test_artifact import PARTS
-from vlm import artifact
-from vlm.optim import parameter_groups, set_trainable
-from vlm.sharding import gather
+from vlm.training import artifact
+from vlm.training.optim import parameter_groups, set_trainable
+from vlm.training.sharding import gather
 
 STATES: dict[str, Any] = {"connector": "frozen", "llm": "frozen"}
 

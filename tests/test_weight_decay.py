@@ -10,7 +10,7 @@ from torch import nn
 from tests.parts import LORA, Parts, tiny_llm
 from tests.test_connectors import OPTIONS, build
 from tests.test_stages import ADAPTER
-from vlm.optim import parameter_groups, set_trainable
+from vlm.training.optim import parameter_groups, set_trainable
 
 
 def norms(*names: str) -> set[str]:

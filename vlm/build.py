@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from vlm.artifact import short_hash
 from vlm.config import (
     OF_TRAINER,
     bind_callbacks,
@@ -26,8 +25,9 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.objectives.base import Objective
-from vlm.optim import round_frozen, set_trainable
 from vlm.options import bind, parameters
+from vlm.training.artifact import short_hash
+from vlm.training.optim import round_frozen, set_trainable
 
 
 def build_model(cfg: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:

@@ -10,20 +10,20 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlm import trust
-from vlm.artifact import aside, put, write
 from vlm.data.augment import Augment
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.reading import Reading
 from vlm.evaluation.answers import MaxNewTokens
 from vlm.models.base import Model, check_capabilities
 from vlm.module import VLMModule
-from vlm.optim import Rate, check_lora, check_rates, check_states, check_steps
 from vlm.options import bind, bind_class, find_class, fit, known, mapping, parameters, shown, typed
 from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Range, Seed, Written
 from vlm.renamed import refuse_renamed, rename
-from vlm.run import native_precision
-from vlm.sharding import check_strategy
+from vlm.training import trust
+from vlm.training.artifact import aside, put, write
+from vlm.training.optim import Rate, check_lora, check_rates, check_states, check_steps
+from vlm.training.run import native_precision
+from vlm.training.sharding import check_strategy
 
 MANY = ("evaluators", "callbacks", "logger")  # groups of which a run has any number of options, each below a name
 NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups of which it has one, beside its model's parts
@@ -166,6 +166,9 @@ def _is_quantized(part: Any) -> bool:
 def migrated(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run of an earlier version in the form of today; others as they are."""
     settings = rename(settings)
+    strategy = settings["trainer"].get("strategy")
+    if isinstance(strategy, dict) and strategy.get("_target_") == "vlm.sharding.FullyShard":  # its module of before
+        settings["trainer"]["strategy"] = {**strategy, "_target_": "vlm.training.sharding.FullyShard"}
     if "objective" not in settings and "objective" in (stage := settings["stage"]):
         settings["stage"] = {key: value for key, value in stage.items() if key != "objective"}
         settings["objective"] = stage["objective"]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlm.evaluation.base import Context, Evaluator, Means, total
-from vlm.optim import Rate, Schedule, make_schedule, parameter_groups
 from vlm.ranges import Number, Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput, is_loss
-from vlm.sharding import FullyShard
+from vlm.training.optim import Rate, Schedule, make_schedule, parameter_groups
+from vlm.training.sharding import FullyShard
 
 
 class TrainingStopped(ValueError):

@@ -40,7 +40,7 @@ KINDS = {  # a key stands for all below it, unless a longer one does
     "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),
     "trainer": Kind("lightning.pytorch.Trainer", ("lightning.pytorch.Trainer",)),
     "trainer.strategy": Kind(
-        "lightning.pytorch.strategies.Strategy", ("lightning.pytorch.strategies.", "vlm.sharding.")
+        "lightning.pytorch.strategies.Strategy", ("lightning.pytorch.strategies.", "vlm.training.sharding.")
     ),
     "callbacks": Kind("lightning.pytorch.Callback", ("lightning.pytorch.callbacks.", "vlm.callbacks.")),
     "logger": Kind("lightning.pytorch.loggers.Logger", ("lightning.pytorch.loggers.", "vlm.loggers.")),
@@ -105,7 +105,7 @@ def find_class(name: str, target: Any) -> Callable[..., Any]:
     """The class that a config names. Raises ValueError unless it is of the kind that the config's group takes.
 
     A class of the user's own package is, if it is derived from the group's base. Whether the user has said so or a
-    stored config does, which must not, `vlm.trust` looks at.
+    stored config does, which must not, `vlm.training.trust` looks at.
     """
     kind = kind_of(name)
     folders = " or ".join(folder.rstrip(".") for folder in kind.folders)

@@ -18,8 +18,8 @@ from rich.progress import (
 )
 
 from vlm.data.datamodule import VLMDataModule
-from vlm.run import CONSOLE
 from vlm.text.turns import count
+from vlm.training.run import CONSOLE
 
 
 class Progress(pl.Callback):

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vlm import artifact, files
+from vlm import files
 from vlm.callbacks.stop import between_steps
 from vlm.module import TrainingStopped
 from vlm.ranges import Number, Range, Steps
-from vlm.run import CONSOLE
-from vlm.sharding import FullyShard, gather
+from vlm.training import artifact
+from vlm.training.run import CONSOLE
+from vlm.training.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
 BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better

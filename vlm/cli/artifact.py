@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vlm.cli.entry import fail, quiet, sentence
+from vlm.launch.entry import fail, quiet, sentence
 
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
 AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
 
 def sizes(run: Path) -> dict[str, dict[str, Any]]:
     """Tensors, parameters, bytes and types of each part."""
-    from vlm import artifact
+    from vlm.training import artifact
 
     parts: dict[str, dict[str, Any]] = {}
     with artifact.open_weights(run) as file:
@@ -72,7 +72,7 @@ def differences(run: Path, other: Path) -> dict[str, Any]:
 
     The distance of two tensors, or of all of a part, is |other - run| / |run|, in Euclidean norms.
     """
-    from vlm import artifact
+    from vlm.training import artifact
 
     ours, theirs = (dict(_fields(artifact.read_manifest(each))) for each in (run, other))
     fields = {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
@@ -115,7 +115,7 @@ def _fields(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def show(run: Path) -> None:
     """Print what an artifact is of, and what it holds."""
-    from vlm import artifact
+    from vlm.training import artifact
 
     manifest = artifact.read_manifest(run)
     with artifact.open_weights(run) as file:
@@ -151,7 +151,7 @@ def show(run: Path) -> None:
 
 
 def _hash(config: Any) -> str:
-    from vlm import artifact
+    from vlm.training import artifact
 
     return artifact.short_hash(config) if config is not None else "not known"
 
@@ -178,7 +178,7 @@ def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[in
     """A table, or a line that says that there is nothing to put in it."""
     from rich.table import Table
 
-    from vlm.run import CONSOLE
+    from vlm.training.run import CONSOLE
 
     rows = [[str(cell) for cell in row] for row in rows]
     if not rows:
@@ -193,7 +193,7 @@ def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[in
 
 
 def main() -> None:
-    from vlm.cli.command_line import check_run_dir
+    from vlm.launch.command_line import check_run_dir
 
     quiet()
     if not sys.argv[1:] or {"-h", "--help", "help"} & {*sys.argv[1:]}:

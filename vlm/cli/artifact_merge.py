@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vlm import artifact, build, config, files, run, trust
-from vlm.cli.entry import CONF
-from vlm.cli.overrides import for_shell, override
+from vlm import build, config, files
 from vlm.identity import identity
-from vlm.sharding import gather
+from vlm.launch.entry import CONF
+from vlm.launch.overrides import for_shell, override
 from vlm.text.templates import resolve
+from vlm.training import artifact, run, trust
+from vlm.training.sharding import gather
 
 TOLERANCE = 1e-4  # of the largest logit; float32 rounds otherwise once two matrices are one
 

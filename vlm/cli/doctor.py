@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from vlm.cli.entry import start
+from vlm.launch.entry import start
 from vlm.ranges import Name, Range
 
 
@@ -30,7 +30,7 @@ def doctor(cfg: Any) -> None:
     from rich.text import Text
     from torch.utils.data import DataLoader, Dataset
 
-    from vlm import artifact, build, run
+    from vlm import build
     from vlm.cli import doctor_report
     from vlm.cli.doctor_score import scores
     from vlm.data.checkup import Checkup, Folder, Reader
@@ -38,6 +38,7 @@ def doctor(cfg: Any) -> None:
     from vlm.data.reading import applied
     from vlm.schema import BAD_KINDS
     from vlm.text.language import identifier
+    from vlm.training import artifact, run
 
     settings, options, parts = _settings(cfg)
     language = identifier() if options.languages else None
@@ -120,7 +121,7 @@ def _class_name(options: dict[str, Any]) -> str:
 def _bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vlm.run import CONSOLE
+    from vlm.training.run import CONSOLE
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal)
@@ -133,8 +134,9 @@ def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], d
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from vlm import artifact, config, trust
-    from vlm.cli.command_line import SAID_AGAIN
+    from vlm import config
+    from vlm.launch.command_line import SAID_AGAIN
+    from vlm.training import artifact, trust
 
     artifact.read_manifest(run_dir)
     said = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task if SAID_AGAIN.match(word)]
@@ -147,8 +149,9 @@ def _model(settings: dict[str, Any], *, weights: bool) -> Any:
     """The trained model; or, without `weights`, its shapes on the meta device with the LLM's own tokenizer."""
     import torch
 
-    from vlm import artifact, build
-    from vlm.cli.plan import without_weights
+    from vlm import build
+    from vlm.launch.plan import without_weights
+    from vlm.training import artifact
 
     if weights:
         model, manifest = build.build_model(settings)

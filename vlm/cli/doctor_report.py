@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm import files
-from vlm.artifact import write_json
 from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
 from vlm.data.images import to_rgb
 from vlm.quote import one_line
-from vlm.run import CONSOLE
 from vlm.schema import Source, Split
+from vlm.training.artifact import write_json
+from vlm.training.run import CONSOLE
 
 SHOWN = 24  # findings of a kind in report.html; report.json has all
 THUMBNAIL = 160  # pixels of its longer side

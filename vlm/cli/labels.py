@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from vlm.cli.entry import CONF
+from vlm.launch.entry import CONF
 from vlm.llms.bytes import byte_tokenizer
 from vlm.schema import Content, Message
 from vlm.text.encode import TextEncoder

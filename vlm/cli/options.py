@@ -12,9 +12,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from vlm import config, run
-from vlm.cli.entry import CONF
-from vlm.cli.plan import build_meta
+from vlm import config
+from vlm.launch.entry import CONF
+from vlm.launch.plan import build_meta
+from vlm.training import run
 
 README = Path(CONF).parent / "README.md"
 MARKS = ("<!-- options: written by `make options` -->\n", "<!-- end of options -->")

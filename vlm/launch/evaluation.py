@@ -10,15 +10,16 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from vlm import artifact, config, files, run, trust
+from vlm import config, files
 from vlm.build import check_rows
-from vlm.cli import interrupt, processes
-from vlm.cli.overrides import absolute_paths
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.answers import write_samples
 from vlm.evaluation.loop import Result
+from vlm.launch import interrupt, processes
+from vlm.launch.overrides import absolute_paths
 from vlm.module import VLMModule
 from vlm.options import known
+from vlm.training import artifact, run, trust
 
 
 class EvaluationRun:

@@ -24,14 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
 
-from vlm import config, run
-from vlm.artifact import write_json
-from vlm.cli import plan
-from vlm.cli.entry import CONF, config_error, fail
-from vlm.cli.overrides import for_shell, override
-from vlm.cli.processes import FORWARDED, num_processes, searchpath, wait_for
-from vlm.cli.resume import FREE, within
+from vlm import config
+from vlm.launch import plan
+from vlm.launch.entry import CONF, config_error, fail
+from vlm.launch.overrides import for_shell, override
+from vlm.launch.processes import FORWARDED, num_processes, searchpath, wait_for
+from vlm.launch.resume import FREE, within
 from vlm.options import known
+from vlm.training import run
+from vlm.training.artifact import write_json
 
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")

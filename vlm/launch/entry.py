@@ -41,8 +41,8 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from vlm.cli.command_line import SWEEP, refuse_empty_mappings, translate
-    from vlm.cli.sweep import folder_name, record_failure
+    from vlm.launch.command_line import SWEEP, refuse_empty_mappings, translate
+    from vlm.launch.sweep import folder_name, record_failure
 
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # conf/train.yaml names jobs by it
     sweeps = bool({*SWEEP} & {*sys.argv})
@@ -147,8 +147,8 @@ def resuming(arguments: list[str]) -> list[str]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from vlm.cli.overrides import override
-    from vlm.trust import group_choices, stored_config
+    from vlm.launch.overrides import override
+    from vlm.training.trust import group_choices, stored_config
 
     given = [argument for argument in arguments if argument.startswith("resume=")]
     kept = [argument for argument in arguments if not argument.startswith("resume=")]

@@ -22,8 +22,8 @@ from rich.text import Text
 from torch import nn
 
 from vlm import files
-from vlm.artifact import aside, put, write, write_json
 from vlm.models.base import Model
+from vlm.training.artifact import aside, put, write, write_json
 
 
 class PlainConsole(Console):
@@ -142,7 +142,7 @@ def _step(file: Path, number: int, line: str) -> float:
 
 def provenance() -> dict[str, Any]:
     """Versions of the code that made a run."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
     packages = ("torch", "lightning", "transformers", "peft", "timm", "hydra-core")
     return {"git": git.stdout.strip() or None, "packages": {name: version(name) for name in packages}}

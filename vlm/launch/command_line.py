@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from vlm.cli.overrides import MANY, for_shell, holds_path, override, written
+from vlm.launch.overrides import MANY, for_shell, holds_path, override, written
 from vlm.renamed import refuse_renamed_key
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from vlm import artifact, build, config, run
+from vlm import build, config
+from vlm.training import artifact, run
 
 GB = 10**9
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type

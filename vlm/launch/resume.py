@@ -10,9 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from vlm import config, trust
-from vlm.cli.overrides import chosen
-from vlm.trust import within
+from vlm import config
+from vlm.launch.overrides import chosen
+from vlm.training import trust
+from vlm.training.trust import within
 
 # These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
 FREE = (

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from vlm import files
 from vlm.models.base import Model
-from vlm.optim import lora_names, match_buffers
 from vlm.options import defaults, known, typed
 from vlm.options import parameters as options_of
+from vlm.training.optim import lora_names, match_buffers
 
 FORMAT_VERSION = 3
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vlm.cli import interrupt
+from vlm.launch import interrupt
 
 
 def single_run(*, script: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
@@ -25,8 +25,8 @@ def _dispatch(train: Callable[[Any], None], script: str, cfg: Any) -> None:
     # Imported here: a misspelled option should be reported before a second's worth of libraries.
     from hydra.core.hydra_config import HydraConfig
 
-    from vlm.cli import plan, processes, recipe
-    from vlm.cli.training import TrainingRun
+    from vlm.launch import plan, processes, recipe
+    from vlm.launch.training import TrainingRun
 
     interrupt.raise_again()
     if cfg.recipe is not None and cfg.resume.run is None:

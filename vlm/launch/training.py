@@ -11,17 +11,18 @@ import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
-from vlm import artifact, config, run
+from vlm import config
 from vlm.build import check_rows
 from vlm.callbacks.save import data_of, newest_checkpoint
-from vlm.cli import processes, resume
-from vlm.cli.overrides import chosen
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.preflight import render
 from vlm.evaluation.answers import write_samples
 from vlm.evaluation.loop import Result, evaluate
+from vlm.launch import processes, resume
+from vlm.launch.overrides import chosen
 from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
+from vlm.training import artifact, run
 
 
 class TrainingRun:
