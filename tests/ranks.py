@@ -22,7 +22,7 @@ from tests.parts import IMAGE, make_batch, make_module, make_trainer, pictures, 
 from tests.test_cli import QUICK, train
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
-from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention
+from vlm.connectors.cross_attention import GATE_SCALE, CrossAttention
 from vlm.models.composed import Composed
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
@@ -65,7 +65,7 @@ def layers() -> tuple[Composed, Any]:
     model = Composed(encoder=tiny_encoder(), connector=connector, llm=llm)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.5 / GATE_SPEED)
+            nn.init.constant_(parameter, 0.5 / GATE_SCALE)
     return model, {"llm": "full"}
 
 

@@ -174,5 +174,5 @@ def test_linear_without_additions_is_one_matrix_with_pytorchs_initialisation() -
 
 
 def test_mlp_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"connector.depth=0 leaves no layer; set it to 1 or more"):
+    with pytest.raises(ValueError, match=r"connector.depth=0 must be at least 1"):
         MLP(**SIZES, depth=0)

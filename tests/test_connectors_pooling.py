@@ -142,15 +142,15 @@ def test_c_abstractor_has_as_many_tokens_as_are_asked_for(side: int, num_queries
 
 @pytest.mark.parametrize(("num_queries", "near"), [(10, 9), (49, 36), (0, 1), (-4, 1)])
 def test_c_abstractor_refuses_tokens_that_are_no_square_or_too_many(num_queries: int, near: int) -> None:
-    said = rf"connector.num_queries={num_queries} is no square between 1 and the 36 patches .* for example to {near}$"
+    said = rf"connector.num_queries={num_queries} must be a square number from 1 to 36, .* for example to {near}$"
     with pytest.raises(ValueError, match=said):
         CAbstractor(**FACTS, grid=(6, 6), num_queries=num_queries)
 
 
 def test_c_abstractor_refuses_a_grid_that_is_no_square_and_no_blocks() -> None:
-    with pytest.raises(ValueError, match=r"connector=c_abstractor takes a square grid, .* 3×4; set encoder.image_size"):
+    with pytest.raises(ValueError, match=r"connector=c_abstractor needs a square grid, .* 3×4; set encoder.image_size"):
         CAbstractor(**FACTS, grid=(3, 4))
-    with pytest.raises(ValueError, match=r"connector.depth=0 leaves no block; set it to 1 or more"):
+    with pytest.raises(ValueError, match=r"connector.depth=0 must be at least 1"):
         CAbstractor(**FACTS, grid=(3, 3), depth=0)
 
 

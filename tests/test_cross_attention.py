@@ -18,7 +18,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 
 from tests.parts import IMAGE, make_batch, make_module, pictures, tiny_encoder, tiny_llm
 from tests.test_model import FAMILIES
-from vlm.connectors.cross_attention import GATE_SPEED, CrossAttention, GatedBlock, View
+from vlm.connectors.cross_attention import GATE_SCALE, CrossAttention, GatedBlock, VisualContext
 from vlm.connectors.resampler import Resampler
 from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
@@ -40,7 +40,7 @@ def vision(*, gate: float = 0.0, llm: Any = None, every: int = 1, **options: Any
     model = Composed(encoder=tiny_encoder(), connector=connector, llm=llm)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
-            nn.init.constant_(parameter, gate / GATE_SPEED)
+            nn.init.constant_(parameter, gate / GATE_SCALE)
     return model
 
 
@@ -139,7 +139,7 @@ def test_visible_images_by_hand() -> None:
     assert batch.images_before.tolist() == [[0, 1, 1, 2], [0, 0, 0, 0]]
 
     def visible(length: int, num_beams: int = 1, everything: bool = False) -> list[list[str]]:
-        view = View.of(torch.randn(2, 2, 32), batch, all_previous_images=everything)
+        view = VisualContext.of(torch.randn(2, 2, 32), batch, all_previous_images=everything)
         seen = view.visible(2 * num_beams, length)
         return [["".join("01"[v] for v in token) for token in row] for row in seen.int().tolist()]
 
@@ -160,7 +160,7 @@ def test_logits_depend_on_the_images_that_their_tokens_see(everything: bool) -> 
     visual = model.connector(model.encoder(batch.pixel_values)).detach().requires_grad_()
     hidden = model.llm.embed(batch.input_ids)
     with model.connector.attending_to(visual, batch):
-        seen = model.connector._look(model.connector.blocks[0], nn.Identity(), (hidden,))[0]  # B T D
+        seen = model.connector._pre_hook(model.connector.blocks[0], nn.Identity(), (hidden,))[0]  # B T D
     reach = []
     for row, token in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]:
         (slope,) = torch.autograd.grad(seen[row, token].sum(), visual, retain_graph=True)
@@ -393,14 +393,14 @@ def test_block_is_idefics_gated_layer_but_for_norms_and_feed_forward() -> None:
         for norm in (ours.attention_norm, ours.ff_norm):
             norm.weight.normal_(1, 0.3)
             norm.bias.normal_()
-        ours.attention_gate.normal_(std=1 / GATE_SPEED)
-        ours.ff_gate.normal_(std=1 / GATE_SPEED)
+        ours.attention_gate.normal_(std=1 / GATE_SCALE)
+        ours.ff_gate.normal_(std=1 / GATE_SCALE)
     theirs.load_state_dict(
         {
             **{f"cross_attn.{name}_proj.weight": getattr(ours, name).weight for name in "qkv"},
             "cross_attn.o_proj.weight": ours.out.weight,
-            "alpha_cross_attn": GATE_SPEED * ours.attention_gate[None, None],
-            "alpha_dense": GATE_SPEED * ours.ff_gate[None, None],
+            "alpha_cross_attn": GATE_SCALE * ours.attention_gate[None, None],
+            "alpha_dense": GATE_SCALE * ours.ff_gate[None, None],
         },
         strict=False,
     )
@@ -459,5 +459,5 @@ def test_more_layers_between_blocks_than_the_llm_has() -> None:
 
 
 def test_no_layers_between_blocks() -> None:
-    with pytest.raises(ValueError, match=r"connector.every=0 is no distance between blocks; set it to 1 or more"):
+    with pytest.raises(ValueError, match=r"connector.every=0 must be at least 1"):
         vision(every=0)

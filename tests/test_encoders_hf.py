@@ -69,7 +69,7 @@ def test_a_wrong_number_of_dropped_tokens_is_refused() -> None:
         ValueError, match=r"drop_tokens=0 leaves 17 of 17 tokens, but the grid has 16 patches; .*drop_tokens=1$"
     ):
         build_clip(drop_tokens=0)
-    with pytest.raises(ValueError, match=r"encoder.image_size=30 is no multiple of the patch size 8; try 24"):
+    with pytest.raises(ValueError, match=r"encoder.image_size=30 must be a multiple of the patch size 8; try 24"):
         build_clip(image_size=30)
 
 
@@ -144,7 +144,7 @@ def test_towers_without_a_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a 'convnext' has hidden_size=None, .*or encoder=timm"):
         build_clip(config={"model_type": "convnext"})
     facts = {**SMALL, "image_size": 32, "patch_size": 8}
-    with pytest.raises(ValueError, match=r"makes 5 tokens of 16 patches, so it has no grid"):
+    with pytest.raises(ValueError, match=r"gives 5 tokens for 16 patches, so they form no grid"):
         build_clip(config={"model_type": "vit_mae", **facts}, drop_tokens=None)
 
 

@@ -84,7 +84,9 @@ def test_a_finer_map_joins_the_coarser_one_cell_by_cell() -> None:
 
 
 def test_maps_that_no_whole_number_of_cells_joins_are_refused() -> None:
-    with pytest.raises(Exception, match=r"joins a 7×7 grid with layer 3, whose 13×13 is no multiple; set .* 32, or"):
+    with pytest.raises(
+        Exception, match=r"joins a 7×7 grid with layer 3, whose 13×13 must be a multiple; set .* 32, or"
+    ):
         build("efficientnet_lite0", image_size=208)
 
 
@@ -123,7 +125,7 @@ def test_other_families_fit_the_same_class(name: str, blocks: int, width: int, g
 def test_timm_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"timm has no model 'resnet81'; close names: .*resnet18"):
         TimmEncoder(name="resnet81")
-    with pytest.raises(ValueError, match=r"encoder.image_size=100 is no multiple of the patch size 16; try 96"):
+    with pytest.raises(ValueError, match=r"encoder.image_size=100 must be a multiple of the patch size 16; try 96"):
         TimmEncoder(name="vit_tiny_patch16_224", weights="random", image_size=100)
     with pytest.raises(ValueError, match=r"encoder.mean has 1 and encoder.std 3 numbers; give 3 each"):
         TimmEncoder(name="resnet18", weights="meta", mean=[0.5])

@@ -140,7 +140,7 @@ def test_transform_is_deterministic_picklable_and_takes_any_mode() -> None:
 
 
 def test_an_unknown_interpolation_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"encoder.interpolation='lanczos' is none of bilinear, bicubic"):
+    with pytest.raises(ValueError, match=r"encoder.interpolation='lanczos' must be one of bilinear, bicubic"):
         transform(interpolation="lanczos")
 
 

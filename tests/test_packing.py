@@ -13,7 +13,7 @@ from tests.test_connectors import OPTIONS
 from tests.test_connectors import build as build_connector
 from tests.test_llms_seq2seq import t5
 from tests.test_model import FAMILIES
-from vlm.connectors.cross_attention import GATE_SPEED
+from vlm.connectors.cross_attention import GATE_SCALE
 from vlm.data.collate import collate, join
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import SummedCrossEntropy
@@ -37,7 +37,7 @@ def model_with(option: str, **llm: Any) -> Composed:
     model = Composed(encoder=encoder, connector=connector, llm=brain)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.5 / GATE_SPEED)
+            nn.init.constant_(parameter, 0.5 / GATE_SCALE)
     return model.eval()
 
 

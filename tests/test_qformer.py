@@ -252,7 +252,9 @@ def test_weights_go_back_into_blip2(tmp_path: Path) -> None:
 
 
 def test_position_cannot_go_into_blip2() -> None:
-    with pytest.raises(ValueError, match=r"no place for the Q-Former's position; train with connector.position=false"):
+    with pytest.raises(
+        ValueError, match=r"no parameter for the Q-Former's position embeddings; train with connector.position=false"
+    ):
         to_blip2(QFormer(**TINY).state_dict())
 
 
@@ -315,26 +317,29 @@ def test_queries_go_through_berts_feed_forward(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_queries": 6}, "has num_queries=4, here it is 6; set connector.num_queries=4"),
-        ({"depth": 2}, "has depth=3, here it is 2; set connector.depth=3"),
-        ({"width": 32}, "has width=16, here it is 32; set connector.width=16"),
-        ({"num_heads": 4}, "has num_heads=2, here it is 4; set connector.num_heads=2"),
+        ({"num_queries": 6}, "has num_queries=4, the connector has 6; set connector.num_queries=4"),
+        ({"depth": 2}, "has depth=3, the connector has 2; set connector.depth=3"),
+        ({"width": 32}, "has width=16, the connector has 32; set connector.width=16"),
+        ({"num_heads": 4}, "has num_heads=2, the connector has 4; set connector.num_heads=2"),
         (
             {"cross_attention_every": 1},
-            "has cross_attention_every=2, here it is 1; set connector.cross_attention_every=2",
+            "has cross_attention_every=2, the connector has 1; set connector.cross_attention_every=2",
         ),
-        ({"vision_width": 20}, r"post_layernorm.weight has shape \[24\], here it is \[20\]; choose the encoder that"),
+        (
+            {"vision_width": 20},
+            r"post_layernorm.weight has shape \[24\], the connector needs \[20\]; choose the encoder that",
+        ),
         (
             {"vision_width": 20, "norm": False},
-            r"key.weight has shape \[16, 24\], here it is \[16, 20\]; choose the enc",
+            r"key.weight has shape \[16, 24\], the connector needs \[16, 20\]; choose the enc",
         ),
         (
             {"init_projection": True, "llm_width": 40},
-            r"shape \[32, 16\], here it is \[40, 16\]; set connector.init_pro",
+            r"shape \[32, 16\], the connector needs \[40, 16\]; set connector.init_pro",
         ),
         (
             {"text": True},
-            r"lacks 20 of \d+ tensors, the first 'embeddings.word_embeddings.weight'; set connector.text=f",
+            r"lacks 20 of \d+ tensors, first 'embeddings.word_embeddings.weight'; set connector.text=f",
         ),
     ],
 )
@@ -347,11 +352,11 @@ def test_a_blip2_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"depth": 4}, "has depth=3, here it is 4; set connector.depth=3"),
-        ({"num_heads": 4}, "has num_heads=2, here it is 4; set connector.num_heads=2"),
+        ({"depth": 4}, "has depth=3, the connector has 4; set connector.depth=3"),
+        ({"num_heads": 4}, "has num_heads=2, the connector has 4; set connector.num_heads=2"),
         (
             {"text": True},
-            r"word_embeddings.weight has shape \[99, 16\], here it is \[30523, 16\]; set connector.text=fa",
+            r"word_embeddings.weight has shape \[99, 16\], the connector needs \[30523, 16\]; set connector.text=fa",
         ),
     ],
 )
@@ -362,22 +367,22 @@ def test_a_bert_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, A
 
 
 def test_a_folder_without_the_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds 0 tensors in files \*.safetensors; download the checkpoint and set"):
+    with pytest.raises(ValueError, match=r"has no tensors in \*.safetensors; download the checkpoint and set"):
         start(tmp_path)
     captioner(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks 50 of 50 tensors, the first 'embeddings.LayerNorm.weight'; choose an"):
+    with pytest.raises(ValueError, match=r"lacks 50 of 50 tensors, first 'embeddings.LayerNorm.weight'; choose an"):
         start(tmp_path, "bert")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_queries": 0}, "connector.num_queries=0 is less than 1; set it to 1 or more"),
-        ({"depth": 0}, "connector.depth=0 is less than 1"),
-        ({"cross_attention_every": 0}, "connector.cross_attention_every=0 is less than 1"),
-        ({"num_heads": 3}, "connector.width=16 is no multiple of connector.num_heads=3; try connector.width=15"),
-        ({"init": "bert"}, "connector.init=bert does not go with connector.init_from=None; set"),
-        ({"init_from": "x"}, "connector.init=random does not go with connector.init_from=x; set"),
+        ({"num_queries": 0}, "connector.num_queries=0 must be at least 1"),
+        ({"depth": 0}, "connector.depth=0 must be at least 1"),
+        ({"cross_attention_every": 0}, "connector.cross_attention_every=0 must be at least 1"),
+        ({"num_heads": 3}, "connector.width=16 must be a multiple of connector.num_heads=3; try connector.width=15"),
+        ({"init": "bert"}, "connector.init=bert and connector.init_from=None do not fit together; set"),
+        ({"init_from": "x"}, "connector.init=random and connector.init_from=x do not fit together; set"),
         ({"init_projection": True}, "connector.init=random has no projection; set connector.init_projection=false"),
     ],
 )
@@ -387,9 +392,9 @@ def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], said: str)
 
 
 def test_a_text_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"given a text but has no text path; set connector.text=true"):
+    with pytest.raises(ValueError, match=r"got a text but has no text path; set connector.text=true"):
         QFormer(**TINY).hidden_states(None, torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"the text has 513 tokens, but the Q-Former takes 512; cut it"):
+    with pytest.raises(ValueError, match=r"the text has 513 tokens, but the Q-Former takes at most 512; truncate it"):
         QFormer(**TINY, text=True).hidden_states(None, torch.zeros(1, 513, dtype=torch.long))
 
 

@@ -34,7 +34,7 @@ SIZES += [(3000, 500), (500, 3000), (9000, 10), (10, 9000), (672, 336), (336, 67
 
 def tiles(grids: list[list[int]] = NEXT, side: int = 336) -> TiledTransform:
     whole = Transform(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bicubic")
-    return Tiles(grids=grids).around(whole)
+    return Tiles(grids=grids).tiled(whole)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -68,7 +68,7 @@ def test_the_thumbnail_is_first_and_the_tiles_come_row_by_row() -> None:
         picture.paste(Image.new("RGB", (32, 32), (40 * number, 0, 0)), (number % 3 * 32, number // 3 * 32))
     made = tiles([[2, 3]], side=32)
     found = made(picture)
-    assert torch.equal(found[0], made.whole(picture))
+    assert torch.equal(found[0], made.transform(picture))
     assert [tile[0].unique().mul(255).tolist() for tile in found[1:]] == [[40.0 * number] for number in range(6)]
     assert made.rows(picture.size) == [1, 3, 3]
 
@@ -76,7 +76,7 @@ def test_the_thumbnail_is_first_and_the_tiles_come_row_by_row() -> None:
 def test_a_grid_of_one_is_the_thumbnail_alone() -> None:
     made = tiles([[1, 1], [1, 2]], side=32)
     assert made.rows((32, 32)) == [1]
-    assert torch.equal(made(noise(32, 32)), made.whole(noise(32, 32))[None])
+    assert torch.equal(made(noise(32, 32)), made.transform(noise(32, 32))[None])
     assert made.rows((64, 32)) == [1, 2]
 
 
@@ -148,7 +148,7 @@ def test_any_encoder_reads_tiles(option: str, separator: str) -> None:
     eye_of, llm = eye(option), tiny_llm()
     facts = {"vision_width": eye_of.width, "llm_width": llm.width, "grid": eye_of.grid, "output_rms": llm.embed_rms}
     model = Composed(encoder=eye_of, connector=MLP(**facts), llm=llm)
-    made = Tiles(grids=NEXT).around(eye_of.transform)
+    made = Tiles(grids=NEXT).tiled(eye_of.transform)
     source = Mixed(eye_of.image_size[0])
     spec = VisualSpec(
         num_tokens=model.connector.num_tokens,

@@ -1,4 +1,4 @@
-"""Neighbouring patches averaged, then a perceptron on each: the baseline of DeCo (Yao et al., arXiv 2405.20985).
+"""Average pooling of the patches, then an MLP projector: the baseline of DeCo (Yao et al., arXiv 2405.20985).
 
 Axes: N images, P patches per image, Dv encoder width, K visual tokens, D LLM width; R rows and S columns of patches.
 """
@@ -17,13 +17,13 @@ from vlm.ranges import Depth, Grid, Width
 
 
 class AveragePool(MLP):
-    """features [N,P,Dv] -> visual [N,K,D]: averages of neighbouring patches, then an MLP on each.
+    """features [N,P,Dv] -> visual [N,K,D]: average pooling to a smaller grid, then an MLP per token.
 
     Parameters: MLP's with K for P, so at depth 2 and hidden width D: Dv·D + D² + 2·D, and 2·Dv for the norm, K·D for
-    the positions. Arguments as in MLP, and:
+    the position embeddings. Arguments as in MLP, and:
 
     Args:
-        output_grid: rows and columns of the smaller grid (K is their product); None halves both, rounded up.
+        output_grid: rows and columns of the pooled grid (K is their product); None halves both, rounded up.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AveragePool(MLP):
 
 
 def smaller_grid(grid: tuple[int, int], asked: Sequence[int] | None) -> tuple[int, int]:
-    """The grid that is asked for, or one of half the rows and columns; ValueError if it does not fit into `grid`."""
+    """The grid `asked`; None halves rows and columns. Raises ValueError if it does not fit into `grid`."""
     if asked is None:
         return (grid[0] + 1) // 2, (grid[1] + 1) // 2
     if len(asked) != 2 or not all(1 <= new <= old for new, old in zip(asked, grid, strict=True)):

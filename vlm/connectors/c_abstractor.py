@@ -1,4 +1,4 @@
-"""Convolutions around a pooling: Honeybee's C-Abstractor (Cha et al., arXiv 2312.06742).
+"""Convolutional blocks before and after average pooling: Honeybee's C-Abstractor (Cha et al., arXiv 2312.06742).
 
 Axes: N images, P patches per image, Dv encoder width, W width of the blocks, K visual tokens, D LLM width; R×R patches,
 Q×Q tokens.
@@ -19,31 +19,31 @@ from torch.nn import functional as F
 from vlm.connectors.mlp import MLP
 from vlm.ranges import Depth, Width
 
-BRANCH = 0.1  # scale of what a block adds to its shortcut at the start
+RESIDUAL_SCALE = 0.1  # of the residual branches at the start
 
 
 class CAbstractor(nn.Module):
-    """features [N,P,Dv] -> visual [N,K,D]: what is near stays together, however few tokens there are.
+    """features [N,P,Dv] -> visual [N,K,D], with the locality of convolutions for any number of tokens.
 
         features + position ──► blocks ──► average pooling R×R → Q×Q ──► blocks ──► MLP ──► visual
 
     A block is RegNet's bottleneck (arXiv 2003.13678): 1×1, depthwise 3×3, squeeze and excitation, 1×1, each with a
     layer norm over the channels, and SiLU, as in the MLP. With `norm` the visual tokens start with the root mean square
-    of the LLM's input embeddings, and blocks as little more than their shortcuts (as Goyal et al., arXiv 1706.02677):
-    six random ones would leave half as much of the picture. Without it, it is Honeybee's.
+    of the LLM's input embeddings, and blocks start close to the identity (as in Goyal et al., arXiv 1706.02677): six
+    random blocks would keep half as much of the image. Without `norm` it is Honeybee's.
 
-    Parameters: block(Dv) + (2·depth - 1)·block(W) + MLP(W → D) + P·Dv for the positions, and 2·Dv + 2·W for the norms,
-    where block(I) = I·W + W² + 16·W + s·(2·W + 1), s = I/4 rounded, and I·W + 2·W more where I ≠ W; the MLP's
+    Parameters: block(Dv) + (2·depth - 1)·block(W) + MLP(W → D) + P·Dv for position embeddings, 2·Dv + 2·W for norms,
+    where block(I) = I·W + W² + 16·W + s·(2·W + 1), s = I/4 rounded, plus I·W + 2·W if I ≠ W; the MLP has
     W·D + (mlp_depth - 1)·D² + mlp_depth·D.
 
     Args:
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
-        num_queries: visual tokens per image (K), a square; None is that of half the grid's side, rounded up.
-        hidden_width: of the blocks (W).
-        depth: blocks before the pooling, and as many after it.
-        mlp_depth: linear layers at the end.
+        num_queries: visual tokens per image (K), a square number; None halves the grid's side, rounded up.
+        hidden_width: width of the blocks (W).
+        depth: number of blocks before the pooling, and also after it.
+        mlp_depth: number of linear layers of the MLP.
         norm: layer norm on the features, and before the MLP.
-        position: add a learned vector per patch, zero at the start.
+        position: add a learned position embedding per patch, zero at the start.
     """
 
     fusion: ClassVar[str] = "tokens"
@@ -64,7 +64,7 @@ class CAbstractor(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"connector.depth={depth} leaves no block; set it to 1 or more")
+            raise ValueError(f"connector.depth={depth} must be at least 1")
         self.side = _side(grid, num_queries)
         self.grid, self.num_tokens = grid, self.side**2
         self.norm = nn.LayerNorm(vision_width) if norm else nn.Identity()
@@ -75,7 +75,7 @@ class CAbstractor(nn.Module):
         )
         if norm:
             for block in (*self.before.children(), *self.after.children()):
-                nn.init.constant_(block.get_submodule("conv3.bn").weight, BRANCH)  # type: ignore[arg-type]
+                nn.init.constant_(block.get_submodule("conv3.bn").weight, RESIDUAL_SCALE)  # type: ignore[arg-type]
         self.mlp = MLP(
             vision_width=hidden_width,
             llm_width=llm_width,
@@ -97,10 +97,10 @@ class CAbstractor(nn.Module):
 
 
 def _side(grid: tuple[int, int], num_queries: int | None) -> int:
-    """The side of the square of tokens; ValueError if the grid or the tokens are no square, or the tokens too many."""
+    """Side of the square of tokens. Raises ValueError if `grid` or `num_queries` is not square, or K exceeds P."""
     if grid[0] != grid[1]:
         raise ValueError(
-            f"connector=c_abstractor takes a square grid, but the encoder's is {grid[0]}×{grid[1]}; "
+            f"connector=c_abstractor needs a square grid, but the encoder's is {grid[0]}×{grid[1]}; "
             "set encoder.image_size to a square or choose connector=average_pool"
         )
     if num_queries is None:
@@ -109,7 +109,7 @@ def _side(grid: tuple[int, int], num_queries: int | None) -> int:
     if side**2 != num_queries or not 1 <= side <= grid[0]:
         near = min(max(side, 1), grid[0]) ** 2
         raise ValueError(
-            f"connector.num_queries={num_queries} is no square between 1 and the {grid[0] * grid[1]} patches of the "
-            f"encoder's grid; set it for example to {near}"
+            f"connector.num_queries={num_queries} must be a square number from 1 to {grid[0] * grid[1]}, the number "
+            f"of patches; set it for example to {near}"
         )
     return side

@@ -1,7 +1,7 @@
 """Gated cross-attention inside the LLM: Flamingo's connector (Alayrac et al., arXiv 2204.14198).
 
 Axes: N images, P patches per image, Dv encoder width, K visual tokens per image, D LLM width, B rows, T tokens per row,
-I images of the row that has most, H heads, W width of a head, L queries of a row (its tokens, those of all its beams).
+I largest number of images in a row, H heads, W head_dim, L queries of a row (tokens of all its beams).
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from vlm.connectors.resampler import Resampler
 from vlm.ranges import Depth, Heads, Range, Width
 from vlm.schema import Batch
 
-VIEW = "_view_of_images"  # attribute of a layer's input
-# Adam moves a number by about the learning rate a step, whatever the gradient. At a rate that suits the matrices a gate
-# would stay near zero for thousands of steps, and what it holds back would hardly count; so gates move faster.
-GATE_SPEED = 30.0
-PLACES = 0.5  # of the visual tokens' scale: what tells one from another, as the LLM's attention takes them for a set
+CONTEXT = "_visual_context"  # attribute of a layer's input
+# Adam changes a parameter by about the learning rate per step. At the learning rate of the projections a gate would
+# stay near zero for thousands of steps, so the gates are scaled.
+GATE_SCALE = 30.0
+PLACE_SCALE = 0.5  # of the learned vectors per visual token, relative to `output_rms`
 SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
 
 
 class CrossAttention(nn.Module):
-    """features [N,P,Dv] -> visual [N,K,D], to which gated blocks between the LLM's layers attend.
+    """features [N,P,Dv] -> visual [N,K,D], to which gated blocks before the LLM's layers attend.
 
         features ── resampler ──► visual ──────┬───────────────────────────┐
                                                ▼                           ▼
         embeds ───────────────────────────► block ──► layers 0, 1, … ──► block ──► layers `every`, … ──► logits
 
-    A forward pre-hook runs the block before every n-th layer, from the first: the LLM's own modules and names stay as
-    they are, and the blocks belong to this module. Their gates start at zero, where the LLM answers as if bare. A token
-    sees the last image before it. One with no image before it passes the blocks as it came, as in Llama 3.2, so that
-    the LLM answers text alone as if bare. Outside `attending_to` it is bare. A learned vector marks each visual token,
-    whose place no order tells here.
+    A forward pre-hook runs a block before every n-th layer, from the first. The LLM's modules and names do not change;
+    the blocks belong to this module. Their gates start at zero, so the LLM's output is unchanged at the start. A token
+    attends to the last image before it; a token without one is not changed, as in Llama 3.2, so the LLM's output for
+    text alone stays the same. Outside `attending_to` the blocks do nothing. A learned vector per visual token gives its
+    position, because attention ignores the order.
 
-    Parameters: the resampler's, K·D for the places, and for each block 4·D·H·W for attention, 2·ff_mult·D² for the
-    feed-forward half, 4·D for their norms and 2·D for their gates.
+    Parameters: the resampler's, K·D for the learned vectors, and for each block 4·D·H·W for attention, 2·ff_mult·D² for
+    the feed-forward layer, 4·D for the norms and 2·D for the gates.
 
     Args:
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
-        every: a block before every n-th layer.
-        all_previous_images: let a token see all the images before it, not the last alone.
-        num_queries, depth: visual tokens per image, and blocks, of the resampler.
-        num_heads, head_dim, ff_mult: of the attention and feed-forward of all blocks, the resampler's too.
+        every: distance between blocks, in layers of the LLM.
+        all_previous_images: a token attends to all images before it, not only to the last.
+        num_queries, depth: visual tokens per image and number of blocks of the resampler.
+        num_heads, head_dim, ff_mult: of attention and feed-forward in all blocks, also in the resampler's.
     """
 
     fusion: ClassVar[str] = "layers"
@@ -74,7 +74,7 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         if every < 1:
-            raise ValueError(f"connector.every={every} is no distance between blocks; set it to 1 or more")
+            raise ValueError(f"connector.every={every} must be at least 1")
         self.resampler = Resampler(
             vision_width=vision_width,
             llm_width=llm_width,
@@ -86,10 +86,10 @@ class CrossAttention(nn.Module):
             head_dim=head_dim,
             ff_mult=ff_mult,
         )
-        self.places = nn.Parameter(PLACES * output_rms * torch.randn(num_queries, llm_width))
+        self.places = nn.Parameter(PLACE_SCALE * output_rms * torch.randn(num_queries, llm_width))
         self.num_tokens = num_queries
         self.every, self.all_previous_images = every, all_previous_images
-        self.blocks = nn.ModuleList()  # as many as `attach` finds places for
+        self.blocks = nn.ModuleList()  # made by `attach`
         self._make_block = partial(
             GatedBlock,
             width=llm_width,
@@ -98,7 +98,7 @@ class CrossAttention(nn.Module):
             ff_mult=ff_mult,
             output_rms=output_rms,
         )
-        self._view: View | None = None
+        self._context: VisualContext | None = None
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
         return self.resampler(features) + self.places  # N K D
@@ -111,67 +111,68 @@ class CrossAttention(nn.Module):
                 f"set connector.every= to {len(layers)} or less"
             )
         for layer in layers[:: self.every]:
-            with next(self.resampler.parameters()).device:  # the meta device, if the connector was planned there
+            with next(self.resampler.parameters()).device:  # may be the meta device
                 block = self._make_block()
             self.blocks.append(block)
-            layer.register_forward_pre_hook(partial(self._look, block))
+            layer.register_forward_pre_hook(partial(self._pre_hook, block))
 
     @contextmanager
     def attending_to(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Iterator[None]:
-        """Within it the LLM sees the images of `batch`, also in the tokens that it generates."""
-        # Visual tokens come at the scale of embeddings; the blocks' matrices are drawn for a scale of 1.
+        """Context in which the LLM attends to the images of `batch`, also while it generates."""
+        # Visual tokens have the scale of embeddings; the blocks are initialized for inputs of scale 1.
         normed = F.layer_norm(visual, visual.shape[2:])  # N K D
-        self._view = View.of(normed, batch, all_previous_images=self.all_previous_images)
+        self._context = VisualContext.of(normed, batch, all_previous_images=self.all_previous_images)
         try:
             yield
         finally:
-            self._view = None
+            self._context = None
 
-    def _look(self, block: GatedBlock, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The hook: what enters a layer, after its block."""
+    def _pre_hook(self, block: GatedBlock, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The input of a layer after its block; None leaves it unchanged."""
         hidden = args[0]  # R T D
-        # A layer that is checkpointed together with its hooks runs again in the backward pass, after the context. Its
-        # input is the very same tensor then, so it is there that the view is kept.
-        view: View | None = self._view or (getattr(hidden, VIEW, None) if ModuleTracker().is_bw else None)
-        if view is None:
+        # A layer that is checkpointed with its hooks runs again in the backward pass, after `attending_to` has ended.
+        # Its input is the same tensor then, so the context is stored on it.
+        stored = getattr(hidden, CONTEXT, None) if ModuleTracker().is_bw else None
+        context: VisualContext | None = self._context or stored
+        if context is None:
             return None
         if torch.is_grad_enabled():
-            setattr(hidden, VIEW, view)
-        elif view.differentiable:
+            setattr(hidden, CONTEXT, context)
+        elif context.differentiable:
             raise ValueError(
-                "a layer checkpointed with use_reentrant=True loses the gradient of what its hooks see; "
+                "a layer checkpointed with use_reentrant=True loses the gradient of the visual tokens; "
                 "set use_reentrant=False"
             )
-        # All beams of a row look at the same keys, so they queue up as queries of one row. The residual stream of a
-        # bfloat16 LLM is widened for the block and narrowed again, which changes no value where the gates are zero.
-        queries = hidden.to(block.attention_gate.dtype).reshape(len(view.visual), -1, hidden.shape[2])  # B L D
-        added = block(queries, *view.keys_and_values(block), view.visible(*hidden.shape[:2]))  # B L D
+        # All beams of a row have the same keys, so they are joined to the queries of one row. The hidden states of a
+        # bfloat16 LLM are cast for the block and back, which changes no value while the gates are zero.
+        queries = hidden.to(block.attention_gate.dtype).reshape(len(context.visual), -1, hidden.shape[2])  # B L D
+        added = block(queries, *context.keys_and_values(block), context.visible(*hidden.shape[:2]))  # B L D
         return (added.reshape(hidden.shape).to(hidden.dtype), *args[1:])
 
 
 @dataclass(frozen=True)
-class View:
-    """What the rows of a batch see, and from which token on."""
+class VisualContext:
+    """The visual tokens of each row of a batch, and which tokens may attend to them."""
 
-    visual: Float[Tensor, "b s d"]  # the images of a row side by side, S = I·K; zeros where a row has fewer than I
-    image: Int[Tensor, " s"]  # which of its row's images, from 1, a visual token belongs to
+    visual: Float[Tensor, "b s d"]  # S = I·K, the images of a row in order; zeros if it has fewer than I
+    image: Int[Tensor, " s"]  # index in its row, from 1, of the image of each visual token
     images_before: Int[Tensor, "b t"]
     images_hidden: Int[Tensor, "b t"]
     num_images: Int[Tensor, "b 1"]
     all_previous_images: bool
-    differentiable: bool  # gradients were on where the context was entered
+    differentiable: bool  # gradients were enabled in `attending_to`
     cache: dict[GatedBlock, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, visual: Float[Tensor, "n k d"], batch: Batch, *, all_previous_images: bool) -> View:
-        """Raises ValueError if the batch counts other than N images."""
+    def of(cls, visual: Float[Tensor, "n k d"], batch: Batch, *, all_previous_images: bool) -> VisualContext:
+        """Raises ValueError if the batch does not count N images."""
         num_images = int(batch.num_images.sum())
         if num_images != len(visual):
             raise ValueError(
                 f"the batch counts {num_images} images but has the visual tokens of {len(visual)}; "
                 f"make num_images match pixel_values (samples {', '.join(batch.ids[:4])})"
             )
-        # Rows without an image get an empty slot all the same: a softmax over nothing is not a number.
+        # Rows without an image get one empty slot, because a softmax over nothing is NaN.
         slots = torch.arange(1, max(1, int(batch.num_images.max())) + 1, device=visual.device)  # I
         filled = slots <= batch.num_images[:, None]  # B I
         empty = visual.new_zeros(*filled.shape, *visual.shape[1:])  # B I K D
@@ -186,10 +187,10 @@ class View:
         )
 
     def visible(self, rows: int, length: int) -> Bool[Tensor, "b l s"]:
-        """Which visual tokens each query may attend to, where the LLM computes `rows` rows of `length` tokens.
+        """Which visual tokens each query may attend to, if the LLM computes `rows` rows of `length` tokens.
 
-        Tokens past those of the batch are generated ones, which come after all images of their row; with a KV cache the
-        LLM computes them alone. The beams of a row follow each other.
+        Tokens beyond those of the batch are generated and come after all images of their row; with a KV cache the LLM
+        computes only them. The beams of a row are adjacent.
         """
         num_rows, num_tokens = self.images_before.shape
         known = num_tokens if length >= num_tokens else 0
@@ -205,7 +206,7 @@ class View:
         return seen & (self.image > hidden)
 
     def keys_and_values(self, block: GatedBlock) -> tuple[Tensor, Tensor]:
-        """The block's; without gradients computed once, as they cost more than the rest of a generated token."""
+        """Keys and values of the block, cached without gradients: they cost more than the rest of a generated token."""
         if torch.is_grad_enabled():
             return block.project(self.visual)
         if block not in self.cache:
@@ -214,11 +215,11 @@ class View:
 
 
 class GatedBlock(nn.Module):
-    """Attention to the visual tokens, then a feed-forward half, each added behind tanh gates that start at zero.
+    """Attention to the visual tokens, then a feed-forward layer, each added through tanh gates that start at zero.
 
-    A closed gate passes no gradient but its own, so it must open first. Each channel has one, as in Idefics: what it
-    holds back points anywhere at the start, and Flamingo's one gate for all channels could not turn it. What an open
-    gate adds starts at the scale of the LLM's embeddings, `output_rms`.
+    While a gate is zero, only the gate gets a gradient. There is one gate per channel, as in Idefics: the gated output
+    has a random direction at the start, which Flamingo's single gate cannot change. The output of an open gate starts
+    at `output_rms`, the scale of the LLM's embeddings.
     """
 
     def __init__(self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, output_rms: float) -> None:
@@ -247,22 +248,22 @@ class GatedBlock(nn.Module):
         values: Float[Tensor, "b h s w"],
         visible: Bool[Tensor, "b l s"],
     ) -> Float[Tensor, "b l d"]:
-        sighted = visible.any(2, keepdim=True)  # B L 1
+        has_image = visible.any(2, keepdim=True)  # B L 1
         queries = self._heads(self.q(self.attention_norm(hidden)))  # B H L W
-        # The blind attend to anything, to have a finite gradient, and then forget it; what they add is 0.
-        mask = (visible | ~sighted)[:, None]  # B 1 L S
+        # Queries without an image attend to everything, for a finite gradient; then their output is set to 0.
+        mask = (visible | ~has_image)[:, None]  # B 1 L S
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
-        attended = attended.transpose(1, 2).flatten(2) * sighted  # B L H·W
-        hidden = hidden + (GATE_SPEED * self.attention_gate).tanh() * self.out(attended)  # B L D
-        inner = F.relu(self.ff_in(self.ff_norm(hidden))).square() * sighted  # B L ff_mult·D
-        return hidden + (GATE_SPEED * self.ff_gate).tanh() * self.ff_out(inner)  # B L D
+        attended = attended.transpose(1, 2).flatten(2) * has_image  # B L H·W
+        hidden = hidden + (GATE_SCALE * self.attention_gate).tanh() * self.out(attended)  # B L D
+        inner = F.relu(self.ff_in(self.ff_norm(hidden))).square() * has_image  # B L ff_mult·D
+        return hidden + (GATE_SCALE * self.ff_gate).tanh() * self.ff_out(inner)  # B L D
 
     def _heads(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t w"]:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def _linear(fan_in: int, fan_out: int, *, gain: float = 1.0) -> nn.Linear:
-    """A matrix that multiplies the root mean square by `gain` (He et al., arXiv 1502.01852)."""
+    """A linear layer without bias that multiplies the root mean square by `gain` (He et al., arXiv 1502.01852)."""
     layer = nn.Linear(fan_in, fan_out, bias=False)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(fan_in))
     return layer

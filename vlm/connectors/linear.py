@@ -1,4 +1,4 @@
-"""One matrix on every patch: LLaVA's first connector (Liu et al., arXiv 2304.08485)."""
+"""Linear projection of every patch: the connector of the first LLaVA (Liu et al., arXiv 2304.08485)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from vlm.connectors.mlp import MLP
 
 
 class Linear(MLP):
-    """features [N,P,Dv] -> visual [N,P,D]: an MLP with a single layer.
+    """features [N,P,Dv] -> visual [N,P,D]: an MLP of depth 1.
 
-    Parameters: Dv·D + D, and 2·Dv for the norm, P·D for the positions. Arguments as in MLP.
+    Parameters: Dv·D + D, and 2·Dv for the norm, P·D for the position embeddings. Arguments as in MLP.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A perceptron on every patch: LLaVA-1.5's connector (Liu et al., arXiv 2310.03744).
+"""MLP projector: the connector of LLaVA-1.5 (Liu et al., arXiv 2310.03744).
 
 Axes: N images, P patches per image, Dv encoder width, K = P visual tokens, D LLM width.
 """
@@ -23,19 +23,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class MLP(nn.Module):
     """features [N,P,Dv] -> visual [N,P,D]: `depth` linear layers with an activation between them.
 
-    With `norm` and `position` off it is LLaVA's projector, initialized as PyTorch does. With `norm` the visual tokens
-    start with the root mean square of the LLM's input embeddings, and the mean of each activation is taken off: what
-    all patches share would else outweigh, in every update, what sets them apart.
+    Without `norm` and `position` it is LLaVA's projector with PyTorch's initialization. With `norm` the visual tokens
+    start with the root mean square of the LLM's input embeddings, and the mean of each activation is subtracted:
+    otherwise the part that all patches have in common dominates the updates.
 
-    Parameters at depth 2, hidden width D: Dv·D + D² + 2·D, and 2·Dv for the norm, P·D for the positions.
+    Parameters at depth 2, hidden width D: Dv·D + D² + 2·D, and 2·Dv for the norm, P·D for the position embeddings.
 
     Args:
         vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
-        depth: how many linear layers.
+        depth: number of linear layers.
         hidden_width: width between them; None is the LLM's.
         activation: gelu, relu or silu.
         norm: layer norm on the features first.
-        position: add a learned vector per visual token, zero at the start.
+        position: add a learned position embedding per visual token, zero at the start.
     """
 
     fusion: ClassVar[str] = "tokens"
@@ -55,7 +55,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise ValueError(f"connector.depth={depth} leaves no layer; set it to 1 or more")
+            raise ValueError(f"connector.depth={depth} must be at least 1")
         self.num_tokens = grid[0] * grid[1]
         hidden = [llm_width if hidden_width is None else hidden_width] * (depth - 1)
         self.norm = nn.LayerNorm(vision_width) if norm else nn.Identity()
@@ -63,7 +63,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.position = nn.Parameter(torch.zeros(self.num_tokens, llm_width)) if position else None
         self.activation, self.shift = ACTIVATIONS[activation], 0.0
-        if norm:  # without it the scale of the features is unknown
+        if norm:  # without a norm the scale of the features is unknown
             self.shift, variance = moments(self.activation)
             match_scale(layers, output_rms, hidden_variance=variance)
 
@@ -77,9 +77,9 @@ class MLP(nn.Module):
 
 
 def match_scale(layers: Sequence[nn.Linear], output_rms: float, *, hidden_variance: float = 1.0) -> None:
-    """Draw the weights of linear layers: each gives unit variance, the last one `output_rms`.
+    """Initialize linear layers so that each output has unit variance, the last one `output_rms`².
 
-    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), where E[x²] is 1 for the first layer, after a norm,
+    Var[Wx] = fan_in · E[w²] · E[x²] (He et al., arXiv 1502.01852), with E[x²] = 1 for the first layer, after a norm,
     and `hidden_variance` for the others.
     """
     for layer in layers:
@@ -91,7 +91,7 @@ def match_scale(layers: Sequence[nn.Linear], output_rms: float, *, hidden_varian
 
 
 def moments(activation: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Mean and variance of the activation of a standard normal number, integrated over ±10 standard deviations."""
+    """Mean and variance of activation(z) for z ~ N(0, 1), integrated from -10 to 10."""
     z = torch.linspace(-10, 10, 20_001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     value = activation(z)

@@ -1,4 +1,4 @@
-"""Space to depth: squares of patches joined, as InternVL 1.5 (arXiv 2404.16821) and Idefics3 (arXiv 2408.12637).
+"""Pixel shuffle (space to depth), as in InternVL 1.5 (arXiv 2404.16821) and Idefics3 (arXiv 2408.12637).
 
 Axes: N images, P patches per image, Dv encoder width, K visual tokens, D LLM width, f `factor`; R rows and S columns of
 squares.
@@ -16,16 +16,16 @@ from vlm.ranges import Depth, Range, Width
 
 
 class PixelShuffle(MLP):
-    """features [N,P,Dv] -> visual [N,P/f²,D]: f × f patches joined on the feature axis, then an MLP.
+    """features [N,P,Dv] -> visual [N,P/f²,D]: f × f patches concatenated on the feature axis, then an MLP.
 
-    At depth 2 without `position` it computes what InternVL's projector does (with MLP's mean of the activation moved
-    into the last bias); at depth 1 without `norm` and `position` it is Idefics3's, but for a bias.
+    At depth 2 without `position` it equals InternVL's projector (the last bias takes the mean of the activation). At
+    depth 1 without `norm` and `position` it equals Idefics3's, except for a bias.
 
     Parameters: MLP's with f²·Dv for Dv and K for P, so at depth 2 and hidden width D: f²·Dv·D + D² + 2·D, and 2·f²·Dv
-    for the norm, K·D for the positions. Arguments as in MLP, and:
+    for the norm, K·D for position embeddings. Arguments as in MLP, and:
 
     Args:
-        factor: side of a square, in patches; it divides the rows and the columns of the encoder's grid.
+        factor: side of a square in patches; must divide the rows and columns of the encoder's grid.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PixelShuffle(MLP):
 
 
 def pixel_shuffle(features: Float[Tensor, "n p dv"], grid: tuple[int, int], factor: int) -> Float[Tensor, "n k wide"]:
-    """Squares row by row; within a square its patches row by row, each with all its features."""
+    """Concatenate the features of each square: squares row by row, patches of a square row by row."""
     rows, cols = grid[0] // factor, grid[1] // factor
     squares = features.reshape(len(features), rows, factor, cols, factor, features.shape[2])  # N R f S f Dv
     return squares.transpose(2, 3).reshape(len(features), rows * cols, factor**2 * features.shape[2])  # N K f²·Dv

@@ -1,4 +1,4 @@
-"""Q-Former weights in Transformers' names: BLIP-2's (arXiv 2301.12597) both ways, BERT's (arXiv 1810.04805) to read."""
+"""Q-Former weights from and to Transformers' BLIP-2 (arXiv 2301.12597), and from BERT (arXiv 1810.04805)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-TEXT_VOCABULARY = 30_523  # the words of BERT (uncased), then [DEC], with which BLIP-2 begins a caption
+TEXT_VOCABULARY = 30_523  # BERT's (uncased) vocabulary and [DEC], BLIP-2's first token of a caption
 
 BLIP2 = {
     "queries": "query_tokens",
@@ -52,7 +52,7 @@ BERT = {
     "blocks.*.text_feed.down": "encoder.layer.*.output.dense",
     "blocks.*.text_feed.norm": "encoder.layer.*.output.LayerNorm",
 }
-REMEDIES = {  # by what is in our name, where a tensor is missing or of another shape; the first that fits
+REMEDIES = {  # part of the name of a tensor that does not fit -> what to set; the first match counts
     "project": "set connector.init_projection=false",
     "text_feed": "set connector.text=false or choose a checkpoint with its text path",
     "word": "set connector.text=false or choose a checkpoint with its text path",
@@ -63,70 +63,76 @@ REMEDIES = {  # by what is in our name, where a tensor is missing or of another 
 
 
 def to_blip2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Q-Former's state dict in the names of Transformers' Blip2ForConditionalGeneration.
+    """A Q-Former's state dict with the names of Transformers' Blip2ForConditionalGeneration.
 
-    The text embeddings are named as in its Blip2ForImageTextRetrieval. Raises ValueError for `position`.
+    The text embeddings are named as in Blip2ForImageTextRetrieval. Raises ValueError if there is a `position`.
     """
     if "position" in state:
-        raise ValueError("a BLIP-2 has no place for the Q-Former's position; train with connector.position=false")
+        raise ValueError(
+            "BLIP-2 has no parameter for the Q-Former's position embeddings; train with connector.position=false"
+        )
     return {
-        theirs: state[ours][None] if ours == "queries" else state[ours] for ours, theirs in _names(state, BLIP2).items()
+        target: state[name][None] if name == "queries" else state[name] for name, target in _names(state, BLIP2).items()
     }
 
 
 def start_from_blip2(state: Mapping[str, Tensor], folder: str, *, num_heads: int, projection: bool) -> None:
-    """Copy a Q-Former of Transformers into `state`, a module's own tensors; `position` keeps its values.
+    """Copy the weights of a Transformers Q-Former into `state`, the tensors of a module; `position` keeps its values.
 
-    A bare Blip2QFormerModel has the blocks and the norm before them; the rest then keeps its values too. Raises
-    ValueError, with both numbers and the option to change, where the checkpoint does not fit.
+    A Blip2QFormerModel alone has the blocks and the norm before them; all other tensors then keep their values. Raises
+    ValueError, with both numbers and the option to change, if the checkpoint does not fit.
     """
     checkpoint = _Checkpoint(folder)
     names = _names(state, BLIP2)
-    if "layernorm.weight" in checkpoint.shapes:  # bare
-        names = {o: t.removeprefix("qformer.") for o, t in names.items() if t.startswith("qformer.") or "project" in o}
+    if "layernorm.weight" in checkpoint.shapes:  # Blip2QFormerModel alone
+        names = {
+            name: stored.removeprefix("qformer.")
+            for name, stored in names.items()
+            if stored.startswith("qformer.") or "project" in name
+        }
     if not projection:
-        names = {ours: theirs for ours, theirs in names.items() if not ours.startswith("project.")}
+        names = {name: stored for name, stored in names.items() if not name.startswith("project.")}
     checkpoint.check(state, names, num_heads=num_heads)
-    for ours, theirs in names.items():
-        tensor = checkpoint.read(theirs)
-        _copy(state[ours], tensor[0] if ours == "queries" else tensor)
+    for name, stored in names.items():
+        tensor = checkpoint.read(stored)
+        _copy(state[name], tensor[0] if name == "queries" else tensor)
 
 
 def start_from_bert(state: Mapping[str, Tensor], folder: str, *, num_heads: int) -> None:
-    """Copy a BERT of Transformers into `state`; queries, cross-attention and projection keep their values.
+    """Copy the weights of a Transformers BERT into `state`; queries, cross-attention and projection keep their values.
 
-    Its feed-forward layers become those of the queries and of the text. The first of its token types, which it adds to
-    every word, goes into the positions. Raises as `start_from_blip2`.
+    Its feed-forward layers are copied for the queries and for the text. The embedding of token type 0, which BERT adds
+    to every token, is added to the position embeddings. Raises as `start_from_blip2`.
     """
     checkpoint = _Checkpoint(folder)
     root = "bert." if any(name.startswith("bert.") for name in checkpoint.shapes) else ""
-    names = {ours: root + theirs for ours, theirs in _names(state, BERT).items()}
+    names = {name: root + stored for name, stored in _names(state, BERT).items()}
     checkpoint.check(state, names, num_heads=num_heads)
-    for ours, theirs in names.items():
-        tensor = checkpoint.read(theirs)
-        if ours == "word_positions.weight":
+    for name, stored in names.items():
+        tensor = checkpoint.read(stored)
+        if name == "word_positions.weight":
             tensor = tensor + checkpoint.read(f"{root}embeddings.token_type_embeddings.weight")[0]
-        _copy(state[ours], tensor)
+        _copy(state[name], tensor)
 
 
 def _names(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, str]:
-    """Their names of those of our tensors that they have."""
+    """Name in `state` -> name in Transformers, for all tensors in `table`."""
     names = {}
-    for ours in state:
-        module, dot, kind = ours.rpartition(".")
-        key = re.sub(r"\d+", "*", module) if dot else ours
+    for name in state:
+        module, dot, kind = name.rpartition(".")
+        key = re.sub(r"\d+", "*", module) if dot else name
         if key in table:
             block = "".join(re.findall(r"\d+", module))
-            names[ours] = table[key].replace("*", block) + (f".{kind}" if dot else "")
+            names[name] = table[key].replace("*", block) + (f".{kind}" if dot else "")
     return names
 
 
 def _copy(target: Tensor, tensor: Tensor) -> None:
-    target[: len(tensor)].copy_(tensor)  # a vocabulary without [DEC] is one row short
+    target[: len(tensor)].copy_(tensor)  # a vocabulary without [DEC] has one row less
 
 
 class _Checkpoint:
-    """The tensors in a folder's safetensors files, read one at a time: a BLIP-2 holds a whole LLM beside them."""
+    """The tensors of a folder's safetensors files, read one at a time because a BLIP-2 also holds an LLM."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -134,13 +140,13 @@ class _Checkpoint:
         self._files: dict[str, tuple[Path, str]] = {}
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118, it is no dictionary
+                for stored in file.keys():  # noqa: SIM118, not a dictionary
                     name = re.sub("gamma$", "weight", re.sub("beta$", "bias", stored))  # BERT's first release
                     self.shapes[name] = file.get_slice(stored).get_shape()
                     self._files[name] = (path, stored)
         if not self.shapes:
             raise ValueError(
-                f"connector.init_from={folder} holds 0 tensors in files *.safetensors; download the checkpoint and set "
+                f"connector.init_from={folder} has no tensors in *.safetensors; download the checkpoint and set "
                 "connector.init_from=<its folder>"
             )
 
@@ -150,49 +156,49 @@ class _Checkpoint:
             return file.get_tensor(stored)
 
     def check(self, state: Mapping[str, Tensor], names: Mapping[str, str], *, num_heads: int) -> None:
-        """Raise ValueError on the first difference between the checkpoint and what `names` says of `state`."""
-        wanted = {theirs: [1] * (ours == "queries") + list(state[ours].shape) for ours, theirs in names.items()}
+        """Raise ValueError on the first difference in options, names or shapes between the checkpoint and `state`."""
+        expected = {stored: [1] * (name == "queries") + list(state[name].shape) for name, stored in names.items()}
         layers = names["blocks.0.attention.query.weight"].partition("0.")[0]
-        there, here = _facts(self.shapes, layers) | self._heads(), _facts(wanted, layers) | {"num_heads": num_heads}
-        for option, value in there.items():
-            if here.get(option, value) != value:
+        options = _options(expected, layers) | {"num_heads": num_heads}
+        for option, value in (_options(self.shapes, layers) | self._num_heads()).items():
+            if options.get(option, value) != value:
                 raise ValueError(
-                    f"connector.init_from={self.folder} has {option}={value}, here it is {here[option]}; "
+                    f"connector.init_from={self.folder} has {option}={value}, the connector has {options[option]}; "
                     f"set connector.{option}={value}"
                 )
-        missing = [theirs for theirs in wanted if theirs not in self.shapes]
-        for ours, theirs in names.items():
-            remedy = next(words for part, words in REMEDIES.items() if part in ours)
-            if theirs in missing:
+        missing = [stored for stored in expected if stored not in self.shapes]
+        for name, stored in names.items():
+            remedy = next(text for part, text in REMEDIES.items() if part in name)
+            if stored in missing:
                 raise ValueError(
-                    f"connector.init_from={self.folder} lacks {len(missing)} of {len(wanted)} tensors, the first "
+                    f"connector.init_from={self.folder} lacks {len(missing)} of {len(expected)} tensors, first "
                     f"{missing[0]!r}; {remedy}"
                 )
-            rows, *rest = self.shapes[theirs]
-            without_dec = ours == "words.weight" and rows + 1 == TEXT_VOCABULARY
-            if [rows + without_dec, *rest] != wanted[theirs]:
+            rows, *rest = self.shapes[stored]
+            without_dec = name == "words.weight" and rows + 1 == TEXT_VOCABULARY
+            if [rows + without_dec, *rest] != expected[stored]:
                 raise ValueError(
-                    f"connector.init_from={self.folder}: {theirs} has shape {self.shapes[theirs]}, here it is "
-                    f"{wanted[theirs]}; {remedy}"
+                    f"connector.init_from={self.folder}: {stored} has shape {self.shapes[stored]}, the connector needs "
+                    f"{expected[stored]}; {remedy}"
                 )
 
-    def _heads(self) -> dict[str, int]:
-        """The number of heads, which no shape tells, where the folder has a config."""
+    def _num_heads(self) -> dict[str, int]:
+        """The number of heads, if the folder has a config; it does not follow from the shapes."""
         path = Path(self.folder) / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         heads = config.get("qformer_config", config).get("num_attention_heads")
         return {} if heads is None else {"num_heads": heads}
 
 
-def _facts(shapes: Mapping[str, list[int]], layers: str) -> dict[str, int]:
-    """Our options, as far as names and shapes tell them; `layers` comes before the number of a block."""
+def _options(shapes: Mapping[str, list[int]], layers: str) -> dict[str, int]:
+    """The connector's options that follow from names and shapes; `layers` is the prefix of a block's index."""
     blocks = {int(found[1]) for name in shapes if (found := re.match(rf"{re.escape(layers)}(\d+)\.", name))}
     if not blocks:
         return {}
-    facts = {"depth": len(blocks), "width": shapes[f"{layers}0.attention.output.LayerNorm.weight"][0]}
-    crossed = [index for index in sorted(blocks) if f"{layers}{index}.crossattention.output.dense.weight" in shapes]
-    if crossed:
-        facts["cross_attention_every"] = crossed[1] - crossed[0] if len(crossed) > 1 else len(blocks)
+    options = {"depth": len(blocks), "width": shapes[f"{layers}0.attention.output.LayerNorm.weight"][0]}
+    with_cross = [index for index in sorted(blocks) if f"{layers}{index}.crossattention.output.dense.weight" in shapes]
+    if with_cross:
+        options["cross_attention_every"] = with_cross[1] - with_cross[0] if len(with_cross) > 1 else len(blocks)
     if "query_tokens" in shapes:
-        facts["num_queries"] = shapes["query_tokens"][1]
-    return facts
+        options["num_queries"] = shapes["query_tokens"][1]
+    return options

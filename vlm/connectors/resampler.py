@@ -1,6 +1,6 @@
-"""Learned queries that attend to the patches: the Perceiver resampler of Flamingo (Alayrac et al., arXiv 2204.14198).
+"""Perceiver resampler of Flamingo (Alayrac et al., arXiv 2204.14198).
 
-Axes: N images, P patches per image, Dv encoder width, W width of the latents, K queries, H heads, C width of a head,
+Axes: N images, P patches per image, Dv encoder width, W width of the latents, K queries, H heads, C head_dim,
 D LLM width.
 """
 
@@ -17,35 +17,35 @@ from torch.nn import functional as F
 from vlm.connectors.mlp import match_scale
 from vlm.ranges import Depth, Heads, Range, Width
 
-SHARPNESS = 1.5  # of the attention at the start: most of a query's weight is then on its patch, and some elsewhere
-QUERY_NOISE = 0.3  # sets apart the queries of one patch
-BRANCH = 0.1  # scale of what is added to the first look
-QUERY_SCALE = 0.2  # beside what they bring in: what is the same for all pictures hides what sets them apart
+SHARPNESS = 1.5  # of the attention at the start; most of a query's attention is then on its patch
+QUERY_NOISE = 0.3  # makes queries of the same patch differ
+RESIDUAL_SCALE = 0.1  # of all residual branches after the first attention, at the start
+QUERY_SCALE = 0.2  # keeps the queries, equal for all images, smaller than what they attend to
 
 
 class PerceiverResampler(nn.Module):
-    """features [N,P,Dv] -> latents [N,K,W], normed: a fixed number of vectors however many patches there are.
+    """features [N,P,Dv] -> latents [N,K,W], normalized; K does not depend on P.
 
         queries ──► latents ◄── attention to (features, latents) ◄─┐
                        └──────► + feed-forward ───────────────────►┘ `depth` times, then a norm
 
-    Without `position` and at the encoder's width it is Idefics' resampler, drawn to larger weights.
+    Without `position` and at the encoder's width it is Idefics' resampler with larger initial weights.
 
-    Parameters, with A = H·C (no matrix has a bias): K·W + depth·(4·W·A + 2·ff_mult·W² + 6·W) + 2·W, and 4·C a block for
-    `qk_norm`, P·W for `position`, Dv·W for `width`.
+    Parameters, with A = H·C (linear layers have no bias): K·W + depth·(4·W·A + 2·ff_mult·W² + 6·W) + 2·W, and 4·C per
+    block for `qk_norm`, P·W for `position`, Dv·W for `width`.
 
     Args:
         vision_width: of the features.
-        num_patches: how many there are (P).
-        num_queries: how many latents come out (K).
-        depth: blocks of attention and feed-forward.
-        num_heads, head_dim: of the attention; their product need not be the width.
-        ff_mult: hidden width of the feed-forward over `width`.
-        width: of the latents; None is the encoder's. Another one puts a matrix before the blocks.
+        num_patches: patches per image (P).
+        num_queries: number of latents (K).
+        depth: number of blocks.
+        num_heads, head_dim: of the attention; their product may differ from the width.
+        ff_mult: hidden width of the feed-forward layer divided by `width`.
+        width: of the latents; None is the encoder's. Another width adds a linear projection before the blocks.
         qk_norm: layer norm on each head's queries and keys.
-        position: add a learned vector to each patch where attention looks for it, not to what it takes from there, as
-            DETR does (arXiv 2005.12872): a ConvNet's features say little of where they are, and attention nothing.
-            Features get a norm without parameters first, and each query starts at a patch.
+        position: add a learned position embedding per patch to the keys, not to the values, as in DETR (arXiv
+            2005.12872): the features of a ConvNet hold little of the position. The features get a norm without
+            parameters first, and each query starts with attention to one patch.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         for name, number in (("num_queries", num_queries), ("depth", depth)):
             if number < 1:
-                raise ValueError(f"connector.{name}={number} leaves nothing to attend with; set it to 1 or more")
+                raise ValueError(f"connector.{name}={number} must be at least 1")
         self.width = vision_width if width is None else width
         self.queries = nn.Parameter(torch.randn(num_queries, self.width))
         self.widen = nn.Identity() if width is None else nn.Linear(vision_width, width, bias=False)
@@ -75,7 +75,7 @@ class PerceiverResampler(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(self.width)
         if self.position is not None:
-            _start_local(self.queries, self.position, blocks)
+            _init_local_attention(self.queries, self.position, blocks)
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k w"]:
         features = self.widen(features.to(self.queries.dtype))  # N P W
@@ -88,7 +88,7 @@ class PerceiverResampler(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
-    """The latents attend to the features and to each other, then pass a feed-forward; both add to what they were."""
+    """The latents attend to the features and to each other; then a feed-forward layer; both with a residual."""
 
     def __init__(self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, qk_norm: bool) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class ResamplerBlock(nn.Module):
         self.ff_in = nn.Linear(width, ff_mult * width, bias=False)
         self.ff_out = nn.Linear(ff_mult * width, width, bias=False)
         for layer in (self.q, self.k, self.v, self.out, self.ff_in):
-            match_scale([layer], 1.0)  # PyTorch's own draw is √3 too small for the pictures to show
+            match_scale([layer], 1.0)  # PyTorch's default is √3 smaller, too small for the image to matter
         nn.init.normal_(self.ff_out.weight, std=math.sqrt(2 / self.ff_out.in_features))  # E[relu(z)²] = ½
 
     def forward(
@@ -113,12 +113,12 @@ class ResamplerBlock(nn.Module):
         position: Float[Tensor, "p w"] | None = None,
     ) -> Float[Tensor, "n k w"]:
         normed = self.latents_norm(latents)  # N K W
-        seen = torch.cat([self.features_norm(features), normed], dim=1)  # N P+K W
-        found = seen if position is None else torch.cat([self.features_norm(features + position), normed], dim=1)
+        values = torch.cat([self.features_norm(features), normed], dim=1)  # N P+K W
+        keys = values if position is None else torch.cat([self.features_norm(features + position), normed], dim=1)
         q = self.q_norm(self._heads(self.q(normed)))  # N H K C
-        k = self.k_norm(self._heads(self.k(found)))  # N H P+K C
-        mixed = F.scaled_dot_product_attention(q, k, self._heads(self.v(seen)))  # N H K C
-        latents = latents + self.out(mixed.transpose(1, 2).flatten(2))  # N K W
+        k = self.k_norm(self._heads(self.k(keys)))  # N H P+K C
+        attended = F.scaled_dot_product_attention(q, k, self._heads(self.v(values)))  # N H K C
+        latents = latents + self.out(attended.transpose(1, 2).flatten(2))  # N K W
         return latents + self.ff_out(F.relu(self.ff_in(self.ff_norm(latents))))  # N K W
 
     def _heads(self, vectors: Float[Tensor, "n s a"]) -> Float[Tensor, "n h s c"]:
@@ -126,28 +126,29 @@ class ResamplerBlock(nn.Module):
 
 
 @torch.no_grad()
-def _start_local(queries: nn.Parameter, position: nn.Parameter, blocks: list[ResamplerBlock]) -> None:
-    """Let each query start as what it sees at a patch of its own, evenly spread: drawn at random, all see the average.
+def _init_local_attention(queries: nn.Parameter, position: nn.Parameter, blocks: list[ResamplerBlock]) -> None:
+    """Let each query start with attention to a patch of its own; with random weights all see the average.
 
-    A query is its patch's position and the query matrix is the key matrix, so that the two meet; the channels of both
-    are rolled by one, or a query would meet itself, which is also a key. What follows the first look adds little yet.
+    A query starts as its patch's position embedding, and the query projection as the key projection, so their logit is
+    high. The channels of both are rolled by one; otherwise a query, which is also a key, would attend to itself. All
+    branches after the first attention start small.
     """
     patches = torch.linspace(0, len(position) - 1, len(queries), device=position.device).round().long()
     queries.mul_(QUERY_NOISE).add_(position[patches].roll(1, dims=1)).mul_(QUERY_SCALE)
     for block in blocks:
         block.q.weight.copy_(block.k.weight.roll(1, dims=1) * SHARPNESS)
-        block.ff_out.weight.mul_(BRANCH)
+        block.ff_out.weight.mul_(RESIDUAL_SCALE)
         if block is not blocks[0]:
-            block.out.weight.mul_(BRANCH)
+            block.out.weight.mul_(RESIDUAL_SCALE)
 
 
 class Resampler(nn.Module):
-    """features [N,P,Dv] -> visual [N,K,D]: a Perceiver resampler and one matrix to the LLM's width.
+    """features [N,P,Dv] -> visual [N,K,D]: a Perceiver resampler and a linear projection to the LLM's width.
 
     The visual tokens start with the root mean square of the LLM's input embeddings.
 
-    Parameters: PerceiverResampler's, and W·D + D for the matrix. Arguments as in PerceiverResampler; the builder passes
-    vision_width, llm_width, grid and output_rms.
+    Parameters: PerceiverResampler's, and W·D + D for the projection. Arguments as in PerceiverResampler; the builder
+    passes vision_width, llm_width, grid and output_rms.
     """
 
     fusion: ClassVar[str] = "tokens"

@@ -1,6 +1,6 @@
-"""Vision towers of Transformers that cut the image into patches: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343), …
+"""Vision transformers of Transformers: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343), …
 
-Axes: N images, P patches per image, Dv encoder width; L tokens of the tower: P and its class and register tokens.
+Axes: N images, P patches per image, Dv encoder width; L tokens of the model: P patches, class and register tokens.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Rang
 
 
 class HFEncoder(nn.Module):
-    """pixel_values [N,3,H,W] -> features [N,P,Dv], with no class or register token, and no layer that they do not need.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv], without class and register tokens and without unused layers.
 
-        pixel_values ──► tower ──► hidden_states[layer] [N,L,·] each ──► first tokens dropped, joined ──► features
+        pixel_values ──► vision model ──► hidden_states[layer], each [N,L,·] ──► drop tokens, concatenate ──► features
 
     Args:
         pretrained: hub id or local folder of the weights (safetensors).
-        config: architecture facts of the vision tower (Transformers' names, with `model_type`), enough to build it with
-            no network; pretrained weights that say otherwise are refused. None reads them at `pretrained`.
-        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
+        config: architecture of the vision model in Transformers' names, with `model_type`, so that it is built without
+            network; pretrained weights of another architecture are refused. None reads it from `pretrained`.
+        weights: `pretrained` loads them, `random` initializes them, `meta` allocates no memory.
         layer: index into Transformers' `hidden_states`: n is the output of block n, from 1; -1 is the last block, -2
-            the one before (LLaVA's choice, arXiv 2304.08485). A list joins several on the feature axis.
-        image_size: side in pixels; None is the tower's own. Position embeddings are interpolated.
-        drop_tokens: how many tokens come before the patches (class and registers): CLIP 1, SigLIP 0; None counts them.
-        mean, std, interpolation: what the weights were trained with; None reads them at `pretrained`.
-        resize: what becomes of a picture of another shape, as in Transform.
-        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
+            the one before it (LLaVA, arXiv 2304.08485). A list concatenates several on the feature axis.
+        image_size: side in pixels; None is the size of the pretrained model. Position embeddings are interpolated.
+        drop_tokens: number of class and register tokens before the patches: CLIP 1, SigLIP 0; None counts them.
+        mean, std, interpolation: as in pretraining; None reads them from `pretrained`.
+        resize: how an image of another shape is fitted, as in Transform.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class HFEncoder(nn.Module):
         super().__init__()
         architecture = _architecture(pretrained, config)
         size, patch = image_size or architecture.image_size, architecture.patch_size
-        if size % patch and size != architecture.image_size:  # SigLIP reads 27·14 of its own 384 pixels
+        if size % patch and size != architecture.image_size:  # SigLIP uses 27·14 of its 384 pixels
             raise ValueError(
-                f"encoder.image_size={size} is no multiple of the patch size {patch}; "
+                f"encoder.image_size={size} must be a multiple of the patch size {patch}; "
                 f"try {max(1, size // patch) * patch}"
             )
         self.image_size = (size, size)
@@ -74,10 +74,10 @@ class HFEncoder(nn.Module):
         with torch.device("meta"), facts_of("encoder.config"):
             skeleton = AutoModel.from_config(architecture)
         self._published_size = sum(p.numel() for p in skeleton.parameters())
-        # Towers that interpolate unasked, or have no positions to interpolate, have no such argument.
-        asks = "interpolate_pos_encoding" in inspect.signature(skeleton.forward).parameters
-        self._options = {"interpolate_pos_encoding": True} if asks and size != architecture.image_size else {}
-        self._drop = self._tokens_to_drop(skeleton, drop_tokens)
+        # Models that always interpolate, or have no position embeddings, lack this argument.
+        interpolates = "interpolate_pos_encoding" in inspect.signature(skeleton.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if interpolates and size != architecture.image_size else {}
+        self._num_dropped = self._num_tokens_to_drop(skeleton, drop_tokens)
         if weights == "meta":
             self.tower = skeleton
         elif weights == "random":
@@ -91,9 +91,9 @@ class HFEncoder(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> HFEncoder:
-        """Training mode, which drops nothing out: the tower's modules stay in evaluation mode.
+        """Set the mode; the vision model stays in evaluation mode, without dropout.
 
-        Transformers recomputes a block where the block itself, its submodules aside, is in training mode.
+        Transformers checkpoints a block only if the block itself is in training mode; its submodules may differ.
         """
         super().train(mode)
         self.tower.eval()
@@ -102,29 +102,29 @@ class HFEncoder(nn.Module):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks that are run, in order."""
+        """The transformer blocks in use, in order."""
         return list(self.tower.get_submodule(self._blocks_name).children())
 
     def published_size(self) -> int:
-        """Parameters of the whole tower, those that features do not need among them."""
+        """Number of parameters of the published model, with the layers that are unused here."""
         return self._published_size
 
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        if len(pixel_values) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+        if len(pixel_values) == 0:  # no image in the batch: one blank image keeps all parameters in the graph
             return self(pixel_values.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
         states = self._hidden_states(self.tower, pixel_values.to(self.tower.dtype))  # each N L ·
-        return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._drop :]  # N P Dv
+        return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._num_dropped :]  # N P Dv
 
-    def _hidden_states(self, tower: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return tower(pixel_values=pixel_values, output_hidden_states=True, **self._options).hidden_states
+    def _hidden_states(self, model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return model(pixel_values=pixel_values, output_hidden_states=True, **self._options).hidden_states
 
-    def _tokens_to_drop(self, skeleton: PreTrainedModel, asked: int | None) -> int:
-        """All but one token a patch. Raises where `asked` is another number."""
+    def _num_tokens_to_drop(self, skeleton: PreTrainedModel, asked: int | None) -> int:
+        """Number of tokens that are not patches. Raises ValueError if `asked` is another number."""
         tokens = self._hidden_states(skeleton, torch.empty(1, 3, *self.image_size, device="meta"))[-1].shape[1]
         patches = self.grid[0] * self.grid[1]
         if tokens < patches:
             raise ValueError(
-                f"the encoder makes {tokens} tokens of {patches} patches, so it has no grid; choose another encoder"
+                f"the encoder gives {tokens} tokens for {patches} patches, so they form no grid; choose another encoder"
             )
         if asked is not None and tokens - asked != patches:
             raise ValueError(
@@ -136,7 +136,7 @@ class HFEncoder(nn.Module):
 
 @contextmanager
 def _reading(pretrained: str, what: str, instead: str) -> Iterator[None]:
-    """Around the reading of files at `pretrained`: where there are none, one error says what was looked for."""
+    """Context for reading files of `pretrained`; if they are missing, raises ValueError with the place searched."""
     try:
         look_up(pretrained)
         yield
@@ -148,7 +148,7 @@ def _reading(pretrained: str, what: str, instead: str) -> Iterator[None]:
 
 
 def _architecture(pretrained: str, config: dict[str, Any] | None) -> Any:
-    """The vision tower's facts, as given or as its files have them."""
+    """The configuration of the vision model, from `config` or from the files of `pretrained`."""
     if config is None:
         with _reading(pretrained, "config.json", "encoder.config.model_type=<Transformers' name> and its facts"):
             architecture = _vision_config(pretrained)
@@ -158,16 +158,16 @@ def _architecture(pretrained: str, config: dict[str, Any] | None) -> Any:
         value = getattr(architecture, fact, None)
         if not isinstance(value, int):
             raise ValueError(
-                f"encoder.config of a {architecture.model_type!r} has {fact}={value}, but a whole number is needed; "
-                "choose a tower of square patches, or encoder=timm"
+                f"encoder.config of a {architecture.model_type!r} has {fact}={value}, but must have a whole number; "
+                "choose a model with square patches, or encoder=timm"
             )
     return architecture
 
 
 def _vision_config(pretrained: str) -> PretrainedConfig:
-    """A whole CLIP holds its vision tower as one part."""
-    whole = config_of(pretrained)
-    return getattr(whole, "vision_config", whole)
+    """The config of the vision model; in CLIP it is one part of the whole config."""
+    config = config_of(pretrained)
+    return getattr(config, "vision_config", config)
 
 
 def _transform(
@@ -178,7 +178,7 @@ def _transform(
     interpolation: str | None,
     resize: Literal["squash", "pad", "crop"],
 ) -> Transform:
-    """The transform as given; what is None is as the image processor's file has it."""
+    """The transform; options that are None are read from the image processor's config."""
     if mean is None or std is None or interpolation is None:
         with _reading(pretrained, "preprocessor_config.json", "encoder.mean=, encoder.std= and encoder.interpolation="):
             facts, _ = ImageProcessingMixin.get_image_processor_dict(pretrained)
@@ -187,15 +187,15 @@ def _transform(
     return Transform(size=size, mean=mean, std=std, interpolation=interpolation, resize=resize)
 
 
-def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str, Any] | None) -> PreTrainedModel:
-    """The tower with the weights of a folder or hub id."""
+def _pretrained(model_class: type[PreTrainedModel], pretrained: str, config: dict[str, Any] | None) -> PreTrainedModel:
+    """The vision model with the weights of a folder or hub id."""
     with (
         _reading(pretrained, "weights (safetensors)", "encoder.weights=random"),
         readable_weights(pretrained, "encoder"),
     ):
         architecture = _vision_config(pretrained)
         _check_facts(architecture, config or {}, pretrained)
-        loaded: Any = tower.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             pretrained, config=architecture, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     model, report = loaded
@@ -204,27 +204,27 @@ def _pretrained(tower: type[PreTrainedModel], pretrained: str, config: dict[str,
 
 
 def _check_facts(architecture: PretrainedConfig, config: dict[str, Any], pretrained: str) -> None:
-    for key, ours in config.items():
-        theirs = getattr(architecture, key, None)
-        if theirs != ours:
+    for key, value in config.items():
+        pretrained_value = getattr(architecture, key, None)
+        if pretrained_value != value:
             raise ValueError(
-                f"encoder.config.{key}={ours!r}, but the weights of {pretrained!r} have {theirs!r}; "
-                f"set encoder.config.{key}={theirs} or choose other weights"
+                f"encoder.config.{key}={value!r}, but the weights of {pretrained!r} have {pretrained_value!r}; "
+                f"set encoder.config.{key}={pretrained_value} or choose other weights"
             )
 
 
-def _truncate(tower: PreTrainedModel, *, depth: int, keep: int) -> str:
-    """Drop the blocks after `keep` and all that follows the blocks (last norm, pooler); the name of the list of blocks.
+def _truncate(model: PreTrainedModel, *, depth: int, keep: int) -> str:
+    """Remove the blocks after `keep` and the modules after the blocks (last norm, pooler); return the blocks' name.
 
-    None of it can reach the features: kept, it would cost time and hold parameters that never get a gradient.
+    The features do not depend on them: they would cost time, and their parameters would never get a gradient.
     """
-    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     name, blocks = next((name, module) for name, module in lists if len(module) == depth)
     del blocks[keep:]
-    children = [child for child, _ in tower.named_children()]
+    children = [child for child, _ in model.named_children()]
     for child in children[children.index(name.partition(".")[0]) + 1 :]:
-        setattr(tower, child, nn.Identity())
-    for module in tower.modules():
-        if getattr(module, "mask_token", None) is not None:  # of a pretraining by masks
+        setattr(model, child, nn.Identity())
+    for module in model.modules():
+        if getattr(module, "mask_token", None) is not None:  # used only in masked image modeling
             module.mask_token = None  # type: ignore[assignment]
     return name

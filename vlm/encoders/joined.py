@@ -1,6 +1,6 @@
 """Several encoders side by side, as Prismatic joins DINOv2 and SigLIP (Karamcheti et al., arXiv 2402.07865).
 
-Axes: N images, P patches per image, Dv encoder width, the sum of the encoders'.
+Axes: N images, P patches per image, Dv sum of the encoders' widths.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from vlm.ranges import Facts, ImageSize, Layers, Length, Name
 
 
 class JoinedEncoder(nn.Module):
-    """pixel_values [N,3,H,W] -> features [N,P,Dv]: what each encoder makes of a patch, joined on the feature axis.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv]: the features of all encoders, concatenated on the feature axis.
 
-    A picture becomes one tensor, normalized for the first encoder. The others were trained with another mean and
-    standard deviation: an affine change of each channel takes the pixels from the first one's scale to theirs.
+    An image becomes one tensor, normalized for the first encoder. The other encoders have another mean and standard
+    deviation: each renormalizes the pixels by an affine map per channel.
 
     Args:
         name: timm's name of each encoder.
-        pretrained: hub id or local folder of the weights of each; None leaves the choice to timm.
-        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
-        image_size: side in pixels, the same for all; None is their own.
+        pretrained: hub id or local folder of the weights of each; None is timm's default.
+        weights: `pretrained` loads them, `random` initializes them, `meta` allocates no memory.
+        image_size: side in pixels, the same for all; None is the size of the pretrained models.
         layer: as in TimmEncoder, of each.
-        resize: what becomes of a picture of another shape, as in Transform.
-        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
+        resize: how an image of another shape is fitted, as in Transform.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         model_args: more arguments of `timm.create_model` for each.
 
-    Raises ValueError where the encoders differ in their grid or in the way that a picture is resized.
+    Raises ValueError if the encoders differ in grid, image size or interpolation.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class JoinedEncoder(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         first, *others = encoders
         for other, label in zip(others, name[1:], strict=True):
-            for what, ours, theirs in (
+            for what, first_value, other_value in (
                 ("grid", first.grid, other.grid),
                 ("image size", first.image_size, other.image_size),
                 ("interpolation", first.transform.interpolation, other.transform.interpolation),
             ):
-                if ours != theirs:
+                if first_value != other_value:
                     raise ValueError(
-                        f"encoder.name joins {name[0]} with {what} {ours} and {label} with {what} {theirs}; "
-                        "choose encoders of one patch size and set encoder.image_size"
+                        f"encoder.name joins {name[0]} with {what} {first_value} and {label} with {what} "
+                        f"{other_value}; choose encoders of one patch size and set encoder.image_size"
                     )
         self.grid, self.image_size, self.transform = first.grid, first.image_size, first.transform
         self.width = first.width + sum(other.width for other in others)
@@ -89,17 +89,17 @@ class JoinedEncoder(nn.Module):
         return [nn.ModuleList(level) for level in reversed(levels)]
 
     def published_size(self) -> int:
-        """Parameters of all the encoders as they were published."""
+        """Number of parameters of all published models."""
         return sum(encoder.published_size() for encoder in self.encoders)  # type: ignore[operator]
 
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        features = [encoder(self._rescaled(pixel_values, encoder.transform)) for encoder in self.encoders]  # each N P ·
+        features = [each(self._renormalized(pixel_values, each.transform)) for each in self.encoders]  # each N P ·
         return torch.cat(features, dim=-1)  # N P Dv
 
-    def _rescaled(self, pixel_values: Tensor, transform: Any) -> Tensor:
-        """Pixels as `transform` would have normalized them."""
+    def _renormalized(self, pixel_values: Tensor, transform: Any) -> Tensor:
+        """The pixels normalized with the mean and standard deviation of `transform`."""
         if transform == self.transform:
             return pixel_values
         triples = (self.transform.mean, self.transform.std, transform.mean, transform.std)
-        mean, std, their_mean, their_std = (pixel_values.new_tensor(list(triple)).view(3, 1, 1) for triple in triples)
-        return (pixel_values * std + mean - their_mean) / their_std  # N 3 H W
+        mean, std, new_mean, new_std = (pixel_values.new_tensor(list(triple)).view(3, 1, 1) for triple in triples)
+        return (pixel_values * std + mean - new_mean) / new_std  # N 3 H W

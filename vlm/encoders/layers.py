@@ -1,10 +1,10 @@
-"""Which of an encoder's layers the features are read from."""
+"""Selection of the encoder layers whose hidden states are the features."""
 
 from __future__ import annotations
 
 
 def resolve_layers(layer: int | list[int], *, first: int, last: int) -> list[int]:
-    """The option `layer` as numbers within `first..last`, in the order given; -1 is the last.
+    """The option `layer` as indices in `first..last`, in the order given; -1 is the last.
 
     Raises ValueError for an empty list and for a layer that the encoder does not have.
     """

@@ -1,7 +1,7 @@
-"""Any-resolution tiling: an image as a thumbnail and a grid of tiles, for detail that one input size would lose.
+"""Any-resolution tiling: an image becomes a thumbnail and a grid of tiles, which keep more detail.
 
-As LLaVA-1.5-HD (Liu et al., arXiv 2310.03744, section 4) and LLaVA-NeXT choose the grid. To the encoder and the
-connector every tile is an image, so that any of them will do.
+The grid is chosen as in LLaVA-1.5-HD (Liu et al., arXiv 2310.03744, section 4) and LLaVA-NeXT. The encoder and the
+connector treat every tile as an image, so all encoders and connectors work with tiles.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Tiles:
     """The options `encoder.tiles`, for any encoder.
 
     Args:
-        grids: (rows, columns) to choose from, LLaVA-NeXT's being (1,2), (2,1), (2,2), (1,3), (3,1); none: no tiles.
-        row_separator: a line break in the text after the thumbnail and after each row of tiles but the last.
+        grids: (rows, columns) to choose from; LLaVA-NeXT has (1,2), (2,1), (2,2), (1,3), (3,1). Empty: no tiles.
+        row_separator: put a line break into the text after the thumbnail and after each row of tiles but the last.
     """
 
     grids: Sequence[Grid] = ()
@@ -33,35 +33,34 @@ class Tiles:
     def __post_init__(self) -> None:
         for grid in self.grids:
             if len(grid) != 2 or min(grid) < 1:
-                raise ValueError(f"encoder.tiles.grids holds {list(grid)}; give pairs of rows and columns, 1 or more")
+                raise ValueError(f"encoder.tiles.grids holds {list(grid)}; give pairs of rows and columns, at least 1")
 
     @property
-    def most(self) -> int:
-        """Tiles of an image in the largest grid, the thumbnail among them."""
+    def max_tiles(self) -> int:
+        """Largest number of tiles of an image, with the thumbnail."""
         return max((sum(_rows(grid)) for grid in self.grids), default=1)
 
-    def around(self, whole: Transform) -> TiledTransform:
-        """The transform of an encoder, made to cut tiles."""
-        return TiledTransform(whole=whole, grids=self.grids)
+    def tiled(self, transform: Transform) -> TiledTransform:
+        """The transform of an encoder, extended to cut tiles."""
+        return TiledTransform(transform=transform, grids=self.grids)
 
 
 @dataclass(frozen=True)
 class TiledTransform:
-    """PIL image -> [tiles, 3, H, W]: the whole picture as a thumbnail, then the grid's tiles row by row.
+    """PIL image -> [tiles, 3, H, W]: the whole image as a thumbnail, then the tiles row by row.
 
-    The picture is scaled to fit into the grid that suits it best, its shape kept and black around it. A grid of one
-    tile would show the thumbnail again, so it is the thumbnail alone. LLaVA-NeXT squashes the thumbnail, which is
-    `encoder.resize=squash`.
+    The image is scaled to fit into the best grid, with its aspect ratio kept and black padding. A grid of one tile
+    would repeat the thumbnail, so it gives the thumbnail alone. LLaVA-NeXT squashes the thumbnail, as
+    `encoder.resize=squash` does.
     """
 
-    whole: Transform
+    transform: Transform
     grids: Sequence[Sequence[int]]
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tiles for a picture of width and height `size`.
+        """Rows and columns of tiles for an image of width and height `size`.
 
-        That is the grid in which most of the picture's pixels survive; of equal ones the one with least black, and of
-        those the first.
+        The grid with the highest effective resolution; of equal ones the one with the least padding, then the first.
         """
         width, height = size
 
@@ -75,25 +74,25 @@ class TiledTransform:
         return rows, cols
 
     def rows(self, size: tuple[int, int]) -> list[int]:
-        """How many tiles stand in each row for a picture of width and height `size`; the thumbnail is the first row."""
+        """Number of tiles in each row for an image of width and height `size`; the thumbnail is the first row."""
         return _rows(self.grid(size))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "tiles 3 h w"]:
-        thumbnail = self.whole(image)[None]  # 1 3 H W
+        thumbnail = self.transform(image)[None]  # 1 3 H W
         rows, cols = self.grid(image.size)
         if rows * cols == 1:
             return thumbnail
         height, width = self._pixels((rows, cols))
-        fitted = self.whole.fitted(pixels_of(image), (height, width))  # 3 h w
-        canvas = self.whole.normalized(centered(fitted, (height, width)))  # 3 rows·H cols·W
+        fitted = self.transform.fitted(pixels_of(image), (height, width))  # 3 h w
+        canvas = self.transform.normalized(centered(fitted, (height, width)))  # 3 rows·H cols·W
         tiles = canvas.unflatten(1, (rows, -1)).unflatten(3, (cols, -1))  # 3 rows H cols W
         return torch.cat([thumbnail, tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)])  # tiles 3 H W
 
     def _pixels(self, grid: Sequence[int]) -> tuple[int, int]:
-        return grid[0] * self.whole.size[0], grid[1] * self.whole.size[1]
+        return grid[0] * self.transform.size[0], grid[1] * self.transform.size[1]
 
 
 def _rows(grid: Sequence[int]) -> list[int]:
-    """Tiles in each row; the thumbnail is the first."""
+    """Number of tiles in each row; the thumbnail is the first row."""
     rows, cols = grid
     return [1] if rows * cols == 1 else [1, *[cols] * rows]

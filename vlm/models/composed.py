@@ -136,8 +136,10 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         )
         if not self.tiles.grids:
             return spec
-        tiled, separator = self.tiles.around(transform), "\n" if self.tiles.row_separator else ""
-        return replace(spec, transform=tiled, tile_rows=tiled.rows, max_tiles=self.tiles.most, row_separator=separator)
+        tiled, separator = self.tiles.tiled(transform), "\n" if self.tiles.row_separator else ""
+        return replace(
+            spec, transform=tiled, tile_rows=tiled.rows, max_tiles=self.tiles.max_tiles, row_separator=separator
+        )
 
     def check_rows(self, *, max_length: int, packing: bool) -> None:
         self.llm.check_length(max_length)
