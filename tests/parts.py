@@ -150,7 +150,7 @@ def make_module(
 ) -> VLMModule:
     model = model or tiny_model()
     set_trainable(model, {**STATES, **(states or {})}, LORA)
-    rates = {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3}
+    rates = {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3, "objective": 1e-3}
     evaluators = {"visual_gain": VisualGain()}
     objective = objective or LanguageModeling()
     return VLMModule(model=model, objective=objective, evaluators=evaluators, **{"lr": rates, **options})

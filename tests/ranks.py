@@ -70,12 +70,16 @@ def layers() -> tuple[Composed, Any]:
 
 
 class TwoLosses(Objective):
-    """The loss over the tokens, and one over the rows: as many rows as tokens only by chance."""
+    """The loss over the tokens, and one over the images, of another number, that a parameter of its own scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5]))
 
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         output = LanguageModeling()(model, batch)
         embeds = model.connector(model.encoder(batch.pixel_values)).float().square().mean((1, 2)).sum()
-        sums = {**output.sums, "size_loss": embeds}
+        sums = {**output.sums, "size_loss": (self.scale * embeds).sum()}
         return LossOutput(sums=sums, counts={**output.counts, "size_loss": len(batch.pixel_values)})
 
 

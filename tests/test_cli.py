@@ -134,6 +134,7 @@ def test_a_run_leaves_what_the_design_says(aligned) -> None:
     assert metrics["val/lm_loss"] == metrics["val/loss"], "the only loss of the objective"
     for words in ("Trainable parameters", "Preflight", "val/visual_gain", "Held-out pictures"):
         assert words in done.stdout
+    assert "val/loss and val/visual_gain hold val/lm_loss" in done.stdout
     assert str(run) in done.stdout.splitlines()[-1]
 
 

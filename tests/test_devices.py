@@ -88,9 +88,10 @@ def test_rows_one_by_one_are_a_batch(one: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize("case", ["tokens", "layers", "losses"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: str) -> None:
-    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; losses of unlike counts."""
+    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; losses of unlike counts, one with a parameter."""
     ours = two[1][0][strategy, case]
     assert_same(ours, one[case])
+    assert ("objective.scale" in ours["tensors"]) == (case == "losses")
     for name in ("val/loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain"):
         torch.testing.assert_close(ours["val"][name], one[case]["val"][name], **FIGURES, msg=name)
     assert all(rank[strategy, case]["answers"].tolist() == one[case]["answers"].tolist() for rank in two[1])

@@ -88,7 +88,9 @@ def build_module(cfg: Mapping[str, Any], model: Model, objective: Objective) -> 
     options = {key: value for key, value in stage.items() if key in parameters(VLMModule)}
     options["betas"] = tuple(options["betas"])  # YAML knows no tuples
     evaluators = {name: make() for name, make in bind_evaluators(cfg).items()}
-    return VLMModule(model=model, objective=objective, evaluators=evaluators, **options)
+    module = VLMModule(model=model, objective=objective, evaluators=evaluators, **options)
+    module.parameter_groups()  # refuses a parameter without a learning rate before anything is read
+    return module
 
 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> Any:

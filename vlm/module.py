@@ -87,15 +87,18 @@ class VLMModule(pl.LightningModule):
         if isinstance(self.trainer.strategy, FullyShard):
             self.trainer.strategy.shard(self.model, self.objective)
 
-    def configure_optimizers(self) -> Any:
-        groups = parameter_groups(
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimizer. Raises ValueError for a trainable parameter that has no learning rate."""
+        return parameter_groups(
             self.model,
             lr=self.lr,
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
             objective=self.objective,
         )
-        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameter_groups(), betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(steps * self.warmup_ratio)
         schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.min_lr_ratio)

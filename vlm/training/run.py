@@ -23,6 +23,7 @@ from torch import nn
 
 from vlm import files
 from vlm.models.base import Model
+from vlm.schema import is_loss
 from vlm.training.artifact import aside, put, write, write_json
 
 
@@ -241,13 +242,16 @@ def finish(
 
 
 def print_figures(metrics: dict[str, float]) -> None:
-    """A figure a line."""
+    """A figure a line; below, the losses of which `val/loss` and the visual gain are the sum."""
+    losses = [name for name in metrics if name.startswith("val/") and is_loss(name.removeprefix("val/"))]
     table = Table(title="Result")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, figure(value))
     CONSOLE.print(table)
+    if losses:
+        CONSOLE.print(f"val/loss and val/visual_gain hold {' + '.join(losses)}", soft_wrap=True)
 
 
 def figure(value: int | float) -> str:
