@@ -39,7 +39,7 @@ format: .venv/.dev  ## rewrite the files as `make lint` wants them
 typecheck: .venv/.dev  ## check the types in vlm/
 	$(BIN)/python -m mypy
 
-options: .venv/.offline  ## write the README's tables of parts and docs/labels.md
+options: .venv/.offline  ## write docs/options.md, docs/labels.md and the tables of docs/parts.md
 	$(BIN)/python -m vlm.cli.options
 	$(BIN)/python -m vlm.cli.labels
 

@@ -1,24 +1,24 @@
-"""The README says what works: its commands run as they stand, and its table names what the folders hold."""
+"""The README and the pages of docs/ say what works: commands run as they stand, tables hold what the code has."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from eval import evaluate as eval_program
 from tests.test_cli import call
 from train import train as train_program
 from vlm.cli.doctor import doctor as doctor_program
-from vlm.cli.options import MARKS, tables
+from vlm.cli.options import MARKS, OPTIONS, PARTS, page, tables
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = {"train.py": (train_program, "train"), "eval.py": (eval_program, "eval")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,17 +28,17 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-def test_commands_run_as_they_stand(tmp_path: Path) -> None:
+def test_commands_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert len(commands()) == 5
+    monkeypatch.chdir(tmp_path)
     for script, *arguments in commands():
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{script} {arguments}: {done.stderr[-2000:]}"
-    results = json.loads((tmp_path / "runs" / "second" / "eval" / "results.json").read_text())
+        assert call(*PROGRAMS[script], *arguments) == 0, f"{script} {arguments}: {capfd.readouterr().err}"
+    results = json.loads(Path("runs/second/eval/results.json").read_text())
     assert results["num_samples"] == 8
     assert [stage["name"] for stage in results["stages"]] == ["align", "instruct"]
-    assert len(list(tmp_path.glob("multirun/*/*/metrics.json"))) == 2
+    assert len(list(Path().glob("multirun/*/*/metrics.json"))) == 2
 
 
 def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +71,16 @@ def test_table_names_every_option() -> None:
 
 
 @pytest.mark.slow
-def test_tables_of_parts_are_those_of_the_configs() -> None:
-    written = README.partition(MARKS[0])[2].partition(MARKS[1])[0]
-    assert written.strip() == tables().strip(), "the README is behind conf/; run `make options`"
+def test_tables_of_parts_are_those_of_the_code() -> None:
+    written = PARTS.read_text(encoding="utf-8").partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert written.strip() == tables().strip(), "docs/parts.md is behind conf/; run `make options`"
+
+
+def test_the_page_of_options_is_that_of_the_configs() -> None:
+    assert OPTIONS.read_text(encoding="utf-8") == page(), "docs/options.md is behind conf/; run `make options`"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([\w./-]+\.(?:md|sh|svg|py|yaml))[#)]", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}"

@@ -1,14 +1,17 @@
-"""Write the README's tables of encoders, connectors and LLMs from conf/: `python -m vlm.cli.options`, `make options`.
+"""Write docs/parts.md's tables and docs/options.md from conf/: `python -m vlm.cli.options`, `make options`.
 
-Every part is built on the meta device, so the figures are those of the code, not of a page somewhere.
+The tables of encoders, connectors and LLMs hold figures: every part is built on the meta device, so they are those of
+the code. The page of options holds each key with its value and its comment in the YAML file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -17,30 +20,64 @@ from vlm.launch.entry import CONF
 from vlm.launch.plan import build_meta
 from vlm.training import run
 
-README = Path(CONF).parent / "README.md"
+DOCS = Path(CONF).parent / "docs"
+PARTS, OPTIONS = DOCS / "parts.md", DOCS / "options.md"
 MARKS = ("<!-- options: written by `make options` -->\n", "<!-- end of options -->")
-# A part is counted beside these; the encoder and the LLM are LLaVA-1.5's.
-BESIDE = {"encoder": "clip_vit_l14_336", "connector": "linear", "llm": "vicuna_7b"}
+# Beside an encoder or an LLM stands what builds fast; a connector is counted between LLaVA-1.5's.
+BESIDE = {
+    "encoder": {"connector": "linear", "llm": "tiny"},
+    "connector": {"encoder": "clip_vit_l14_336", "llm": "vicuna_7b"},
+    "llm": {"encoder": "tiny", "connector": "linear"},
+}
 HEADINGS = {
     "encoder": ("`encoder=`", "what it is", "parameters", "patches an image", "width"),
     "connector": ("`connector=`", "what it is", "parameters", "visual tokens an image"),
     "llm": ("`llm=`", "what it is", "parameters", "width"),
 }
+PROGRAMS = {"train": "train.py", "eval": "eval.py", "doctor": "vlm-doctor"}
+GROUPS = (
+    *("model", "encoder", "connector", "llm", "objective", "evaluators", "data", "stage", "trainer"),
+    *("callbacks", "logger", "experiment", "debug", "hydra/launcher"),
+)
+OPENING = """# Every option
+
+Written by `make options` from the comments in `conf/` (a test keeps it up to date). Give an option as `key=value`:
+
+```text
+python train.py connector=qformer connector.num_queries=64 trainer.max_steps=1000
+```
+
+The value in the tables is the default; `null` means none.
+
+{groups}
+"""
 
 
 def tables() -> str:
-    """The three tables in Markdown."""
+    """The three tables of parts in Markdown."""
     with initialize_config_dir(CONF, version_base="1.3"):
         return "\n".join("".join(_table(group)) for group in HEADINGS)
 
 
-def write(readme: Path = README) -> None:
-    """Put the tables between their marks. Raises ValueError where the marks are gone."""
-    before, start, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+def page() -> str:
+    """All of docs/options.md."""
+    links = " · ".join(f"[{group}](#{group.replace('/', '')})" for group in GROUPS)
+    sections = [OPENING.format(groups=f"Groups: {links}.")]
+    for name, program in PROGRAMS.items():
+        sections += [f"## Keys of {program}\n", _keys([Path(CONF, f"{name}.yaml")], prefix="")]
+    for group in GROUPS:
+        sections += _section(group)
+    return "\n".join(sections)
+
+
+def write(parts: Path = PARTS, options: Path = OPTIONS) -> None:
+    """Write both pages. Raises ValueError where the marks around the tables of parts are gone."""
+    before, start, rest = parts.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not start or not end:
-        raise ValueError(f"{readme} has no {MARKS[0].strip()} … {MARKS[1]}; put both lines where the tables belong")
-    readme.write_text(before + start + "\n" + tables() + "\n" + end + after, encoding="utf-8")
+        raise ValueError(f"{parts} has no {MARKS[0].strip()} … {MARKS[1]}; put both lines where the tables belong")
+    parts.write_text(before + start + "\n" + tables() + "\n" + end + after, encoding="utf-8")
+    options.write_text(page(), encoding="utf-8")
 
 
 def _table(group: str) -> Iterator[str]:
@@ -51,13 +88,15 @@ def _table(group: str) -> Iterator[str]:
 
 
 def _comment(path: Path) -> str:
-    """A config's first line, its paper as a link."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").rstrip(".")
+    """The first comment of a config, with links to its papers."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if not line.startswith("# @package")).removeprefix("# ").rstrip(".")
+    line = line.replace("|", r"\|").replace("<", r"\<")
     return re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", line)
 
 
 def _figures(group: str, option: str) -> list[str]:
-    choices = {**BESIDE, group: option}
+    choices = {**BESIDE[group], group: option}
     cfg = compose("train", overrides=[*(f"{key}={value}" for key, value in choices.items()), "run_dir=none"])
     if OmegaConf.missing_keys(cfg[group]):  # the user says which model it will be
         return ["any", *[""] * (len(HEADINGS[group]) - 3)]
@@ -69,6 +108,108 @@ def _figures(group: str, option: str) -> list[str]:
         "connector": [parameters, f"{model.connector.num_tokens}"],
         "llm": [parameters, f"{model.llm.width:,}"],
     }[group]
+
+
+def _section(group: str) -> Iterator[str]:
+    """A group: its options, then a table of keys for each class that options share."""
+    paths = sorted(Path(CONF, group).glob("*.yaml"))
+    options = [path for path in paths if not path.stem.startswith("_")]
+    yield f"## {group}\n"
+    if group in HEADINGS:
+        yield f"The options of `{group}=` are listed in [parts.md](parts.md).\n"
+    else:
+        rows = [f"| `{path.stem}` | {_comment(path)} |" for path in options]
+        yield "\n".join([f"| `{group}=` | |", "|---|---|", *rows, ""])
+    if group in ("experiment", "debug"):  # which only set keys of other groups
+        return
+    prefix = f"{group.replace('/', '.')}."
+    shared = [path for path in paths if path not in options]
+    if table := _keys(shared, prefix):
+        yield f"Keys that every `{group}=` has:\n"
+        yield table
+    alike: dict[Hashable, list[Path]] = defaultdict(list)
+    for path in options:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        alike[content.get("_target_") or tuple(content)].append(path)
+    for same in alike.values():
+        # The values are those of the file that explains most keys.
+        same.sort(key=lambda path: -sum(bool(meaning) for _, _, meaning in _read(path)))
+        if table := _keys(same, prefix):
+            others = ", ".join(f"`{path.stem}`" for path in sorted(same[1:]))
+            yield f"Keys of `{group}={same[0].stem}`" + (
+                f" (also of {others}, with their own values):\n" if others else ":\n"
+            )
+            yield table
+
+
+def _keys(paths: Sequence[Path], prefix: str) -> str:
+    """A table of the keys of files. A key of several files is that of the first.
+
+    A key that a file takes from a base, such as `_loader`, needs no comment. Empty where there are no keys. Raises
+    ValueError where a key has no comment.
+    """
+    rows: dict[str, str] = {}
+    for path in paths:
+        known, explained = tuple(rows), {key for base in _bases(path) for key, _, _ in _read(base)}
+        for key, value, meaning in _read(path):
+            if any(f"{key}.".startswith(f"{name}.") for name in known) or (meaning is None and key in explained):
+                continue
+            if meaning is None:
+                raise ValueError(f"{path} does not explain {key}; write a comment after it")
+            shown = {None: "", "???": "must be given"}.get(value, f"`{value}`")
+            cells = (cell.replace("|", r"\|") for cell in (f"`{prefix}{key}`", shown, meaning.replace("<", r"\<")))
+            rows[key] = f"| {' | '.join(cells)} |"
+    return "\n".join(["| key | value | |", "|---|---|---|", *rows.values(), ""]) if rows else ""
+
+
+def _bases(path: Path) -> list[Path]:
+    """The files of the same folder that a file starts from."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    files = [path.parent / f"{name}.yaml" for name in content.get("defaults", []) if isinstance(name, str)]
+    return [file for file in files if file.is_file()]
+
+
+def _read(path: Path) -> list[tuple[str, str | None, str | None]]:
+    """Every key of a file: its dotted name, its value as it is written, and its comment.
+
+    A section with a comment stands for those of its keys that have none; its value is None.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("# @package _global_"):  # a choice of other options
+        return []
+    return list(_walk(yaml.compose(text), text.splitlines(), ""))
+
+
+def _walk(
+    node: yaml.Node, lines: Sequence[str], prefix: str, explained: bool = False
+) -> Iterator[tuple[str, str | None, str | None]]:
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        key = prefix + name.value
+        if name.value in ("defaults", "_target_") or key == "hydra":
+            continue
+        section = isinstance(value, yaml.MappingNode) and not value.flow_style
+        meaning = _meaning(lines, name.start_mark.line, name.end_mark.column if section else value.end_mark.column)
+        if section:
+            if meaning is not None:
+                yield key, None, meaning
+            yield from _walk(value, lines, f"{key}.", explained or meaning is not None)
+        elif meaning is not None or not explained:
+            line = lines[value.start_mark.line]
+            yield key, line[value.start_mark.column : value.end_mark.column], meaning
+
+
+def _meaning(lines: Sequence[str], number: int, column: int) -> str | None:
+    """The comment after a key, or above it at its indentation."""
+    line = lines[number]
+    after = line[column:].partition("# ")[2]
+    above: list[str] = []
+    indent = line[: len(line) - len(line.lstrip())]
+    while number > 0 and lines[number - 1].startswith(f"{indent}# "):
+        number -= 1
+        above.insert(0, lines[number].strip().removeprefix("# "))
+    if number == 0:  # the comment that the file opens with
+        above = []
+    return " ".join([*above, after]).strip() or None
 
 
 if __name__ == "__main__":
