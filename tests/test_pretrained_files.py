@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.parts import IMAGE, make_batch, make_module, make_trainer, tiny_llm, tiny_model
-from tests.test_llms_options import saved
-from tests.test_module import WHOLE, loader
-from tests.test_training_state import CLIP, FACTS, NORMAL
+from tests.helpers.encoders import CLIP, CLIP_SIZES, NORMALIZED
+from tests.helpers.llms import saved
+from tests.helpers.parts import IMAGE, WHOLE, loader, make_batch, make_module, make_trainer, tiny_llm, tiny_model
 from vlm.encoders.hf import HFEncoder
 from vlm.encoders.timm import TimmEncoder
 from vlm.encoders.transform import Transform
@@ -36,7 +35,7 @@ def folder_of(part: str, folder: Path) -> Path:
         small = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL)
         timm.models.save_for_hf(small, folder, safe_serialization=True)
         return folder
-    CLIPVisionModel(CLIPVisionConfig(**FACTS)).save_pretrained(folder)
+    CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES)).save_pretrained(folder)
     return folder
 
 
@@ -45,7 +44,7 @@ def read(part: str, folder: Path) -> Any:
         return CausalLM(pretrained=str(folder), config=None)
     if part == "timm":
         return TimmEncoder(name="vit_tiny_patch16_224", pretrained=str(folder), image_size=16, model_args=SMALL)
-    return HFEncoder(pretrained=str(folder), config=CLIP, **NORMAL)
+    return HFEncoder(pretrained=str(folder), config=CLIP, **NORMALIZED)
 
 
 LAYERS_OF = {"llm": "model.layers.", "encoder": "encoder.layers.", "timm": "blocks."}
@@ -92,7 +91,7 @@ def test_layers_that_would_be_left_unused_are_refused(part: str, more: list[str]
     ("part", "per_layer", "load"),
     [
         ("llm", 9, lambda folder: CausalLM(pretrained=folder, config=None)),
-        ("encoder", 16, lambda folder: HFEncoder(pretrained=folder, config=None, layer=-1, **NORMAL)),
+        ("encoder", 16, lambda folder: HFEncoder(pretrained=folder, config=None, layer=-1, **NORMALIZED)),
     ],
 )
 def test_a_checkpoint_of_more_layers_than_its_configuration(
@@ -260,7 +259,7 @@ def test_numbers_that_no_picture_can_be_divided_by(changes: Any) -> None:
 
 def test_a_size_below_one_patch_is_told_the_least() -> None:
     with pytest.raises(ValueError, match=r"encoder.image_size=7 must be a multiple of the patch size 8; try 8$"):
-        HFEncoder(pretrained="x", config=CLIP, weights="meta", image_size=7, **NORMAL)
+        HFEncoder(pretrained="x", config=CLIP, weights="meta", image_size=7, **NORMALIZED)
     with pytest.raises(ValueError, match=r"encoder.image_size=7 must be a multiple of the patch size 16; try 16$"):
         TimmEncoder(name="vit_tiny_patch16_224", weights="meta", image_size=7)
     with pytest.raises(ValueError, match=r"encoder.image_size=7 does not fit convnext_tiny \(.*\); try 224, the size"):

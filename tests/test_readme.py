@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import evaluate as eval_program
-from tests.test_cli import call
-from train import train as train_program
+from tests.helpers.programs import call, evaluate, train
 from vlm.cli.doctor import doctor as doctor_program
 from vlm.cli.options import MARKS, OPTIONS, PARTS, page, tables
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"train.py": (train_program, "train"), "eval.py": (eval_program, "eval")}
+PROGRAMS = {"train.py": train, "eval.py": evaluate}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +32,7 @@ def test_commands_run_as_they_stand(
     assert len(commands()) == 5
     monkeypatch.chdir(tmp_path)
     for script, *arguments in commands():
-        assert call(*PROGRAMS[script], *arguments) == 0, f"{script} {arguments}: {capfd.readouterr().err}"
+        assert PROGRAMS[script](*arguments) == 0, f"{script} {arguments}: {capfd.readouterr().err}"
     results = json.loads(Path("runs/second/eval/results.json").read_text())
     assert results["num_samples"] == 8
     assert [stage["name"] for stage in results["stages"]] == ["align", "instruct"]
@@ -45,7 +43,7 @@ def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.Monkey
     """Its lines in a file, a picture for each, and its two commands with the smallest parts."""
     section = README.partition("## Your own data\n")[2]
     lines = section.partition("```jsonl\n")[2].partition("```")[0]
-    doctor, train = section.partition("```text\n")[2].partition("```")[0].splitlines()
+    doctor, learn = section.partition("```text\n")[2].partition("```")[0].splitlines()
     monkeypatch.chdir(tmp_path)
     Path("captions.jsonl").write_text(lines)
     Path("photos").mkdir()
@@ -57,8 +55,8 @@ def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.Monkey
     assert program == "vlm-doctor"
     assert call(doctor_program, "doctor", *options, *parts, "doctor.out=found") == 0
     assert json.loads(Path("found/report.json").read_text())["findings"] == []
-    assert shlex.split(train)[:2] == ["python", "train.py"]
-    assert call(train_program, "train", *shlex.split(train)[2:], *parts, "debug=fast", "run_dir=run") == 0
+    assert shlex.split(learn)[:2] == ["python", "train.py"]
+    assert train(*shlex.split(learn)[2:], *parts, "debug=fast", "run_dir=run") == 0
     assert {json.loads(line)["id"] for line in Path("run/samples.jsonl").read_text().splitlines()}
 
 

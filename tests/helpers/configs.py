@@ -1,0 +1,31 @@
+"""The options of every config group, and what they need to be composed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlm.launch.entry import CONF
+
+GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
+COMPOSED = ["llm=tiny", "encoder=tiny", "run_dir=x"]
+FILES = ["data.annotations=a.json", "data.images=b"]
+
+
+NEEDED = {
+    ("data", "captions"): FILES,
+    ("data", "image_folder"): ["data.root=a"],
+    ("data", "instruct"): FILES,
+    ("data", "webdataset"): ["data.shards=a.tar"],
+    ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
+    ("encoder", "hf"): ["encoder.pretrained=x"],
+    ("encoder", "timm"): ["encoder.name=x"],
+    ("llm", "hf"): ["llm.pretrained=x"],
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml") if not path.name.startswith("_"))
+
+
+def needs(group: str, option: str) -> list[str]:
+    return NEEDED.get((group, option), [])

@@ -1,0 +1,138 @@
+"""train.py, eval.py and vlm-artifact in this process, and what their runs leave behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train as training
+from vlm.cli.artifact import main
+from vlm.launch.entry import start
+from vlm.training import run
+
+ROOT = Path(__file__).parents[2]
+TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "debug=fast"]
+
+
+QUICK = [
+    *TINY,
+    "encoder.image_size=32",
+    "trainer.max_steps=2",
+    "trainer.val_check_interval=2",
+    "data.num_val_samples=2",
+    "evaluators.answers.num_samples=2",
+    "evaluators.answers.max_new_tokens=2",
+    "preflight.samples=2",
+]
+
+
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "metrics.json",
+    "samples.jsonl",
+    "artifact/weights.safetensors",
+    "artifact/manifest.json",
+    "checkpoints/last.ckpt",
+    ".lock",
+}
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def call(job: Callable, config_name: str, *arguments: str) -> int:
+    """The program, in this process; its exit code."""
+    before = sys.argv, dict(os.environ)
+    sys.argv = ["program", *arguments]
+    try:
+        start(job, config_name=config_name)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before[0]
+        os.environ.clear()
+        os.environ.update(before[1])
+    return 0
+
+
+def train(*arguments: str) -> int:
+    return call(training.train, "train", *arguments)
+
+
+def evaluate(*arguments: str) -> int:
+    return call(evaluation.evaluate, "eval", *arguments)
+
+
+def artifact_program(*arguments: Any) -> int:
+    """The program; its exit code."""
+    before, sys.argv = sys.argv, ["vlm-artifact", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """What every line of metrics.jsonl says, but for speeds."""
+    return [
+        (line.pop("step"), {name: value for name, value in line.items() if not name.startswith("perf/")})
+        for line in read(run / "metrics.jsonl")
+    ]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "artifact" / "weights.safetensors")
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    assert losses(run) == losses(whole)
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=0)
+
+
+@contextmanager
+def another_process(run_dir: Path) -> Iterator[tuple[int, int]]:
+    """A process that holds the directory, and its data worker, by their ids."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def hold() -> None:
+        lock = run.lock(run_dir, resumed=False)
+        worker = context.Process(target=time.sleep, args=(60,))
+        worker.start()
+        theirs.send(worker.pid)
+        time.sleep(60)
+        assert lock
+
+    process = context.Process(target=hold)
+    process.start()
+    worker = ours.recv() if ours.poll(120) else None
+    try:
+        assert process.pid is not None
+        assert worker is not None, "the process did not start its worker within two minutes"
+        yield process.pid, worker
+    finally:
+        process.kill()
+        process.join()
+        if worker is not None:  # os.kill(0, …) would end this process and its whole group
+            os.kill(worker, signal.SIGKILL)
