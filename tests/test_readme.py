@@ -14,6 +14,7 @@ from PIL import Image
 from tests.helpers.programs import call, evaluate, train
 from vlm.cli.doctor import doctor as doctor_program
 from vlm.cli.options import MARKS, OPTIONS, PARTS, page, tables
+from vlm.renamed import RENAMED
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"train.py": train, "eval.py": evaluate}
@@ -82,3 +83,9 @@ def test_links_between_pages_lead_somewhere() -> None:
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([\w./-]+\.(?:md|sh|svg|py|yaml))[#)]", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_changelog_has_every_renamed_key() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", text, flags=re.MULTILINE)
+    assert dict(rows) == RENAMED
