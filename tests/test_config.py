@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import re
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 
 from tests.helpers.configs import COMPOSED, GROUPS, needs, options
 from vlm import config
@@ -43,11 +40,8 @@ def refusal(*overrides: str) -> str:
     raise AssertionError(f"{overrides} were taken")
 
 
-def test_groups_are_the_ones_that_are_documented() -> None:
-    assert set(GROUPS) <= {*config.NEEDED, *config.MANY, *Composed.parts, "debug", "experiment", "hydra"}
-    assert {"linear", "mlp"} <= set(options("connector"))
-    assert {"tiny", "gemma3_270m"} <= set(options("llm"))
-    assert {"captions", "instruct", "shapes", "stamps"} <= set(options("data"))
+def test_every_group_is_one_that_a_config_names() -> None:
+    assert set(GROUPS) == {*config.NEEDED, *config.MANY, *Composed.parts, "debug", "experiment", "hydra"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
@@ -55,18 +49,16 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
     config.check(settings(f"{group}={option}", *needs(group, option)))
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
-def test_every_file_opens_with_what_it_is(group: str, option: str) -> None:
-    lines = (Path(CONF) / group / f"{option}.yaml").read_text().splitlines()
-    assert re.match(r"# \S.*[.:=\])]", " ".join(line for line in lines[:2] if not line.startswith("# @")))
-
-
-def test_every_combination_composes() -> None:
-    for connector, stage, data in itertools.product(options("connector"), options("stage"), options("data")):
-        cfg = settings(f"connector={connector}", f"stage={stage}", f"data={data}", *needs("data", data))
+@pytest.mark.parametrize("stage", options("stage"))
+def test_every_pair_of_stage_connector_and_data_composes(stage: str) -> None:
+    """Each connector and each dataset with each stage; a connector and a dataset have no options in common."""
+    connectors, data = options("connector"), options("data")
+    for number in range(max(len(connectors), len(data))):
+        connector, source = connectors[number % len(connectors)], data[number % len(data)]
+        cfg = settings(f"connector={connector}", f"stage={stage}", f"data={source}", *needs("data", source))
         config.check(cfg)
         assert cfg["stage"]["name"] == stage
-        if data == "shapes":
+        if source == "shapes":
             assert cfg["data"]["task"] == ("caption" if stage == "align" else "instruct")
 
 
@@ -228,10 +220,3 @@ def test_an_unknown_section_is_refused() -> None:
     cfg["conector"] = {}
     with pytest.raises(ValueError, match="there is no option conector; did you mean connector"):
         config.check(cfg)
-
-
-def test_eval_composes() -> None:
-    cfg = compose("eval", ["ckpt=x"], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    assert cfg.ckpt == "x"
-    assert cfg.num_samples is None

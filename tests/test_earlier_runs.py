@@ -37,6 +37,7 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(EARLIER / request.param, tmp_path / "runs"))
 
 
+@pytest.mark.slow
 def test_a_next_stage_starts_from_it(runs: Path) -> None:
     call("train.py", *TINY, "stage=vision_tune", "ckpt=instruct", "run_dir=next", folder=runs)
     manifest = json.loads((runs / "next" / "artifact" / "manifest.json").read_text())
@@ -44,6 +45,7 @@ def test_a_next_stage_starts_from_it(runs: Path) -> None:
     assert manifest["lora"]["r"] == 2  # of the stage before, kept though this one freezes the LLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["align", "instruct"])
 def test_evaluation_finds_the_figures_of_that_day(runs: Path, name: str) -> None:
     call("eval.py", f"ckpt={name}", "num_samples=8", "batch_size=4", "trainer=cpu", folder=runs)
@@ -53,6 +55,7 @@ def test_evaluation_finds_the_figures_of_that_day(runs: Path, name: str) -> None
         assert results[figure] == pytest.approx(before[figure], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_resumed(runs: Path) -> None:
     before = (runs / "align" / "metrics.jsonl").read_text()
     call("train.py", "resume=align", "trainer.max_steps=8", "resume.allow=[trainer.max_steps]", folder=runs)

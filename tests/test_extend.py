@@ -93,7 +93,7 @@ def test_the_commands_in_their_order(folder: Path) -> None:
         ("connector=soft_pool connector._target_=mine.retrieval.Retrieval", "is not allowed; name a class of"),
         (
             "model=single_stream stage=pairs data=squares stage.lr.objective=null",
-            "1 parameters of the objective are trained but have no learning rate, first log_scale; set stage.lr.objective",
+            "1 parameters of the objective are trained but have no learning rate, first log_scale; set stage.lr.obj",
         ),
         ("model=single_stream data=squares", "there is no option stage.encoder"),
         ("model=single_stream stage=pairs data=squares encoder=tiny", "encoder"),

@@ -52,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("golden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_curve(name: str, folder: Path) -> None:
     expected = json.loads(CURVES.read_text())[name]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from tests.helpers.connectors import OPTIONS, connect, settings
 from tests.helpers.llms import small_llm
 from tests.helpers.parts import IMAGE, LORA, STATES, make_batch, tiny_encoder
-from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
 from vlm.objectives.language_modeling import LanguageModeling
-from vlm.options import bind
 from vlm.training.optim import set_trainable
 
-OPTIONS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))
 SMALL = {"depth": 2, "width": 16, "hidden_width": 16, "num_heads": 2, "head_dim": 8, "num_queries": 4}
 ROWS = (([11, IMAGE, 12], [21, 22]), ([14, 15], [23]), ([16, IMAGE, IMAGE], [24, 25, 26]))
 
@@ -26,12 +20,9 @@ ROWS = (([11, IMAGE, 12], [21, 22]), ([14, 15], [23]), ([16, IMAGE, IMAGE], [24,
 def model_with(option: str, *, checkpointing: bool, state: str) -> Composed:
     """A model of tiny parts; no gate of the connector and no matrix of the adapter is closed."""
     encoder, llm = tiny_encoder(), small_llm("vicuna_7b", gradient_checkpointing=checkpointing)
-    config: Any = OmegaConf.to_container(OmegaConf.load(f"{CONF}/connector/{option}.yaml"))
-    del config["lr"]  # the stage's
-    options = {key: SMALL[key] if key in SMALL and value is not None else value for key, value in config.items()}
-    sizes = {"vision_width": encoder.width, "grid": encoder.grid, "llm_width": llm.width, "output_rms": llm.embed_rms}
+    small = {key: SMALL[key] for key, value in settings(option).items() if key in SMALL and value is not None}
     torch.manual_seed(0)
-    model = Composed(encoder=encoder, connector=bind("connector", options, sizes)(), llm=llm)
+    model = Composed(encoder=encoder, connector=connect(option, encoder, llm, **small), llm=llm)
     set_trainable(model, {**STATES, "llm": state}, LORA)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data += 0.05 * torch.randn_like(parameter)

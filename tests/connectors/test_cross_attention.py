@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 
-from tests.helpers.cross_attention import FACTS, SIZES, attending
+from tests.helpers.cross_attention import SIZES, attending
 from tests.helpers.llms import FAMILIES
 from tests.helpers.parts import IMAGE, make_batch, make_module, pictures, tiny_llm
 from vlm.connectors.cross_attention import GATE_SCALE, CrossAttention, GatedBlock, VisualContext
@@ -26,6 +26,7 @@ from vlm.models.composed import Composed
 from vlm.schema import Batch
 
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 64, "do_layer_norm_before": True}
+FACTS: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (2, 2), "output_rms": 0.2}
 LLMS: dict[str, dict[str, Any]] = {**FAMILIES, "opt": OPT}
 # A row with two images, one without, one whose image comes first: 6, 4 and 4 tokens, of which 5 are supervised.
 ROWS = (([11, IMAGE, 12, 13, IMAGE, 14], [21, 22]), ([15, 16], [23, 24]), ([IMAGE, 17, 18], [25]))
@@ -447,4 +448,4 @@ def test_more_layers_between_blocks_than_the_llm_has() -> None:
 
 def test_no_layers_between_blocks() -> None:
     with pytest.raises(ValueError, match=r"connector.every=0 must be at least 1"):
-        attending(every=0)
+        CrossAttention(**FACTS, **SIZES, every=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.connectors import OPTIONS, build_connector
+from tests.helpers.connectors import OPTIONS, connect
 from tests.helpers.llms import FAMILIES, t5
 from tests.helpers.parts import IMAGE, SPEC, make_rows, tiny_encoder, tiny_llm
 from vlm.connectors.cross_attention import GATE_SCALE
@@ -28,11 +28,11 @@ PROMPTS: list[tuple[list[int | None], list[int]]] = [
 
 def model_with(option: str, **llm: Any) -> Composed:
     """Random parts of one size, whose gates, if any, stand open."""
-    encoder, brain = tiny_encoder(), tiny_llm(**llm)
+    encoder, language = tiny_encoder(), tiny_llm(**llm)
+    small = {"depth": 2, "width": 32, "num_heads": 4} if option == "qformer" else {}
     torch.manual_seed(3)
-    facts: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": encoder.grid, "output_rms": 0.2}
-    connector = build_connector(option, **facts)
-    model = Composed(encoder=encoder, connector=connector, llm=brain)
+    connector = connect(option, encoder, language, **small)
+    model = Composed(encoder=encoder, connector=connector, llm=language)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
             nn.init.constant_(parameter, 0.5 / GATE_SCALE)

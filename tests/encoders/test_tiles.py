@@ -13,11 +13,11 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
 
+from tests.helpers.connectors import connect
 from tests.helpers.encoders import build_encoder
 from tests.helpers.parts import tiny_llm
 from tests.helpers.text import byte_tokenizer, encoder, say
 from vlm import build, config
-from vlm.connectors.mlp import MLP
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import TiledTransform, Tiles
 from vlm.encoders.transform import Transform
@@ -145,14 +145,13 @@ class Mixed:
 @pytest.mark.parametrize("option", ["tiny", "clip_vit_l14_336", "convnext_b_224", "dino_siglip"])
 @pytest.mark.parametrize("separator", ["", "\n"], ids=["joined", "parted"])
 def test_any_encoder_reads_tiles(option: str, separator: str) -> None:
-    eye_of, llm = build_encoder(option), tiny_llm()
-    facts = {"vision_width": eye_of.width, "llm_width": llm.width, "grid": eye_of.grid, "output_rms": llm.embed_rms}
-    model = Composed(encoder=eye_of, connector=MLP(**facts), llm=llm)
-    made = Tiles(grids=NEXT).tiled(eye_of.transform)
-    source = Mixed(eye_of.image_size[0])
+    encoder, llm = build_encoder(option), tiny_llm()
+    model = Composed(encoder=encoder, connector=connect("mlp", encoder, llm), llm=llm)
+    made = Tiles(grids=NEXT).tiled(encoder.transform)
+    source = Mixed(encoder.image_size[0])
     spec = VisualSpec(
         num_tokens=model.connector.num_tokens,
-        image_size=eye_of.image_size,
+        image_size=encoder.image_size,
         transform=made,
         tile_rows=made.rows,
         row_separator=separator,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vlm.connectors.mlp import MLP
+from tests.helpers.connectors import connect
 from vlm.data.collate import Row, collate
 from vlm.encoders.timm import TimmEncoder
 from vlm.evaluation.visual_gain import VisualGain
@@ -57,8 +57,7 @@ def tiny_encoder(*, seed: int = 1) -> TimmEncoder:
 def tiny_model(*, llm: CausalLM | None = None, connector: nn.Module | None = None, seed: int = 2) -> Composed:
     encoder, llm = tiny_encoder(), llm or tiny_llm()
     torch.manual_seed(seed)
-    facts = {"vision_width": encoder.width, "llm_width": llm.width, "grid": encoder.grid, "output_rms": llm.embed_rms}
-    return Composed(encoder=encoder, connector=connector or MLP(**facts), llm=llm)
+    return Composed(encoder=encoder, connector=connector or connect("mlp", encoder, llm), llm=llm)
 
 
 class Gated(nn.Module):

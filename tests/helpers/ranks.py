@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tests.helpers.connectors import connect
 from tests.helpers.parts import (
     IMAGE,
     make_batch,
@@ -31,7 +32,7 @@ from tests.helpers.parts import (
 from tests.helpers.programs import QUICK, train
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
-from vlm.connectors.cross_attention import GATE_SCALE, CrossAttention
+from vlm.connectors.cross_attention import GATE_SCALE
 from vlm.models.composed import Composed
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
@@ -68,10 +69,10 @@ def layers() -> tuple[Composed, Any]:
     llm.gradient_checkpointing = True
     llm.model.activation_checkpointing_enable({"use_reentrant": False})
     sizes = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "ff_mult": 2}
+    encoder = tiny_encoder()
     torch.manual_seed(3)
-    facts: dict[str, Any] = {"vision_width": 24, "llm_width": 32, "grid": (2, 2), "output_rms": 0.2}
-    connector = CrossAttention(**facts, **sizes, every=1)
-    model = Composed(encoder=tiny_encoder(), connector=connector, llm=llm)
+    connector = connect("cross_attention", encoder, llm, **sizes, every=1)
+    model = Composed(encoder=encoder, connector=connector, llm=llm)
     for name, parameter in connector.named_parameters():
         if name.endswith("_gate"):
             nn.init.constant_(parameter, 0.5 / GATE_SCALE)

@@ -31,7 +31,7 @@ FIGURES, TENSORS = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}, {"rtol": 0, 
 STRATEGIES = ["ddp", "fsdp"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("gloo", marks=pytest.mark.slow)])
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, Any]]]:
     """The folder and the results of two processes."""
     folder = tmp_path_factory.mktemp("two ranks")
@@ -87,7 +87,7 @@ def test_rows_one_by_one_are_a_batch(one: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize("case", ["tokens", "layers", "losses"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_are_one(two: Any, one: dict[str, Any], strategy: str, case: str) -> None:
-    """LoRA and half an encoder; cross-attention in recomputed layers and tied embeddings; losses of unlike counts, one with a parameter."""
+    """LoRA, half an encoder; cross-attention, recomputed layers, tied embeddings; two losses, one with a parameter."""
     ours = two[1][0][strategy, case]
     assert_same(ours, one[case])
     assert ("objective.scale" in ours["tensors"]) == (case == "losses")
@@ -177,7 +177,6 @@ def test_a_sliced_run_is_evaluated_by_one_process(two: Any, alone: Path) -> None
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_sweep_over_ranks_of_their_own(two: Any, tmp_path: Path) -> None:
     """Lightning's own start of a second rank, in both jobs of a sweep."""
     options = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.val_check_interval=4"]

@@ -139,6 +139,7 @@ def test_an_evaluation_takes_the_keys_of_the_runs_data(cooked, told) -> None:
     assert "there is no option data.tusk; did you mean task?" in told()
 
 
+@pytest.mark.slow
 def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, commands, told) -> None:
     root = tmp_path / "root"
     arguments = [
@@ -291,6 +292,7 @@ def test_what_may_change_and_own_config_folders_go_with_a_stage_that_goes_on(com
     assert seen[1][2:] == [f"resume={stage}", *changed, f"hydra.searchpath=['file://{tmp_path / 'conf'}']"]
 
 
+@pytest.mark.slow
 def test_a_stage_whose_time_is_up_goes_on(tmp_path: Path, commands, told, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not handed on half trained; every call has the time again, which is that of a step."""
     monkeypatch.setattr(StopOnTime, "on_fit_start", lambda *_: None)

@@ -71,6 +71,7 @@ def until_stopped(run: Path, stop: signal.Signals, *, after: int) -> int:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     assert until_stopped(run, signal.SIGKILL, after=4) == -signal.SIGKILL
@@ -81,6 +82,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert read(run / "samples.jsonl") == read(whole / "samples.jsonl")
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed(whole: Path, tmp_path: Path) -> None:
     """As a scheduler does that wants the machine back."""
     run = tmp_path / "terminated"
@@ -283,6 +285,7 @@ def test_the_last_validation_may_be_the_best(tmp_path: Path) -> None:
     assert best_of(run) == 3
 
 
+@pytest.mark.slow
 def test_a_mixture_in_batches_of_tokens_goes_on(tmp_path: Path) -> None:
     """With a moving average and the best by visual gain; from the second checkpoint, as the newest is lost."""
     run, again = tmp_path / "whole", tmp_path / "again"

@@ -17,11 +17,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tests.helpers.connectors import connect
 from tests.helpers.encoders import CLIP, CLIP_SIZES, NORMALIZED
 from tests.helpers.llms import saved, settings
 from tests.helpers.parts import LORA, STATES, WHOLE, loader, make_module, make_trainer, tiny_llm
 from vlm import build
-from vlm.connectors.mlp import MLP
 from vlm.encoders.hf import HFEncoder
 from vlm.models.composed import Composed
 from vlm.module import VLMModule
@@ -46,8 +46,7 @@ def tower(kind: str, folder: Path) -> str:
 
 def composed(encoder: Any, llm: Any) -> Composed:
     torch.manual_seed(2)
-    facts = {"vision_width": encoder.width, "llm_width": llm.width, "grid": encoder.grid, "output_rms": llm.embed_rms}
-    return Composed(encoder=encoder, connector=MLP(**facts), llm=llm)
+    return Composed(encoder=encoder, connector=connect("mlp", encoder, llm), llm=llm)
 
 
 # --- recomputing -----------------------------------------------------------------------------------------------------
