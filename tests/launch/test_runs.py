@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,34 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     run = tmp_path_factory.mktemp("a run") / "first one"
     command = [sys.executable, "train.py", "llm=tiny", "encoder=tiny", "debug=fast", f"run_dir={run}"]
     return run, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("program", ["train", "eval", "doctor"])
+def test_help_comes_without_torch_and_names_every_group_and_key(program: str) -> None:
+    command = ["-m", "vlm.cli.doctor"] if program == "doctor" else [f"{program}.py"]
+    line = [sys.executable, "-X", "importtime", *command, "--help"]
+    shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not re.search(r"\| +(torch|hydra|transformers)$", shown.stderr, re.MULTILINE)
+    groups = ["trainer"] if program == "eval" else [path.name for path in (ROOT / "conf").iterdir() if path.is_dir()]
+    for group in {*groups} - {"hydra"}:
+        listed = re.search(rf"^  {group} +((.+\n)(?: {{24}}.+\n)*)", shown.stdout, re.MULTILINE)
+        assert listed, group
+        options = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if file.stem[0] != "_")
+        assert re.sub(r"[\[\]]", "", listed[1]).split() == options
+    config: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{program}.yaml"))
+    for key, value in config.items():
+        if key not in ("defaults", "hydra"):
+            names = [f"{key}.{inner}=" for inner in value] if isinstance(value, dict) and value else [f"{key}="]
+            assert [name for name in names if f"\n  {name}" not in shown.stdout] == []
+    assert "VLM_TRACEBACK=1" in shown.stdout
+
+
+def test_help_explains_every_figure_of_a_run(aligned: tuple[Path, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {name for line in read(aligned[0] / "metrics.jsonl") for name in line}
+    figures |= json.loads((aligned[0] / "metrics.json").read_text()).keys()
+    assert train("--help") == 0
+    text = capsys.readouterr().out.replace("<name>_loss", "lm_loss").replace("<type>", "caption")
+    assert {name for name in figures if name not in text} == {"step", "status"}
 
 
 def test_a_run_leaves_what_the_design_says(aligned) -> None:

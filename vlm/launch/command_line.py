@@ -12,17 +12,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from vlm.launch.configs import CONF, options_of
 from vlm.launch.overrides import MANY, for_shell, holds_path, override, written
 from vlm.renamed import refuse_renamed_key
 
-CONF = Path(__file__).parents[2] / "conf"
 FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
 SWEEP = ("-m", "--multirun")
 # What a run from elsewhere may not decide: where weights lie, whose classes are made, whether to trust their code.
 SAID_AGAIN = re.compile(
     r"(?!data\.|trainer\.)\w+\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
 )
-GROUPS = tuple(sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"))
+GROUPS = tuple(sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name != "hydra"))
 REQUIRED = tuple(group for group in GROUPS if group not in (*MANY, "experiment", "debug"))
 
 
@@ -165,7 +165,7 @@ def _group_option(argument: str) -> list[str]:
     if group in MANY and absent:
         return [f"{group}=none"]
     if group in (*REQUIRED, *MANY, "experiment", "debug") and (why := _no_option(group, value, absent=absent)):
-        choices = ", ".join(sorted(file.stem for file in (CONF / group).glob("[!_]*.yaml")))
+        choices = ", ".join(options_of(group))
         raise ValueError(f"{argument} is refused because {why}; choose {group}= one of {choices}")
     known = group in (*REQUIRED, *MANY, "experiment", "debug")
     return [f"{group}={value}"] if known and key.startswith("+") else [argument]

@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from vlm.files import escape_controls
+from vlm.launch import help
+from vlm.launch.configs import CONF, options_of
 
 GO_ON = "go on with resume=<run dir>"
-CONF = str(Path(__file__).parents[2] / "conf")
 LIST = re.compile(r"[^\s,]+(, [^\s,]+){79,}")  # more names than any list of our own has: every class of Transformers
 
 
 def start(job: Callable[[Any], None], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(help.text(config_name))
+        return
     try:
         _start(job, config_name=config_name)
     except KeyboardInterrupt:  # also while libraries are imported
@@ -272,8 +276,7 @@ def config_error(error: Exception) -> str:
         return unknown_key(key, list(parent))
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if found := re.search(r"Could not load '(\w+)/([^']+)'", text):  # one of a list
-        choices = [file.stem for file in Path(CONF, found[1]).glob("[!_]*.yaml")]
-        return unknown_key(f"{found[1]}={found[2]}", choices, asked=found[2])
+        return unknown_key(f"{found[1]}={found[2]}", options_of(found[1]), asked=found[2])
     if "No match in the defaults list" in text:
         missing = text.split("'")[1]
         groups = [path.name for path in Path(CONF).iterdir() if path.is_dir()]

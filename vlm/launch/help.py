@@ -1,0 +1,120 @@
+"""`--help` of train.py, eval.py and vlm-doctor, made from conf/ before Hydra or PyTorch is imported."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vlm.launch.configs import CONF, defaults, options_of
+
+WIDTH = 112
+INDENT = 24
+PROGRAMS = {
+    "train": """Train one stage of a vision-language model (image -> encoder -> connector -> LLM -> text),
+evaluate it, and save what was trained.
+
+Commands to try:
+  python train.py debug=fast llm=tiny encoder=tiny     a few steps on a few samples, in seconds
+  python train.py plan=true llm=llama3_8b              sizes and memory of a run, without a download
+  python train.py -m connector=linear,mlp seed=1,2     a sweep: one run for each combination""",
+    "eval": """Evaluate a run of train.py on its validation split: losses, visual gain and generated answers.
+
+Commands to try:
+  python eval.py ckpt=<run dir>                        into <run dir>/eval
+  python eval.py ckpt=<run dir> num_samples=64         on 64 of the samples
+  python eval.py ckpt=<run dir> data.task=instruct out=<folder>""",
+    "doctor": """Read a dataset as training would, and report its defects, before anything is trained on it.
+
+Commands to try:
+  vlm-doctor data=shapes llm=tiny encoder=tiny         the synthetic shapes, without a download
+  vlm-doctor data=captions data.annotations=captions.jsonl data.images=images
+  vlm-doctor data=shapes doctor.score=true ckpt=<run dir>""",
+}
+TRAINED = {
+    "train/loss": "the loss of a logged step, in nats per supervised token; train/<name>_loss is one term of it",
+    "train/tokens": "supervised tokens of a step",
+    "train/padding_ratio": "ratio of padding in a batch",
+    "train/supervised_ratio": "ratio of tokens that the loss counts",
+    "train/grad_norm": "norm of the gradient before it is clipped",
+    "params/trainable, params/total": "numbers of parameters of the model and the objective",
+    "perf/tokens_per_second": "tokens of the rows per second and process, visual tokens and prompts included",
+    "perf/samples_per_second": "training samples per second and process",
+    "perf/step_seconds": "seconds per optimizer step, validation excluded",
+    "perf/peak_memory_gb": "the most memory that the GPU held, or the process on a CPU, in 10^9 bytes",
+    "time/fit_seconds": "seconds of training, validation included",
+}
+EVALUATED = {
+    "val/loss": "the loss on the validation samples; val/<name>_loss is one term of it",
+    "val/loss_shuffled": "the loss with another sample's image in place of each image",
+    "val/loss_blank": "the loss with a blank image in place of each image",
+    "val/visual_gain": "val/loss_shuffled - val/loss of the same rows; near 0, the model ignores the images",
+    "val/num_not_compared": "rows with images that could not be swapped; they are not part of val/visual_gain",
+    "val/exact_match": "ratio of generated answers that equal the reference",
+    "val/accuracy/<type>": "the same of the samples of one type, such as questions about colors",
+    "val/visual_rms": "root mean square of the visual tokens; training works best where it is near val/embed_rms",
+    "val/embed_rms": "root mean square of the LLM's token embeddings",
+    "text/forgetting": "nats per token that the LLM has lost on plain text, against its state before training",
+}
+
+
+def text(program: str) -> str:
+    """The whole text for one of `PROGRAMS`, each of which has a config of its name."""
+    chosen = defaults(program)
+    groups = [*chosen, *_other_groups(chosen)] if program != "eval" else list(chosen)
+    figures = {"train": {**TRAINED, **EVALUATED}, "eval": EVALUATED}.get(program, {})
+    sections = [
+        PROGRAMS[program],
+        "",
+        "Groups, <group>=<option>; the default is in brackets:",
+        *(_row(group, " ".join(_marked(group, chosen.get(group, "")))) for group in groups),
+        "",
+        "Options of a group, <group>.<key>=<value>, are in its file, conf/<group>/<option>.yaml; these are at the top:",
+        *_keys(Path(CONF, f"{program}.yaml").read_text(encoding="utf-8")),
+    ]
+    if figures:
+        sections += ["", "Figures that are printed and written:", *_rows(figures)]
+    sections += [
+        "",
+        "VLM_TRACEBACK=1 in the environment shows the stack trace of an error that is otherwise one line.",
+        "Hydra's own flags, such as --cfg job and --info defaults: --hydra-help",
+    ]
+    return "\n".join(sections)
+
+
+def _other_groups(chosen: Mapping[str, str]) -> list[str]:
+    return sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in (*chosen, "hydra"))
+
+
+def _marked(group: str, default: str) -> Iterator[str]:
+    used = default.strip("[]").replace(",", " ").split()
+    yield from (f"[{option}]" if option in used else option for option in options_of(group))
+
+
+def _rows(lines: Mapping[str, str]) -> Iterator[str]:
+    return (_row(name, what) for name, what in lines.items())
+
+
+def _row(name: str, what: str) -> str:
+    """A name and an explanation beside it, wrapped; below it where the name is too long."""
+    start = f"  {name:{INDENT - 3}} " if len(name) <= INDENT - 3 else f"  {name}\n{'':{INDENT}}"
+    lines = textwrap.wrap(what, WIDTH - INDENT, break_on_hyphens=False) or [""]
+    return (start + f"\n{'':{INDENT}}".join(lines)).rstrip()
+
+
+def _keys(config: str) -> Iterator[str]:
+    """The keys at the top of a config file and those below them, with their comments."""
+    section, above = "", ""
+    for line in re.sub(r"^(defaults|hydra):\n((  .*)?\n)*", "", config, flags=re.MULTILINE).splitlines():
+        if not (found := re.fullmatch(r"( *)(\w+):(?: ([^#]\S.*?|\S))??(?: +# (.*))?", line)):
+            above = f"{above} {line.strip(' #')}".strip() if line.startswith("  #") else ""
+            continue
+        indent, key, value, comment = found.groups()
+        section = "" if not indent else section
+        name, what = section + key, " ".join(filter(None, (above, comment)))
+        above = ""
+        if value is None:
+            section = f"{name}."
+        shown = "=" if value is None or "${" in value or value == "???" else f"={value}"
+        yield _row(f"{name}.*" if value is None else name + shown, what)
