@@ -85,7 +85,7 @@ def test_the_program_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> No
     for arguments, code in (([], 2), (["--help"], 0), (["show", "-h"], 0)):
         assert artifact_program(*arguments) == code
         told = capsys.readouterr()
-        assert told.out.startswith("Look into artifacts")
+        assert told.out.startswith("Inspect artifacts")
         assert "vlm-artifact merge <run dir> out=<folder>" in told.out
         assert told.err == ""
 
@@ -124,7 +124,7 @@ def test_a_next_stage_starts_from_a_merged_run(
     assert train(*EXACT, f"ckpt={merged}", f"run_dir={tmp_path / 'wrong'}") == 2
     assert "was trained with bases.llm.fingerprint = " in told()
     assert train(f"resume={merged}") == 2
-    assert "is a merged run, which has ended; start a next stage from it with ckpt=" in told()
+    assert "is a merged run, which cannot be resumed; start a next stage from it with ckpt=" in told()
 
 
 def test_what_cannot_be_merged(
@@ -253,7 +253,7 @@ def test_the_command_line(told: Any) -> None:
         (["show"], "vlm-artifact show needs ckpt=<run dir>"),
         (["show", "a", "b"], "there is no option vlm-artifact show.b; choose one of ckpt"),
         (["merge", "ckpt=a", "out=b", "dtpe=float32"], "did you mean dtype?"),
-        (["merge", "a", "b", "dtype=int8"], "dtype=int8 is none of float32, bfloat16"),
+        (["merge", "a", "b", "dtype=int8"], "dtype=int8 is not a type to merge in; choose one of float32, bfloat16"),
         (["show", "none"], "ckpt=none is no run directory"),
     ):
         assert artifact_program(*arguments) == 2

@@ -304,7 +304,7 @@ def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.C
     first, last = capfd.readouterr().err.strip().splitlines()
     assert first.startswith("Error: ")
     assert "grid" in first
-    assert last.startswith("Error: 1 job of the sweep failed, the others have run: ")
+    assert last.startswith("Error: 1 job of the sweep failed, the others ran: ")
     assert " connector=pixel_shuffle (" in last
     (done,) = tmp_path.glob("*/metrics.json")
     assert done.parent.name == "connector=linear"

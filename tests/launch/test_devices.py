@@ -292,9 +292,7 @@ def test_a_job_that_fails_on_ray_is_not_started_again(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(
-        "Error: 1 job of the sweep failed, the others have run: connector=pix"
-    )
+    assert done.stderr.splitlines()[-1].startswith("Error: 1 job of the sweep failed, the others ran: connector=pix")
     (run,) = tmp_path.glob("multirun/*/*/metrics.json")
     assert run.parent.name == "connector=linear"
 
@@ -322,7 +320,7 @@ def test_a_machine_without_slurm_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     launcher = ["hydra/launcher=submitit_slurm", f"hydra.sweep.dir={tmp_path}"]
     assert train("-m", *QUICK, *launcher, "seed=0,1") == 2
-    assert told().startswith('Error: SLURM did not take the jobs: Could not detect "srun"')
+    assert told().startswith('Error: SLURM refused the jobs: Could not detect "srun"')
 
 
 def test_every_rank_validates_as_often() -> None:
@@ -394,9 +392,8 @@ def test_a_rank_that_is_killed_is_one_sentence(
     quiet()
     assert _ChildProcessObserver(main_pid=os.getpid(), child_processes=[child])._run()
     assert ended == [True]
-    error = (
-        f"Error: rank 1 (process {child.pid}) was killed by SIGKILL, and with it the run; go on with resume=<run dir>\n"
-    )
+    why = "was killed by SIGKILL, so the run was stopped"
+    error = f"Error: rank 1 (process {child.pid}) {why}; continue with resume=<run dir>\n"
     assert capfd.readouterr().err == error
 
 
@@ -410,5 +407,5 @@ def test_the_ranks_that_are_left_say_so_in_one_sentence(told: Any) -> None:
 
     assert call(job, "train", *QUICK) == 2
     assert told() == (
-        "Error: another process of this run has ended (Connection reset by peer); go on with resume=<run dir>"
+        "Error: another process of this run has ended (Connection reset by peer); continue with resume=<run dir>"
     )

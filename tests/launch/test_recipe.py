@@ -122,7 +122,7 @@ def test_a_recipe_with_other_options_is_refused(cooked, told) -> None:
     changed = [line for line in arguments if line not in ("encoder.image_size=32", "preflight.samples=2")]
     assert train(*changed, "seed=1", "data.num_questions=2") == 2
     difference = "with encoder.image_size=32 and without seed=1 data.num_questions=2"
-    assert told().endswith(f"was begun {difference}; give that command again to go on, or another run_dir")
+    assert told().endswith(f"was started {difference}; give that command again to continue it, or another run_dir")
 
 
 def test_a_recipe_runs_once_at_a_time(cooked, told) -> None:
@@ -149,7 +149,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     ]
     commands(lambda command: 7 if "stage=instruct" in command else in_process(command))
     assert train(*arguments) == 7
-    assert told() == "Error: 2-instruct ended with exit code 7; the same command goes on there"
+    assert told() == "Error: 2-instruct ended with exit code 7; give the same command again to continue there"
     assert run.status(root / "1-align") == "finished"
 
     same_sums = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -170,7 +170,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
             process.terminate()
     printed = Path(out.name).read_text()
     assert "1-align is finished" in printed
-    assert printed.splitlines()[-1] == "Error: 2-instruct was stopped; the same command goes on there"
+    assert printed.splitlines()[-1] == "Error: 2-instruct was stopped; give the same command again to continue there"
     assert (root / "2-instruct" / "metrics.json").exists()
     assert run.status(root / "2-instruct") != "finished"
 
@@ -300,7 +300,7 @@ def test_a_stage_whose_time_is_up_goes_on(tmp_path: Path, commands, told, monkey
     arguments = [*TINY, "recipe={stages:[{stage:align}]}", f"run_dir={tmp_path / 'root'}", "trainer.max_steps=3"]
     arguments += ["trainer.max_time=00:00:00:00", *QUICK[-2:]]
     assert train(*arguments) == 2
-    assert told() == "Error: the time of 1-align is up (trainer.max_time); the same command goes on there"
+    assert told() == "Error: 1-align reached trainer.max_time; give the same command again to continue there"
     assert run.status(tmp_path / "root" / "1-align") == "time_up"
     for code in (2, 0):
         assert train(*arguments) == code
@@ -347,16 +347,16 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
     [
         (["experiment=foo"], ["experiment=foo", "choose one of blip2_opt_2_7b, "]),
         (["recipe=[]"], ["recipe=[] has no stages"]),
-        (["recipe={stages:[]}"], ["recipe.stages=[] is no list of stages"]),
-        (["recipe={stages:[{data:shapes}]}"], ["is no list of stages; write [{stage: align}, {stage: instruct}]"]),
+        (["recipe={stages:[]}"], ["recipe.stages=[] must be a list of stages"]),
+        (["recipe={stages:[{data:shapes}]}"], ["must be a list of stages; write [{stage: align}, {stage: instruct}]"]),
         (["recipe={stages:[{stage:align}],evl:{}}"], ["recipe.evl", "did you mean eval?"]),
-        (["recipe={stages:[{stage:align}],eval:yes}"], ["recipe.eval=yes is no set of options of eval.py"]),
+        (["recipe={stages:[{stage:align}],eval:yes}"], ["recipe.eval=yes must be a mapping of options of eval.py"]),
         ([f"recipe={{stages:{STAGES % 'trainer.max_stepz:3'}}}"], ["stage 2-instruct of", "did you mean max_steps?"]),
         ([f"recipe={{stages:{STAGES % 'data.max_length:x'}}}"], ["stage 2-instruct of", "data.max_length='x'"]),
         ([f"recipe={{stages:{STAGES % 'stage.llm:loar'}}}"], ["stage 2-instruct of", "stage.llm='loar' is not"]),
         (["recipe={stages:[{stage:align}],eval:{data.tusk:x}}"], ["stage 1-align of", "did you mean task?"]),
         (["recipe={stages:[{stage:align}],eval:{num_sample:2}}"], ["stage 1-align of", "did you mean num_samples?"]),
-        ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt is not for a stage to set"]),
+        ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt cannot be set by a stage"]),
         (["recipe={stages:[{stage:alignn}]}"], ["stage 1-alignn of", "did you mean align?"]),
         (["recipe={stages:[{stage:align}]}", "stage=instruct"], ["runs the stages align; leave out stage="]),
         (["recipe={stages:[{stage:align}]}", "resume=x"], ["x' is no run directory"]),

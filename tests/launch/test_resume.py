@@ -179,7 +179,7 @@ def test_what_would_change_the_run_is_refused_by_name(whole: Path, told: Any) ->
     assert "connector._target_ is vlm.connectors.mlp.MLP and would be vlm.connectors.linear.Linear" in line
     assert "connector.lr" not in line  # advice that no run keeps
     assert train(f"resume={whole}", "connector.lr=1e-3", "resume.allow=[connector]") == 2
-    assert "connector.lr only advises a run that begins; give stage.lr.connector= instead" in told()
+    assert "connector.lr only sets the default of a new run; give stage.lr.connector= instead" in told()
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_resumed(whole: Path, tmp_path: Path, told: Any) -> None:
     run = tmp_path / "overfit"
     assert train(*QUICK, "debug=overfit", "trainer.max_steps=2", f"run_dir={run}") == 0
     assert train(f"resume={run}") == 2
-    assert "cannot go on with a run that repeats a few batches (debug=overfit); start it again" in told()
+    assert "cannot continue a run that repeats a few batches (debug=overfit); start it again" in told()
 
 
 def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> None:

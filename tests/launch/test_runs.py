@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 
 from tests.helpers.programs import FILES, QUICK, ROOT, TINY, evaluate, files, read, train
 from vlm import build
+from vlm.data.datamodule import VLMDataModule
+from vlm.data.sources.shapes import Shapes
+from vlm.launch.training import extent
 from vlm.training.run import log_options
 
 METRICS = {
@@ -51,32 +54,29 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     return run, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("program", ["train", "eval", "doctor"])
-def test_help_comes_without_torch_and_names_every_group_and_key(program: str) -> None:
-    command = ["-m", "vlm.cli.doctor"] if program == "doctor" else [f"{program}.py"]
-    line = [sys.executable, "-X", "importtime", *command, "--help"]
-    shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not re.search(r"\| +(torch|hydra|transformers)$", shown.stderr, re.MULTILINE)
-    groups = ["trainer"] if program == "eval" else [path.name for path in (ROOT / "conf").iterdir() if path.is_dir()]
-    for group in {*groups} - {"hydra"}:
-        listed = re.search(rf"^  {group} +((.+\n)(?: {{24}}.+\n)*)", shown.stdout, re.MULTILINE)
-        assert listed, group
-        options = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if file.stem[0] != "_")
-        assert re.sub(r"[\[\]]", "", listed[1]).split() == options
-    config: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{program}.yaml"))
-    for key, value in config.items():
-        if key not in ("defaults", "hydra"):
-            names = [f"{key}.{inner}=" for inner in value] if isinstance(value, dict) and value else [f"{key}="]
-            assert [name for name in names if f"\n  {name}" not in shown.stdout] == []
-    assert "VLM_TRACEBACK=1" in shown.stdout
+@pytest.mark.parametrize(
+    ("options", "trainer", "line"),
+    [
+        ({"batch_size": 5}, {}, "train: 40 samples, 24 steps of 5 = 3.0 epochs; val: 8 samples"),
+        (
+            {"batch_size": 2, "num_val_samples": 4},
+            {"accumulate_grad_batches": 2, "world_size": 3, "max_steps": 1},
+            "train: 40 samples, 1 steps of 12 = 0.3 epochs; val: 4 of 8 samples",
+        ),
+        ({"packing": True}, {}, "train: 40 samples, 24 steps; val: 8 samples"),
+        ({}, {"overfit_batches": 2}, "train: 40 samples, 24 steps; val: 8 samples"),
+    ],
+)
+def test_the_epochs_that_the_steps_make(options: dict[str, Any], trainer: dict[str, Any], line: str) -> None:
+    source = partial(Shapes, num_train=40, num_val=8)
+    usual = {"max_steps": 24, "accumulate_grad_batches": 1, "world_size": 1, "overfit_batches": 0}
+    assert extent(VLMDataModule(source=source, **options), SimpleNamespace(**{**usual, **trainer})) == line
 
 
-def test_help_explains_every_figure_of_a_run(aligned: tuple[Path, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    figures = {name for line in read(aligned[0] / "metrics.jsonl") for name in line}
-    figures |= json.loads((aligned[0] / "metrics.json").read_text()).keys()
-    assert train("--help") == 0
-    text = capsys.readouterr().out.replace("<name>_loss", "lm_loss").replace("<type>", "caption")
-    assert {name for name in figures if name not in text} == {"step", "status"}
+def test_a_run_begins_with_the_sizes_of_its_data(aligned: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, ended = aligned
+    line = "train: 1,000,000 samples, 4 steps of 2 = 8e-06 epochs; val: 4 of 256 samples\n"
+    assert ended.stdout.index(line) < ended.stdout.index("step 1/4")
 
 
 def test_a_run_leaves_what_the_design_says(aligned) -> None:

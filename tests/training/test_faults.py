@@ -187,7 +187,7 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert train(*options, "callbacks.save.every_n_steps=2") == 2
     error = told()
     assert error.startswith("Error: a data worker died: DataLoader worker (pid")
-    assert error.endswith("set data.num_workers or data.batch_size lower, and go on with resume=<run dir>")
+    assert error.endswith("set data.num_workers or data.batch_size lower, and continue with resume=<run dir>")
     step = read(folder / "metrics.jsonl")[-1]["step"]
     assert 3 <= step < 9
     assert saved(folder)[0] == step

@@ -1,4 +1,4 @@
-"""Look into artifacts: vlm-artifact show <run> | diff <run> <run> | merge <run> out=<folder>."""
+"""Inspect artifacts: vlm-artifact show <run> | diff <run> <run> | merge <run> out=<folder>."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vlm.launch.entry import fail, quiet, sentence
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
 AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
 OPTIONS: dict[str, tuple[str, ...]] = {"show": (), "diff": (), "merge": ("dtype", *AGAIN)}
-USAGE = """Look into artifacts, the trained tensors of a run.
+USAGE = """Inspect artifacts, the trained tensors of a run.
 
 vlm-artifact show <run dir>                  its parts, bases, stages and tensors
-vlm-artifact diff <run dir> <run dir>        in what two differ: fields, tensors, distances
-vlm-artifact merge <run dir> out=<folder>    a run whose LLM has taken up its adapter, as Transformers reads it
+vlm-artifact diff <run dir> <run dir>        how two differ: fields, tensors, distances
+vlm-artifact merge <run dir> out=<folder>    a run with the adapter merged into the LLM, which Transformers reads
              [dtype=float32|bfloat16]"""
 DTYPES = ("float32", "bfloat16")
 NUM_LARGEST = 8
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
         if not options.get(key):
             raise ValueError(f"vlm-artifact {command} needs {key}=<{'folder' if key == 'out' else 'run dir'}>")
     if options.get("dtype", "float32") not in DTYPES:
-        raise ValueError(f"dtype={options['dtype']} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={options['dtype']} is not a type to merge in; choose one of {', '.join(DTYPES)}")
     return command, options
 
 
@@ -103,7 +103,7 @@ def _relative(distance: float, length: float) -> float:
 
 
 def _fields(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each field in full with its value; tensors aside, which the weights name."""
+    """Each field in full with its value; without the tensors, which the weights name."""
     for key, value in manifest.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", each) for inner, each in _fields(value))
@@ -114,7 +114,7 @@ def _fields(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def show(run: Path) -> None:
-    """Print what an artifact is of, and what it holds."""
+    """Print where an artifact is from, and what it holds."""
     from vlm.training import artifact
 
     manifest = artifact.read_manifest(run)
@@ -157,7 +157,7 @@ def _hash(config: Any) -> str:
 
 
 def diff(run: Path, other: Path) -> None:
-    """Print in what two artifacts differ."""
+    """Print how two artifacts differ."""
     found = differences(run, other)
     names = (str(run), str(other))
     _print("Manifest fields that differ", ("field", *names), [(key, *pair) for key, pair in found["fields"].items()])
@@ -175,7 +175,7 @@ def _inline(options: Mapping[str, Any]) -> str:
 
 
 def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[int] = ()) -> None:
-    """A table, or a line that says that there is nothing to put in it."""
+    """Print a table, or a line that says that it is empty."""
     from rich.table import Table
 
     from vlm.training.run import CONSOLE

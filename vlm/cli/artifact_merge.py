@@ -1,4 +1,4 @@
-"""An adapter becomes part of its LLM: a folder that any program of Transformers reads, and a run that stands on it."""
+"""Merge an adapter into its LLM: a folder that Transformers reads, and a run whose base model it is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm.text.templates import resolve
 from vlm.training import artifact, run, trust
 from vlm.training.sharding import gather
 
-TOLERANCE = 1e-4  # of the largest logit; float32 rounds otherwise once two matrices are one
+TOLERANCE = 1e-4  # of the largest logit; float32 rounds differently once two matrices are merged
 
 
 def merge(
@@ -35,16 +35,16 @@ def merge(
 ) -> None:
     """Write `out/llm`, the LLM with all that was trained in it, and around it a run directory without an adapter.
 
-    `given` are options of the run's parts that the user has said again, as one from elsewhere may not decide them.
+    `given` are options that the user has repeated, because a run from elsewhere may not set them.
 
-    Raises ValueError where there is nothing to merge, or what comes out would answer otherwise.
+    Raises ValueError where there is nothing to merge, or the merged LLM would compute something else.
     """
     ckpt, out = ckpt.absolute(), out.absolute()
     manifest = artifact.read_manifest(ckpt)
     settings, choices = config.read_config(ckpt, given=given)
     run_id = config.run_id(ckpt)
     if not any(name.startswith("llm.") for name in manifest["tensors"]):
-        raise ValueError(f"ckpt={ckpt} has trained nothing in its llm, so there is nothing to merge; use it as it is")
+        raise ValueError(f"ckpt={ckpt} trained nothing in its llm, so there is nothing to merge; use it as it is")
     if manifest["quantization"] != "none":
         raise ValueError(
             f"ckpt={ckpt} was trained beside weights in {manifest['quantization']}, into which nothing can be merged; "
@@ -61,10 +61,8 @@ def merge(
     stages = [*manifest["stages"], {"name": "merge", "run": str(out), "options": {"ckpt": str(ckpt)}}]
     bases = {**manifest["bases"], "llm": {**identity(model.llm, llm), "pretrained": llm["pretrained"]}}
     kept = [name for name in manifest["tensors"] if not name.startswith("llm.")]
-    lr = {
-        **settings["stage"]["lr"],
-        "connector": settings["stage"]["lr"]["connector"] or 1.0,
-    }  # which nothing trains at
+    rates = settings["stage"]["lr"]
+    lr = {**rates, "connector": rates["connector"] or 1.0}  # a full connector needs a rate, though nothing is trained
     stage = {**settings["stage"], "llm": "frozen", "connector": "full", "lr": lr}  # for an evaluation to build
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
@@ -85,11 +83,11 @@ def merge(
         )
         config.write_config(folder, {**settings, "llm": llm, "stage": stage, "run_dir": str(out)}, choices, run_id)
         for file in (folder / "llm").iterdir():
-            shutil.copymode(folder / "config.yaml", file)  # safetensors lets nobody else read what it writes
+            shutil.copymode(folder / "config.yaml", file)  # safetensors writes files that only their owner can read
         folder.rename(out)
     options = [override("ckpt", str(out)), *_parts({**settings, "llm": llm}, trust.group_choices({"choices": choices}))]
-    told = f"Merged run: {out}\nA next stage: python train.py {' '.join(map(for_shell, options))}"
-    run.CONSOLE.print(told, soft_wrap=True, markup=False, highlight=False)
+    message = f"Merged run: {out}\nA next stage: python train.py {' '.join(map(for_shell, options))}"
+    run.CONSOLE.print(message, soft_wrap=True, markup=False, highlight=False)
 
 
 def _parts(settings: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
@@ -99,7 +97,7 @@ def _parts(settings: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]
     with initialize_config_dir(CONF, version_base="1.3"):
         try:
             cfg = compose("train", options)
-        except HydraException:  # one of them is of a folder of the user's, which the command must name too
+        except HydraException:  # an option in a config folder of the user's
             return options
     usual = dict(trust.leaves({part: OmegaConf.to_container(cfg[part], resolve=True) for part in groups}))
     ours = trust.leaves({part: settings[part] for part in groups})

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, before anything is trained on it: vlm-doctor data=… [data.…] [llm=… connector=…]."""
+"""Report the defects of a dataset before training on it: vlm-doctor data=… [data.…] [llm=… connector=…]."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options:
 
 
 def doctor(cfg: Any) -> None:
-    """Read both splits, report what was found, and write the files."""
+    """Read both splits, print the findings, and write the files."""
     from functools import partial
 
     from rich.text import Text
@@ -76,12 +76,12 @@ def doctor(cfg: Any) -> None:
     if settings["data"].get("filter") is None:
         chosen = doctor_report.filter_of(checkups, findings, kinds)
         artifact.write_json(out / "filter.json", chosen)
-        told = doctor_report.left_out(chosen, findings, kinds)
-        if told and all(len(part["indices"]) < part["num_samples"] for part in chosen.values()):
-            told.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
+        lines = doctor_report.left_out(chosen, findings, kinds)
+        if lines and all(len(part["indices"]) < part["num_samples"] for part in chosen.values()):
+            lines.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
     else:
-        told = ["No filter.json: the samples came through data.filter; run without it for a new one"]
-    run.CONSOLE.print(Text("\n".join([*told, f"Report: {out / 'report.html'}"])), soft_wrap=True)
+        lines = ["No filter.json: the samples came through data.filter; run without it for a new one"]
+    run.CONSOLE.print(Text("\n".join([*lines, f"Report: {out / 'report.html'}"])), soft_wrap=True)
 
 
 def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
@@ -101,7 +101,7 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
         if kind not in KINDS:
             raise ValueError(unknown_key(f"doctor.filter_kinds={kind}", KINDS, asked=kind))
     if options.score and not settings["ckpt"]:
-        raise ValueError("doctor.score=true asks a trained model; set ckpt=<run dir>")
+        raise ValueError("doctor.score=true needs a trained model; set ckpt=<run dir>")
     if Path(options.out).exists():
         raise ValueError(f"doctor.out={options.out} exists already; choose another folder")
     choices = dict(HydraConfig.get().runtime.choices)
@@ -109,7 +109,7 @@ def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
         theirs, choices = _parts_of(settings["ckpt"], settings)
         settings |= theirs
     config.check(settings)
-    settings["data"]["text_replay"] = 0.0  # it looks at the dataset; what filter.json says is of that too
+    settings["data"]["text_replay"] = 0.0  # the report and filter.json are about the dataset alone
     parts = config.model_class(settings).groups(settings)
     return settings, options, {part: choices.get(part) or _class_name(settings[part]) for part in parts}
 
@@ -130,7 +130,7 @@ def _bar() -> Any:
 def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts that a run has trained, and the options that it chose; its data, trainer and seed are the user's.
 
-    So does what a run from elsewhere may not decide, such as where weights lie, if the command line says it.
+    The command line may also set what a run from elsewhere may not, such as where weights are.
     """
     from hydra.core.hydra_config import HydraConfig
 

@@ -166,7 +166,7 @@ def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sou
 
 
 def _read(checkup: Checkup, name: str) -> np.ndarray:
-    """Lengths of the samples that could be read and tokenised."""
+    """Lengths of the samples that could be read and tokenized."""
     tokens = np.array(checkup.tokens)
     return np.array(getattr(checkup, name))[tokens > 0]
 
@@ -215,13 +215,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _histogram(name: str, figures: Mapping[str, Any]) -> str:
     digits = "+z.2f" if name == "score" else ",.0f"
-    told = ", ".join(f"{key} {format(figures[key], digits)}" for key in ("mean", "p50", "p95", "max"))
+    line = ", ".join(f"{key} {format(figures[key], digits)}" for key in ("mean", "p50", "p95", "max"))
     edges, counts = figures["histogram"]["edges"], figures["histogram"]["counts"]
     rows = [(format(edge, digits), count) for edge, count in zip(edges, counts, strict=False)]
     if beyond := figures["histogram"]["beyond"]:
         rows.append((f"beyond {format(edges[-1], digits)}", beyond))
     bars = _bars(rows)
-    return f"<div><h3>{name.replace('_', ' ')}</h3><p class=note>{told}</p>{bars}</div>"
+    return f"<div><h3>{name.replace('_', ' ')}</h3><p class=note>{line}</p>{bars}</div>"
 
 
 def _bars(rows: Sequence[tuple[str, int]]) -> str:

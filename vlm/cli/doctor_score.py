@@ -1,4 +1,4 @@
-"""Does a sample's answer belong to its image? A trained model's loss with another image tells."""
+"""Does a sample's answer belong to its image? Compare a trained model's loss with that for another image."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def scores(
     indices: Sequence[int],
     advance: Callable[[int], None],
 ) -> NDArray[np.float64]:
-    """For each sample of the split, what its answers lose with a shuffled image, in nats per token.
+    """For each sample of the split, by how much the loss of its answers rises with another image, in nats per token.
 
     NaN for those not in `indices`, which must be samples that training can use and that have an image, and where a
-    batch had no other image to offer. `advance` is told the samples of every batch that is done.
+    batch had no other image to offer. `advance` is called with the number of samples of each finished batch.
     """
     found = np.full(len(data.splits[split]), np.nan)
     if len(indices) < 2:
@@ -57,7 +57,7 @@ def scores(
 
 
 class _Agreement(pl.LightningModule):
-    """Lightning sees to device and precision."""
+    """The model as Lightning predicts with it, which chooses device and precision."""
 
     def __init__(self, model: Any, advance: Callable[[int], None]) -> None:
         super().__init__()

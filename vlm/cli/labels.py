@@ -5,6 +5,7 @@ The page holds rows as `TextEncoder` makes them, with a byte tokenizer that has 
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Literal
 
@@ -85,5 +86,10 @@ def _message(turn: str) -> Message:
     return Message(role=roles[turn[0]], content=content)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m vlm.cli.labels", description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ the code. The page of options holds each key with its value and its comment in t
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -16,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from vlm import config
-from vlm.launch.entry import CONF
+from vlm.launch.configs import CONF, keys_of
 from vlm.launch.plan import build_meta
 from vlm.training import run
 
@@ -133,7 +134,7 @@ def _section(group: str) -> Iterator[str]:
         alike[content.get("_target_") or tuple(content)].append(path)
     for same in alike.values():
         # The values are those of the file that explains most keys.
-        same.sort(key=lambda path: -sum(bool(meaning) for _, _, meaning in _read(path)))
+        same.sort(key=lambda path: -sum(bool(meaning) for _, _, meaning in keys_of(path)))
         if table := _keys(same, prefix):
             others = ", ".join(f"`{path.stem}`" for path in sorted(same[1:]))
             yield f"Keys of `{group}={same[0].stem}`" + (
@@ -150,8 +151,8 @@ def _keys(paths: Sequence[Path], prefix: str) -> str:
     """
     rows: dict[str, str] = {}
     for path in paths:
-        known, explained = tuple(rows), {key for base in _bases(path) for key, _, _ in _read(base)}
-        for key, value, meaning in _read(path):
+        known, explained = tuple(rows), {key for base in _bases(path) for key, _, _ in keys_of(base)}
+        for key, value, meaning in keys_of(path):
             if any(f"{key}.".startswith(f"{name}.") for name in known) or (meaning is None and key in explained):
                 continue
             if meaning is None:
@@ -169,48 +170,10 @@ def _bases(path: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def _read(path: Path) -> list[tuple[str, str | None, str | None]]:
-    """Every key of a file: its dotted name, its value as it is written, and its comment.
-
-    A section with a comment stands for those of its keys that have none; its value is None.
-    """
-    text = path.read_text(encoding="utf-8")
-    if text.startswith("# @package _global_"):  # a choice of other options
-        return []
-    return list(_walk(yaml.compose(text), text.splitlines(), ""))
-
-
-def _walk(
-    node: yaml.Node, lines: Sequence[str], prefix: str, explained: bool = False
-) -> Iterator[tuple[str, str | None, str | None]]:
-    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        key = prefix + name.value
-        if name.value in ("defaults", "_target_") or key == "hydra":
-            continue
-        section = isinstance(value, yaml.MappingNode) and not value.flow_style
-        meaning = _meaning(lines, name.start_mark.line, name.end_mark.column if section else value.end_mark.column)
-        if section:
-            if meaning is not None:
-                yield key, None, meaning
-            yield from _walk(value, lines, f"{key}.", explained or meaning is not None)
-        elif meaning is not None or not explained:
-            line = lines[value.start_mark.line]
-            yield key, line[value.start_mark.column : value.end_mark.column], meaning
-
-
-def _meaning(lines: Sequence[str], number: int, column: int) -> str | None:
-    """The comment after a key, or above it at its indentation."""
-    line = lines[number]
-    after = line[column:].partition("# ")[2]
-    above: list[str] = []
-    indent = line[: len(line) - len(line.lstrip())]
-    while number > 0 and lines[number - 1].startswith(f"{indent}# "):
-        number -= 1
-        above.insert(0, lines[number].strip().removeprefix("# "))
-    if number == 0:  # the comment that the file opens with
-        above = []
-    return " ".join([*above, after]).strip() or None
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m vlm.cli.options", description=__doc__).parse_args()
+    write()
 
 
 if __name__ == "__main__":
-    write()
+    main()

@@ -1,4 +1,4 @@
-"""What a user typed, as Hydra takes it: paths as any program takes them, and sentences in place of Hydra's grammar."""
+"""Command-line arguments rewritten for Hydra: paths need no quotes, and errors are sentences, not grammar rules."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from vlm.launch.configs import CONF, options_of
 from vlm.launch.overrides import MANY, for_shell, holds_path, override, written
 from vlm.renamed import refuse_renamed_key
+from vlm.training.trust import group_choices, stored_config
 
 FUNCTIONS = re.compile(r"(choice|glob|range|interval|shuffle|sort|tag|str|int|float|bool|json_str)\(.*\)$", re.DOTALL)
 SWEEP = ("-m", "--multirun")
@@ -27,10 +28,12 @@ REQUIRED = tuple(group for group in GROUPS if group not in (*MANY, "experiment",
 
 
 def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
-    """The arguments for Hydra. Raises ValueError, in the user's words, for what it would ignore or not explain."""
+    """The arguments for Hydra. Raises ValueError for what Hydra would ignore or not explain."""
     flags = [argument for argument in arguments if argument in SWEEP]
     words = [re.sub(r"^plan=", "plan.show=", argument) for argument in arguments if argument not in SWEEP]
-    if not any(word.startswith("run_dir=") for word in words):  # else it is what entry.resuming has written
+    if not any(
+        word.startswith("run_dir=") for word in words
+    ):  # else expand_resume has written it, for the first of several processes
         words = [re.sub(r"^resume\.run=", "resume=", word) for word in words]
     if config_name == "eval":
         # The run's data has keys of its own, and where weights lie may have to be said again.
@@ -46,13 +49,29 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     if flags and config_name == "eval" and "out" in keys:
         raise ValueError("out= names the folder of one evaluation, but -m makes several; give a command for each")
     if flags and "resume" in keys:
-        raise ValueError("resume= goes on with one run; leave out -m and give a command for each run")
+        raise ValueError("resume= continues one run; leave out -m and give a command for each run")
     for argument in words:
         _check_grammar(argument, sweep=bool(flags))
         key, _, _ = argument.partition("=")
         if key in ("ckpt", "resume") and isinstance(path := _parse(argument).value(), str):
             check_run_dir(key, Path(path))
     return [*flags, *(_job_names(words) if flags else []), *words]  # argparse wants flags first
+
+
+def expand_resume(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `resume=<run dir>` written out: the run's directory and the option of each of its groups.
+
+    With these options Hydra knows every key of the run. Its own settings are read from its config.yaml later.
+    """
+    given = [argument for argument in arguments if argument.startswith("resume=")]
+    kept = [argument for argument in arguments if not argument.startswith("resume=")]
+    if not given or given[-1] == "resume=null":
+        return kept
+    run_dir = str(_parse(given[-1]).value())
+    choices = group_choices(stored_config(run_dir)[0])
+    settled = {argument.partition("=")[0] for argument in kept}
+    options = [f"{group}={option}" for group, option in choices.items() if group not in settled]
+    return [*kept, *options, *(override(key, run_dir) for key in ("resume.run", "run_dir"))]
 
 
 def _job_names(words: Sequence[str]) -> list[str]:

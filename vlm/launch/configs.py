@@ -1,10 +1,12 @@
-"""Where the config groups are, and which options each of them has."""
+"""The files of conf/: where they are, which options and defaults the groups have, and their keys with comments."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import yaml
 
 # vlm/conf is a link to conf/ of the repository; an installed package holds a copy of it there.
 CONF = str((Path(__file__).parents[1] / "conf").resolve())
@@ -32,3 +34,46 @@ def _defaults(file: Path) -> Iterator[tuple[str, str]]:
                 yield from _defaults(inner)
         elif (whole := re.fullmatch(r"  - (\w+)", line)) and whole[1] != "_self_":
             yield from _defaults(file.with_name(f"{whole[1]}.yaml"))
+
+
+def keys_of(path: Path) -> list[tuple[str, str | None, str | None]]:
+    """Every key of a file: its dotted name, its value as it is written, and its comment.
+
+    A section with a comment stands for those of its keys that have none; its value is None.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("# @package _global_"):  # a choice of other options
+        return []
+    return list(_walk(yaml.compose(text), text.splitlines(), ""))
+
+
+def _walk(
+    node: yaml.Node, lines: Sequence[str], prefix: str, explained: bool = False
+) -> Iterator[tuple[str, str | None, str | None]]:
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        key = prefix + name.value
+        if name.value in ("defaults", "_target_") or key == "hydra":
+            continue
+        section = isinstance(value, yaml.MappingNode) and not value.flow_style
+        meaning = _meaning(lines, name.start_mark.line, name.end_mark.column if section else value.end_mark.column)
+        if section:
+            if meaning is not None:
+                yield key, None, meaning
+            yield from _walk(value, lines, f"{key}.", explained or meaning is not None)
+        elif meaning is not None or not explained:
+            line = lines[value.start_mark.line]
+            yield key, line[value.start_mark.column : value.end_mark.column], meaning
+
+
+def _meaning(lines: Sequence[str], number: int, column: int) -> str | None:
+    """The comment after a key, or above it at its indentation."""
+    line = lines[number]
+    after = line[column:].partition("# ")[2]
+    above: list[str] = []
+    indent = line[: len(line) - len(line.lstrip())]
+    while number > 0 and lines[number - 1].startswith(f"{indent}# "):
+        number -= 1
+        above.insert(0, lines[number].strip().removeprefix("# "))
+    if number == 0:  # the comment that the file opens with
+        above = []
+    return " ".join([*above, after]).strip() or None

@@ -10,7 +10,7 @@ from vlm.launch import interrupt
 
 
 def single_run(*, script: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Makes a job for Hydra of a function that takes a `TrainingRun`: it is called where the config asks for one run.
+    """Make a job for Hydra of a function that takes a `TrainingRun`; it is called where the config asks for one run.
 
     `script` is the program whose command line starts further processes.
     """

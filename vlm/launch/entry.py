@@ -19,12 +19,12 @@ from vlm.files import escape_controls
 from vlm.launch import help
 from vlm.launch.configs import CONF, options_of
 
-GO_ON = "go on with resume=<run dir>"
+CONTINUE = "continue with resume=<run dir>"
 LIST = re.compile(r"[^\s,]+(, [^\s,]+){79,}")  # more names than any list of our own has: every class of Transformers
 
 
 def start(job: Callable[[Any], None], *, config_name: str) -> None:
-    """Run `job` on the composed config; exit with 2 and one line where the user can mend it, 130 on Ctrl-C."""
+    """Run `job` on the composed config; exit with 2 and one line where the user can fix it, 130 on Ctrl-C."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(help.text(config_name))
         return
@@ -45,13 +45,13 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from vlm.launch.command_line import SWEEP, refuse_empty_mappings, translate
+    from vlm.launch.command_line import SWEEP, expand_resume, refuse_empty_mappings, translate
     from vlm.launch.sweep import folder_name, record_failure
 
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # conf/train.yaml names jobs by it
     sweeps = bool({*SWEEP} & {*sys.argv})
 
-    def tell(cfg: Any) -> None:
+    def run_job(cfg: Any) -> None:
         try:  # in here, or Hydra would print its own lines first
             refuse_empty_mappings(cfg, HydraConfig.get().overrides.task)
             job(cfg)
@@ -61,7 +61,7 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
             code = exit_code(end)
             if not sweeps or not isinstance(code, int) or not 0 < code < 128:  # above is a signal, which ends the sweep
                 sys.exit(code)
-            record_failure("as it has said above")
+            record_failure("see its message above")
         except Exception as error:
             message = None if os.environ.get("VLM_TRACEBACK") else mistake(error)
             if message is None:
@@ -72,8 +72,8 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
             record_failure(message)
 
     try:
-        sys.argv = [sys.argv[0], *resuming(translate(sys.argv[1:], config_name=config_name))]
-        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(tell)()
+        sys.argv = [sys.argv[0], *expand_resume(translate(sys.argv[1:], config_name=config_name))]
+        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(run_job)()
     except (HydraException, OmegaConfBaseException) as error:
         fail(config_error(error))
     except OSError as error:  # of a folder that Hydra makes
@@ -91,14 +91,14 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
         fail(sentence(error))
     except RuntimeError as error:
         if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
-            fail(f"SLURM did not take the jobs: {sentence(error)}; see hydra.launcher.* (conf/hydra/launcher)")
+            fail(f"SLURM refused the jobs: {sentence(error)}; see hydra.launcher.* (conf/hydra/launcher)")
         if "Unknown plugin class" not in str(error):
             raise
         fail(f"this hydra/launcher is not installed ({error}); pip install 'vlm-template[launchers]'")
 
 
 def mistake(error: Exception) -> str | None:
-    """The sentence for an error that the user can mend; None for one that is a fault of the program."""
+    """The sentence for an error that the user can fix; None for a defect of the program."""
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, OmegaConfBaseException):  # some are also ValueErrors
@@ -108,11 +108,11 @@ def mistake(error: Exception) -> str | None:
     if str(error).startswith("DataLoader worker"):
         return (
             f"a data worker died: {sentence(error)}; where memory was short, set data.num_workers or "
-            f"data.batch_size lower, and {GO_ON}"
+            f"data.batch_size lower, and {CONTINUE}"
         )
     if "gloo" in str(error) or type(error).__name__ == "DistBackendError":
         said = re.search(r"connection [a-z ]+ by peer|timed out|timeout", str(error), re.IGNORECASE)
-        return f"another process of this run has ended ({said[0] if said else type(error).__name__}); {GO_ON}"
+        return f"another process of this run has ended ({said[0] if said else type(error).__name__}); {CONTINUE}"
     if isinstance(error, ImportError) and "site-packages" in _raised_in(error):  # of a library, for what it lacks
         other = ", or set llm.attention=sdpa" if "attention" in str(error).lower() else ""
         return f"a package for these options is not installed: {' '.join(sentence(error).split())}; install it{other}"
@@ -144,27 +144,6 @@ def addon_refusal(error: Exception) -> str | None:
     return f"Lightning's {owner} refuses its options: {' '.join(sentence(error).split())}; see {options}"
 
 
-def resuming(arguments: list[str]) -> list[str]:
-    """The command line, `resume=<run dir>` in full: in its directory, with the options that its groups had.
-
-    Those let Hydra know every key of the run; what the run was configured with is read from its config.yaml later.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from vlm.launch.overrides import override
-    from vlm.training.trust import group_choices, stored_config
-
-    given = [argument for argument in arguments if argument.startswith("resume=")]
-    kept = [argument for argument in arguments if not argument.startswith("resume=")]
-    if not given or given[-1] == "resume=null":
-        return kept
-    run_dir = str(OverridesParser.create().parse_override(given[-1]).value())
-    choices = group_choices(stored_config(run_dir)[0])
-    settled = {argument.partition("=")[0] for argument in kept}
-    options = [f"{group}={option}" for group, option in choices.items() if group not in settled]
-    return [*kept, *options, *(override(key, run_dir) for key in ("resume.run", "run_dir"))]
-
-
 def sentence(error: Exception) -> str:
     """What an error says, without the stack trace that a data worker puts before it, and without a library's tables."""
     text = str(error).rstrip(" .\n")
@@ -194,7 +173,7 @@ def fail(message: str) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' small talk out of the output; their errors still show."""
+    """Keep the libraries' routine messages out of the output; their errors are still shown."""
     with suppress(AttributeError):  # of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -210,13 +189,13 @@ def quiet() -> None:
 
 
 def report_lost_process(record: logging.LogRecord) -> bool:
-    """Put what Lightning says before it kills a run that has lost a process in one sentence; else let it pass."""
+    """Replace Lightning's message before it kills a run that lost a process by one sentence; pass others on."""
     pattern = r"\[rank: (\d+)\] Child process with PID (\d+) terminated with code (-?\d+)"
     if not (found := re.match(pattern, record.getMessage())):
         return True
     rank, pid, code = map(int, found.groups())
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print(f"Error: rank {rank} (process {pid}) {how}, and with it the run; {GO_ON}", file=sys.stderr, flush=True)
+    print(f"Error: rank {rank} (process {pid}) {how}, so the run was stopped; {CONTINUE}", file=sys.stderr, flush=True)
     return False
 
 

@@ -1,4 +1,4 @@
-"""One run of eval.py around its parts: which run and data it measures, and where the results go."""
+"""One run of eval.py: which run and data it evaluates, and where the results are written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm.training import artifact, run, trust
 
 
 class EvaluationRun:
-    """A trained run and what eval.py is asked to measure of it.
+    """A trained run, and the options of eval.py for it.
 
     Attributes:
         run_dir: of the training.
@@ -31,7 +31,7 @@ class EvaluationRun:
     """
 
     def __init__(self, cfg: Any) -> None:
-        """Raises ValueError for options that cannot be used, or results of other options that would be lost."""
+        """Raises ValueError for options that cannot be used, or where results of other options would be overwritten."""
         config.check_evaluation(cfg)
         self.run_dir = Path(cfg.ckpt).absolute()
         self._manifest = artifact.read_manifest(self.run_dir)
@@ -72,10 +72,12 @@ class EvaluationRun:
             raise ValueError(f"out={self.out} cannot be made because {there} {why}; give out=<folder>")
 
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
-        """Say what cannot be measured. Raises ValueError for other rows than those of the training."""
+        """Print which figures cannot be measured. Raises ValueError for other rows than those of the training."""
         if not config.names_rows(self._asked):
             rows = {"val": data.fingerprints()["val"]}
-            check_rows(self._manifest.get("data") or {}, rows, "name them again with data.annotations= or its like")
+            check_rows(
+                self._manifest.get("data") or {}, rows, "name the data again, for example with data.annotations="
+            )
         for evaluator in module.evaluators.values():
             for figure, why in evaluator.missing(data, num_ranks=self._trainer.world_size).items():
                 run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
@@ -103,7 +105,7 @@ class EvaluationRun:
 
 
 def keep_other_results(out: Path, options: list[str]) -> None:
-    """Raise ValueError where a folder holds the results of other options, which would be lost."""
+    """Raise ValueError where a folder holds results of other options, which would be overwritten."""
     file = out / "results.json"
     if not file.is_file():
         return

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm.launch.configs import CONF, defaults, options_of
+from vlm.launch.configs import CONF, defaults, keys_of, options_of
 
 WIDTH = 112
 INDENT = 24
@@ -71,7 +70,7 @@ def text(program: str) -> str:
         *(_row(group, " ".join(_marked(group, chosen.get(group, "")))) for group in groups),
         "",
         "Options of a group, <group>.<key>=<value>, are in its file, conf/<group>/<option>.yaml; these are at the top:",
-        *_keys(Path(CONF, f"{program}.yaml").read_text(encoding="utf-8")),
+        *_keys(program),
     ]
     if figures:
         sections += ["", "Figures that are printed and written:", *_rows(figures)]
@@ -103,18 +102,8 @@ def _row(name: str, what: str) -> str:
     return (start + f"\n{'':{INDENT}}".join(lines)).rstrip()
 
 
-def _keys(config: str) -> Iterator[str]:
-    """The keys at the top of a config file and those below them, with their comments."""
-    section, above = "", ""
-    for line in re.sub(r"^(defaults|hydra):\n((  .*)?\n)*", "", config, flags=re.MULTILINE).splitlines():
-        if not (found := re.fullmatch(r"( *)(\w+):(?: ([^#]\S.*?|\S))??(?: +# (.*))?", line)):
-            above = f"{above} {line.strip(' #')}".strip() if line.startswith("  #") else ""
-            continue
-        indent, key, value, comment = found.groups()
-        section = "" if not indent else section
-        name, what = section + key, " ".join(filter(None, (above, comment)))
-        above = ""
-        if value is None:
-            section = f"{name}."
-        shown = "=" if value is None or "${" in value or value == "???" else f"={value}"
-        yield _row(f"{name}.*" if value is None else name + shown, what)
+def _keys(program: str) -> Iterator[str]:
+    """The keys at the top of a program's config and those below them, with their comments."""
+    for key, value, comment in keys_of(Path(CONF, f"{program}.yaml")):
+        shown = ".*" if value is None else "=" if "${" in value or value == "???" else f"={value}"
+        yield _row(key + shown, comment or "")

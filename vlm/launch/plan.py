@@ -1,6 +1,6 @@
-"""`plan=true`: what a run would hold, before it starts; no weight is read, downloaded or given memory.
+"""`plan=true`: sizes and memory of a run before it starts; no weight is read, downloaded or allocated.
 
-Every part is built on PyTorch's meta device, where a tensor is a shape and a type: that is what can be counted.
+Every part is built on PyTorch's meta device, where a tensor is a shape and a type: so sizes can be counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlm.training import artifact, run
 GB = 10**9
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type
 # Bytes a weight that bitsandbytes quantizes. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
-# these one of 32 bits for every 256 (double quantisation, arXiv 2305.14314).
+# these one of 32 bits for every 256 (double quantization, arXiv 2305.14314).
 QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 
 
@@ -69,7 +69,7 @@ def build_meta(settings: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], str]:
-    """The plan as JSON takes it, and a remark on how `tokens_per_sample` came about.
+    """The plan as JSON takes it, and a remark on how `tokens_per_sample` was measured.
 
     The total of a part is that of the published model; `loaded` of it are held in memory and run. Where images are
     tiled, `visual_tokens_per_image` is the most that an image can have.
@@ -101,7 +101,7 @@ def memory_gb(model: Any, *, quantization: str, averaged: bool = False) -> dict[
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if quantization != "none":
         linear = (m for layer in model.blocks(model.lora_part()) for m in layer.modules() if isinstance(m, nn.Linear))
-        for weight in (m.weight for m in linear if not m.weight.requires_grad):  # those of an adapter learn
+        for weight in (m.weight for m in linear if not m.weight.requires_grad):  # those of an adapter are trained
             stored += weight.numel() * (QUANTIZED[quantization] - weight.element_size())
     held = {"weights": stored, "gradients": trained, "optimizer_states": ADAMW_STATES * trained}
     if averaged:

@@ -1,4 +1,4 @@
-"""One command, several processes: each of them runs train.py from its first line, and they must agree."""
+"""Runs on several processes: each of them runs train.py from its first line, and all must agree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_ranks(hydra: Any) -> None:
 
 
 def check_machine(settings: Mapping[str, Any], run_dir: Path) -> Any:
-    """The trainer without callbacks and loggers, made before anything loads: what this machine cannot run ends here.
+    """The trainer without callbacks and loggers, made before anything loads, to refuse early.
 
     Raises ValueError for more devices than the machine has, for machines on which nothing starts the run, and for
     processes that would each train alone.
@@ -108,7 +108,7 @@ def searchpath(hydra: Any) -> list[str]:
 
 
 def wait_for(command: Sequence[str]) -> int:
-    """The exit code of a command, as a shell tells it; the signals that would end this process go to the command.
+    """The exit code of a command, as a shell reports it; the signals that would end this process go to the command.
 
     Those that this process ignores, as nohup has it ignore SIGHUP, the command ignores too.
     """

@@ -1,6 +1,6 @@
 """Recipes: the stages that an experiment names, one after the other, each a `train.py` that starts from the one before.
 
-<dir>/options.json              what each stage was asked for when the recipe was begun
+<dir>/options.json              the options of each stage when the recipe was started
 <dir>/1-align/, 2-instruct/, …  a run directory a stage
 <dir>/recipe.json               the figures after every stage
 """
@@ -34,15 +34,15 @@ from vlm.options import known
 from vlm.training import run
 from vlm.training.artifact import write_json
 
-OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file has no say in these
+OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file cannot set these
 FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
 BY_TYPE, TEXT = "val/accuracy/", "text/"
-GO_ON = "the same command goes on there"
+CONTINUE = "give the same command again to continue there"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's name, its run directory, what it was asked for beside the paths, and the config of all that."""
+    """A stage's name, its run directory, its options without the paths, and the config that they compose."""
 
     name: str
     run_dir: Path
@@ -56,7 +56,7 @@ def run_stages(cfg: DictConfig) -> None:
     stages = read_stages(cfg, root)
     if plan.wanted(cfg):
         for number, stage in enumerate(stages):
-            _tell(stage.name, "train.py", _begin(stages, number))
+            _print_command(stage.name, "train.py", _start_options(stages, number))
             if file := cfg.plan.json:
                 stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
             plan.plan(stage.cfg)
@@ -67,7 +67,7 @@ def run_stages(cfg: DictConfig) -> None:
             "its own command with recipe=null"
         )
     with run.lock(root, resumed=False) or nullcontext():  # each stage has a directory of its own
-        _begun(root, stages)
+        _check_options(root, stages)
         for number, stage in enumerate(stages):
             if run.status(stage.run_dir) == "finished":
                 run.CONSOLE.print(f"{stage.name} is finished: {stage.run_dir}", soft_wrap=True)
@@ -75,9 +75,9 @@ def run_stages(cfg: DictConfig) -> None:
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options)
             else:
-                _run(stage.name, "train.py", _begin(stages, number))
+                _run(stage.name, "train.py", _start_options(stages, number))
             if run.status(stage.run_dir) == "time_up":
-                fail(f"the time of {stage.name} is up (trainer.max_time); {GO_ON}")
+                fail(f"{stage.name} reached trainer.max_time; {CONTINUE}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
                 (stage.run_dir / "eval" / "results.json").unlink(missing_ok=True)  # of other options
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
@@ -106,7 +106,7 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
         options = [*first, *own, *general, *(start if number == 1 else ())]
         try:
             if barred := [key for key in entry if key.partition(".")[0] in OURS]:
-                raise ValueError(f"{barred[0]} is not for a stage to set; give it on the command line")
+                raise ValueError(f"{barred[0]} cannot be set by a stage; give it on the command line")
             composed = compose("train", [*options, override("run_dir", str(root / name))])
             if not plan.wanted(cfg):  # which needs no data
                 config.check(settings := config.plain(composed))
@@ -120,7 +120,7 @@ def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:
 
 
 def _check_evaluation(settings: dict[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise ValueError where eval.py would not take what it is to be asked."""
+    """Raise ValueError where eval.py would refuse the options it will be given."""
     options = [override(f"++{key}" if key.startswith("data.") else key, value) for key, value in asked.items()]
     data = OmegaConf.merge(settings["data"], compose("eval", options).data)
     config.check({**settings, "data": OmegaConf.to_container(data)})
@@ -134,9 +134,13 @@ def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
     known("recipe", recipe, {"stages", "eval", "run_dir"})
     stages = recipe.get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and "stage" in s for s in stages):
-        raise ValueError(f"recipe.stages={stages} is no list of stages; write [{{stage: align}}, {{stage: instruct}}]")
+        raise ValueError(
+            f"recipe.stages={stages} must be a list of stages; write [{{stage: align}}, {{stage: instruct}}]"
+        )
     if not isinstance(recipe.get("eval") or {}, dict):
-        raise ValueError(f"recipe.eval={recipe['eval']} is no set of options of eval.py; write {{data.task: instruct}}")
+        raise ValueError(
+            f"recipe.eval={recipe['eval']} must be a mapping of options of eval.py; write {{data.task: instruct}}"
+        )
     return stages
 
 
@@ -153,7 +157,7 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
         yield from _keys(node[key], f"{prefix}{key}.") if isinstance(node[key], DictConfig) else (prefix + key,)
 
 
-def _begin(stages: Sequence[Stage], number: int) -> list[str]:
+def _start_options(stages: Sequence[Stage], number: int) -> list[str]:
     """The options of train.py that start a stage."""
     before = [override("ckpt", str(stages[number - 1].run_dir))] if number else []
     return [*stages[number].options, *before, override("run_dir", str(stages[number].run_dir))]
@@ -175,8 +179,8 @@ def _asked(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if key not in given}
 
 
-def _begun(root: Path, stages: Sequence[Stage]) -> None:
-    """Remember what a recipe is begun with. Raises ValueError where that was something that may not change."""
+def _check_options(root: Path, stages: Sequence[Stage]) -> None:
+    """Store the options of a new recipe. Raises ValueError where those of one that continues have changed."""
     now = {stage.name: stage.options for stage in stages}
     file = root / "options.json"
     if file.exists():
@@ -196,16 +200,17 @@ def _compare(before: Mapping[str, list[str]], now: Mapping[str, list[str]], root
     if any(differs.values()):
         found = " and ".join(f"{word} {options}" for word, options in differs.items() if options)
         raise ValueError(
-            f"the recipe in run_dir={root} was begun {found}; give that command again to go on, or another run_dir"
+            f"the recipe in run_dir={root} was started {found}; give that command again to continue it, or another "
+            "run_dir"
         )
 
 
 def _may_change(option: str) -> bool:
-    """Whether a stage that goes on may be asked otherwise."""
+    """Whether an option may change when a stage resumes."""
     return within(option.partition("=")[0].lstrip("+~"), (*FREE, "hydra.searchpath"))
 
 
-def _tell(what: str, program: str, options: Sequence[str]) -> None:
+def _print_command(what: str, program: str, options: Sequence[str]) -> None:
     """Print a command so that it can be copied."""
     file = Path(CONF).parent / program
     shown = file.name if file.parent == Path.cwd() else str(file)
@@ -215,11 +220,11 @@ def _tell(what: str, program: str, options: Sequence[str]) -> None:
 
 def _run(what: str, program: str, options: Sequence[str]) -> None:
     """Start a program of the project and wait for its end; exit with its code if that is not 0."""
-    _tell(what, program, options)
+    _print_command(what, program, options)
     code = wait_for([sys.executable, str(Path(CONF).parent / program), *options])
     if code:
         ended = "was stopped" if code - 128 in FORWARDED else f"ended with exit code {code}"
-        print(f"Error: {what} {ended}; {GO_ON}", file=sys.stderr)
+        print(f"Error: {what} {ended}; {CONTINUE}", file=sys.stderr)
         sys.exit(code)
 
 

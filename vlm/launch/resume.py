@@ -1,4 +1,4 @@
-"""`resume=<run dir>`: what a run that goes on is configured with, and what of it may be changed on the way."""
+"""`resume=<run dir>`: the settings of a resumed run, and which of them the command line may change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm.launch.overrides import chosen
 from vlm.training import trust
 from vlm.training.trust import within
 
-# These move no weight: who watches, how fast samples come, when the run is saved, how long it may last.
+# Options that change no weight: evaluators, loggers, callbacks, workers, and how long the run may take.
 FREE = (
     *("resume", "run_dir", "plan", "preflight", "evaluators", "logger", "callbacks"),
     *("data.num_workers", "trainer.max_time", "trainer.log_every_n_steps"),
@@ -23,22 +23,24 @@ FREE = (
 
 
 def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """A run's own settings and choices with what the command line changes in them; its folder is entered.
+    """A run's own settings and choices with the changes of the command line; enters the run's working directory.
 
     Raises ValueError, naming the keys, where more is changed than `resume.allow` says.
     """
     before, choices, is_own = config.stored_config(run_dir)
     if (run_dir / "llm").is_dir():
-        raise ValueError(f"{run_dir} is a merged run, which has ended; start a next stage from it with ckpt={run_dir}")
+        raise ValueError(
+            f"{run_dir} is a merged run, which cannot be resumed; start a next stage from it with ckpt={run_dir}"
+        )
     if before["trainer"].get("overfit_batches"):
-        raise ValueError("resume= cannot go on with a run that repeats a few batches (debug=overfit); start it again")
+        raise ValueError("resume= cannot continue a run that repeats a few batches (debug=overfit); start it again")
     after, choices = _overridden(before, choices, cfg)
     old, new = dict(_leaves(before)), dict(_leaves(after))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not within(key, FREE)]
     if refused := [key for key in changed if not within(key, cfg.resume.allow)]:
         values = ", ".join(f"{key} is {old.get(key)} and would be {new.get(key)}" for key in refused)
         raise ValueError(
-            f"resume= goes on with a run as it was configured, but {values}; leave that out, allow it with "
+            f"resume= continues a run with its own settings, but {values}; leave that out, allow it with "
             f"'resume.allow=[{','.join(refused)}]', or start a new run from its artifact with ckpt={run_dir}"
         )
     for options in filter(None, after["logger"].values()):
@@ -61,7 +63,7 @@ def _overridden(
     for override in OverridesParser.create().parse_overrides(hydra.overrides.task):
         key = override.key_or_group
         if key == "connector.lr":
-            raise ValueError("connector.lr only advises a run that begins; give stage.lr.connector= instead")
+            raise ValueError("connector.lr only sets the default of a new run; give stage.lr.connector= instead")
         if key not in choices:
             OmegaConf.update(after, key, _plain(OmegaConf.select(cfg, key)), merge=False)
         elif (option := chosen(hydra)[key]) != choices[key]:
@@ -75,7 +77,7 @@ def _overridden(
 
 
 def allows_other_data(cfg: DictConfig) -> bool:
-    """Whether some option of the data may be changed on the way, and so its rows."""
+    """Whether `resume.allow` names an option of the data, so that its rows may differ."""
     return any(within(key, ["data"]) for key in cfg.resume.allow)
 
 

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that ended in an error: the others run all the same, and the sweep's exit code tells."""
+"""Failed jobs of a sweep: the others still run, and the sweep exits with 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "failed_jobs.jsonl"  # in the sweep's folder, because a launcher may run 
 
 
 def folder_name(options: str) -> str:
-    r"""What a job was asked for as the name of one folder: paths have _ for /, and Hydra's quotes and \ are dropped."""
+    r"""The options of a job as the name of one folder: paths have _ for /, and Hydra's quotes and \ are dropped."""
     return re.sub(r"[\\'\"]", "", options).replace("/", "_")
 
 
@@ -32,7 +32,7 @@ def record_failure(message: str) -> None:
 
 
 class FailedJobs(Callback):
-    """Hydra calls it around a sweep: at the end the jobs that failed are named, and the exit code is 2."""
+    """Hydra calls it around a sweep: it names the failed jobs at the end and exits with 2."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         Path(config.hydra.sweep.dir, FILE).unlink(missing_ok=True)
@@ -44,5 +44,5 @@ class FailedJobs(Callback):
         failed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         names = "; ".join(f"{each['job']} ({each['error']})" for each in failed)
         jobs = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
-        print(f"Error: {jobs} failed, the others have run: {escape_controls(names)}", file=sys.stderr)
+        print(f"Error: {jobs} failed, the others ran: {escape_controls(names)}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""One run of train.py around its parts: where it starts from, what it tells before, and what it leaves behind."""
+"""One run of train.py: where it starts from, what it reports before training, and what it writes at the end."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class TrainingRun:
 
     Attributes:
         settings: the checked config.
-        manifest: what the artifact says of the run; `load` fills it.
+        manifest: the manifest of the run's artifact; `load` fills it.
         inherited: names of tensors that earlier stages have trained.
-        trainer: one without callbacks and loggers, which tells how many processes there will be.
+        trainer: one without callbacks and loggers, which knows how many processes there will be.
         checkpoint: the file to resume from and its step, or None.
     """
 
     def __init__(self, cfg: Any) -> None:
-        """Raises ValueError for a config that cannot be run, or a directory that is taken."""
+        """Raises ValueError for a config that cannot be run, or a directory that another run uses."""
         hydra = HydraConfig.get()
         self.run_dir = Path(hydra.runtime.output_dir)
         resumes = cfg.resume.run is not None
@@ -54,7 +54,7 @@ class TrainingRun:
         self._resumes = resumes
 
     def start(self) -> None:
-        """Take the directory, find the checkpoint to resume from, and seed the random numbers."""
+        """Lock the directory, find the checkpoint to resume from, and seed the random numbers."""
         run.CONSOLE.quiet = not run.first_rank()
         self._lock = run.lock(self.run_dir, resumed=self._resumes)
         self.run_id = (config.run_id(self.run_dir) if self._resumes else None) or secrets.token_hex(8)
@@ -65,7 +65,7 @@ class TrainingRun:
         pl.seed_everything(self.settings["seed"], verbose=False)
 
     def load(self, model: Model, manifest: dict[str, Any], objective: nn.Module) -> None:
-        """Put in what earlier stages have trained, or this run before it stopped; complete the manifest."""
+        """Load what earlier stages trained, or this run before it stopped; complete the manifest."""
         stage, part = self.settings["stage"], model.lora_part()
         earlier = self._load(model, manifest, objective)
         lineage, self.inherited, lora = [], [], None
@@ -77,7 +77,7 @@ class TrainingRun:
         if trains_adapter and lora not in (None, stage["lora"]):
             raise ValueError(
                 f"ckpt={self.settings['ckpt'] or self.run_dir} has an adapter with {lora}, stage.lora is "
-                f"{stage['lora']}; use the same, one adapter is trained on"
+                f"{stage['lora']}; use the same options, because that adapter is trained further"
             )
         self.manifest = manifest | {
             "run": self.identity,
@@ -90,7 +90,7 @@ class TrainingRun:
     def _load(self, model: Model, manifest: dict[str, Any], objective: nn.Module) -> dict[str, Any] | None:
         """The manifest of the artifact that the run starts from, if it starts from one."""
         known: dict[str, Any] = {"model": model, "manifest": manifest, "objective": objective}
-        if self.checkpoint:  # a run that resumes has all of earlier stages itself
+        if self.checkpoint:  # the run's own artifact includes that of earlier stages
             try:
                 return artifact.load(self.run_dir, **known, run_id=self.run_id)
             except artifact.Damaged as error:
@@ -99,9 +99,9 @@ class TrainingRun:
         return artifact.load(ckpt, **known) if ckpt else None
 
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
-        """Say what trains, on what data, and what cannot be measured on it.
+        """Print what is trained, on what data, and which figures cannot be measured.
 
-        Raises ValueError where there is nothing to learn, or the rows are not those of the run that resumes.
+        Raises ValueError where there is nothing to learn, or a resumed run has other rows than before.
         """
         self.manifest["data"] = data.fingerprints()
         if self.checkpoint and not self.other_data_allowed:
@@ -110,6 +110,7 @@ class TrainingRun:
         model, preflight = module.model, self.settings["preflight"]
         counts = run.count_parameters(model, module.objective)
         run.print_parts(counts, self.choices, self.settings["stage"], decayed=model.layer_decay_part)
+        run.CONSOLE.print(extent(data, self.trainer), soft_wrap=True)
         run.CONSOLE.print(render(data.preflight(num_samples=preflight["samples"], show=preflight["show"])))
         if run.first_rank() and (remark := data.check_shared()):
             run.CONSOLE.print(remark, soft_wrap=True)
@@ -123,9 +124,9 @@ class TrainingRun:
                 run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
 
     def fit(self, trainer: Any, module: VLMModule, data: VLMDataModule) -> Result:
-        """Train, then evaluate. What fails after the last step takes no figures with it."""
+        """Train, then evaluate. A failure after the last step is returned in the result, with the figures before it."""
         if run.first_rank():
-            # From here on the directory is taken.
+            # From here on the directory belongs to this run.
             config.write_config(self.run_dir, self.settings, self.choices, self.run_id)
             run.truncate_metrics(self.run_dir, step=self._step)
         run.log_options(trainer, self.settings)
@@ -146,7 +147,7 @@ class TrainingRun:
     def finish(self, trainer: Any, module: VLMModule, data: VLMDataModule, result: Result) -> None:
         """Write and print the figures; exit with 128 + the signal where one has stopped the run."""
         metrics = {name: float(v) for name, v in module.figures.items() if name == "train/loss"} | result.metrics
-        if result.failure is None or trainer.world_size == 1:  # other ranks may not have come so far
+        if result.failure is None or trainer.world_size == 1:  # other ranks may not reach this call
             metrics |= data.counts()
         if trainer.is_global_zero:
             counts = run.count_parameters(module.model, module.objective).values()
@@ -171,3 +172,15 @@ class TrainingRun:
         if result.failure is not None:
             return "failed"
         return "time_up" if trainer.global_step < trainer.max_steps else "finished"
+
+
+def extent(data: VLMDataModule, trainer: Any) -> str:
+    """The samples of each split, and how many epochs the steps make where a step has a fixed number of samples."""
+    num_train, num_val = len(data.splits["train"]), len(data.splits["val"])
+    train = f"train: {num_train:,} samples, {trainer.max_steps:,} steps"
+    if data.batching == "samples" and not data.packing and not trainer.overfit_batches:
+        samples = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        epochs = trainer.max_steps * samples / num_train
+        train += f" of {samples:,} = {f'{epochs:,.1f}' if epochs >= 1 else f'{epochs:.2g}'} epochs"
+    validated = len(data.val_indices(data.num_val_samples))
+    return f"{train}; val: {f'{validated:,} of ' if validated < num_val else ''}{num_val:,} samples"
