@@ -217,7 +217,7 @@ def test_targets_of_an_adapter_that_match_nothing_are_refused(targets: Any, said
     with pytest.raises(ValueError, match="target_modules") as caught:
         make_module(tiny_llm_model := tiny_model()).model.llm.add_lora(r=2, target_modules=targets)
     assert said in str(caught.value)
-    assert not tiny_llm_model.llm._adapted()
+    assert not tiny_llm_model.llm._lora_layers()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_targets_of_an_adapter_that_match_nothing_are_refused(targets: Any, said
 def test_targets_of_an_adapter_by_name_and_by_expression(targets: Any, beside: set[str]) -> None:
     llm = tiny_llm()
     llm.add_lora(r=2, target_modules=targets)
-    assert {name.removeprefix("model.") for name in llm._adapted()} == beside
+    assert {name.removeprefix("model.") for name in llm._lora_layers()} == beside
 
 
 # --- the right culprit -----------------------------------------------------------------------------------------------

@@ -148,5 +148,5 @@ def test_bfloat16_weights_have_a_float32_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_a_share_that_is_none_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"stage.ema_decay={decay} must be above 0 and below 1"):
+    with pytest.raises(ValueError, match=rf"stage.ema_decay={decay} must be in \(0, 1\)"):
         EMA(ema_decay=decay)

@@ -93,10 +93,10 @@ def test_a_sliding_window_counts_from_the_sample() -> None:
 
 def test_an_llm_that_looks_across_samples_is_refused() -> None:
     facts = {"word_embed_proj_dim": 32, "ffn_dim": 64, "do_layer_norm_before": True, "init_std": 0.2}
-    with pytest.raises(ValueError, match=r"llm opt lets samples of one row see each other; set data.packing=false"):
+    with pytest.raises(ValueError, match=r"llm opt attends across samples of one row; set data.packing=false"):
         tiny_llm("opt", **facts).check_packing()
 
 
 def test_an_encoder_decoder_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"reads one sample a row; set data.packing=false"):
+    with pytest.raises(ValueError, match=r"takes one sample per row; set data.packing=false"):
         t5().check_packing()

@@ -214,8 +214,8 @@ def test_a_run_that_forgets_too_much_stops(tmp_path: Path, told: Any) -> None:
     assert train(*OPTIONS, "evaluators.forgetting.max=-1.0", "stage.lr.llm=0.01", f"run_dir={run}") == 2
     (figures,) = texts_of(run)
     assert told() == (
-        f"Error: text/forgetting is {figures['text/forgetting']:.3f} nats a token at step 2, above "
-        "evaluators.forgetting.max=-1.0; the artifact of this step is kept: lower stage.lr.llm, or raise "
+        f"Error: text/forgetting is {figures['text/forgetting']:.3f} nats per token at step 2, above "
+        "evaluators.forgetting.max=-1.0; the artifact of this step is saved; lower stage.lr.llm or raise "
         "data.text_replay"
     )
     with artifact.safe_open(run / "artifact" / "weights.safetensors", framework="pt") as file:

@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert train(f"resume={run}") == 0
     line = next(line for line in capfd.readouterr().out.splitlines() if "cannot be read" in line)
     assert line.startswith(f"{last} cannot be read (")
-    assert line.endswith("it is damaged-last.ckpt now, and the run goes on from step 6")
+    assert line.endswith("it is renamed to damaged-last.ckpt, and the run resumes from step 6")
     assert_same_run(run, whole)
     assert {file.name for file in last.parent.iterdir()} == {"last.ckpt", "last-1.ckpt", "damaged-last.ckpt"}
     assert last.with_name("last-1.ckpt").read_bytes() == good, "no broken one takes the place of a whole one"
@@ -371,7 +371,7 @@ def test_a_checkpoint_with_nan_gives_way_to_the_one_before(
     torch.save(content, last)
     checkpoint = newest_checkpoint(run)
     assert checkpoint == (last.with_name("last-1.ckpt"), 6)
-    assert f"values of {name} are NaN or infinite); it is damaged-last.ckpt now" in capfd.readouterr().out
+    assert f"values of {name} are NaN or infinite); it is renamed to damaged-last.ckpt" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("edit", ["edited", "shuffled"])

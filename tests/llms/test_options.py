@@ -164,7 +164,7 @@ def test_the_meta_device_needs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("state", ["full", "{last_n: 2}"])
 def test_rounded_weights_do_not_train(state: str) -> None:
     told = refusal("llm=llama3_8b", "llm.quantization=int8", "stage=instruct", f"stage.llm={state}")
-    assert "cannot train weights that llm.quantization=int8 has rounded; set stage.llm=lora" in told
+    assert "cannot train weights quantized by llm.quantization=int8; set stage.llm=lora" in told
     assert told.startswith("stage.llm=full" if state == "full" else "stage.llm={'last_n': 2}")
 
 
@@ -179,7 +179,7 @@ def test_the_manifest_tells_how_weights_are_stored(quantization: str) -> None:
 
 def test_rows_longer_than_the_llms_positions_are_refused() -> None:
     build.build_model(settings("llm=tiny", *META, "data.max_length=2048"))
-    said = "data.max_length=2049, but this llm has positions for 2048 tokens; set data.max_length=2048 or less"
+    said = "data.max_length=2049, but this llm has 2048 positions; set data.max_length to at most 2048"
     with pytest.raises(ValueError, match=said):
         build.build_model(settings("llm=tiny", *META, "data.max_length=2049"))
     small_llm("flan_t5_xl").check_length(10**6)  # its positions are relative
@@ -278,7 +278,7 @@ def test_what_is_not_there_is_named(weights: Any, words: str, monkeypatch: pytes
         ({"model_type": "nothing"}, r"\(Transformers knows no model by its config\.json: .*\); .*llm\.pretrained="),
         (
             {"model_type": "clip_vision_model"},
-            r"is a 'clip_vision_model', which .*CausalLM does not read; set llm\.pretr",
+            r"is a 'clip_vision_model', which .*CausalLM does not support; set llm\.pretr",
         ),
     ],
 )
@@ -295,6 +295,6 @@ def test_foreign_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "foreign.py").write_text("open(__file__ + '.ran', 'w')\nraise SystemExit\n")
     facts = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.M"}}
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"come with code of their own, which is not run; set llm\.trust_remote_code="):
+    with pytest.raises(ValueError, match=r"come with code of their own, which is not run by default; set llm\.trust_remote_code="):
         CausalLM(pretrained=str(tmp_path), config=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "foreign.py"]

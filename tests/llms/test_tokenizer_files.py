@@ -37,7 +37,7 @@ def test_a_folder_with_tokenizer_model_alone(published: Path) -> None:
 def test_without_the_package_that_reads_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(
-        ValueError, match=r"tokenizer.model can be read with the package sentencepiece alone, which is not"
+        ValueError, match=r"tokenizer.model needs the package sentencepiece, which is not"
     ):
         load_tokenizer(str(folder), package=None, trust=False)
 
@@ -48,22 +48,22 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("tokenizer.model", b"cut", r"tokenizer.model \(3 bytes\) is no SentencePiece model \("),
-        ("tokenizer.model", LFS.encode(), r"tokenizer.model \(\d+ bytes\) is no SentencePiece model \("),
+        ("tokenizer.model", b"cut", r"tokenizer.model \(3 bytes\) is not a SentencePiece model \("),
+        ("tokenizer.model", LFS.encode(), r"tokenizer.model \(\d+ bytes\) is not a SentencePiece model \("),
         (
             "tokenizer.json",
             b'{"version": "1.0", "model": {"typ',
-            r"tokenizer.json \(33 bytes\) is no valid JSON \(Unterm",
+            r"tokenizer.json \(33 bytes\) is not valid JSON \(Unterm",
         ),
         (
             "tokenizer.json",
             LFS.encode(),
-            r"tokenizer.json \(\d+ bytes\) is no valid JSON \(Expecting value: line 1 colu",
+            r"tokenizer.json \(\d+ bytes\) is not valid JSON \(Expecting value: line 1 colu",
         ),
-        ("tokenizer.json", b"", r"tokenizer.json \(0 bytes\) is no valid JSON"),
-        ("tokenizer.json", b'{"model": {"type": "BPX"}}', r"tokenizer.json \(26 bytes\) describes no tokenizer \("),
-        ("tokenizer.json", b"\xff\xfe", r"tokenizer.json \(2 bytes\) is no valid JSON \('utf-8' codec"),
-        ("tokenizer_config.json", b"{", r"tokenizer_config.json \(1 bytes\) is no valid JSON"),
+        ("tokenizer.json", b"", r"tokenizer.json \(0 bytes\) is not valid JSON"),
+        ("tokenizer.json", b'{"model": {"type": "BPX"}}', r"tokenizer.json \(26 bytes\) is not a tokenizer \("),
+        ("tokenizer.json", b"\xff\xfe", r"tokenizer.json \(2 bytes\) is not valid JSON \('utf-8' codec"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config.json \(1 bytes\) is not valid JSON"),
     ],
 )
 def test_a_broken_file_is_named(folder: Path, name: str, content: bytes, error: str) -> None:

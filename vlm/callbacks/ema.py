@@ -1,4 +1,4 @@
-"""A moving average of what trains, which is validated and saved in the weights' place (Polyak & Juditsky, 1992)."""
+"""Exponential moving average of the trainable parameters (Polyak & Juditsky, 1992), validated and saved instead."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from vlm.ranges import Decay
 class EMA(pl.Callback):
     """After optimizer step t: average ← d·average + (1 - d)·weights, with d = min(ema_decay, (1 + t) / (10 + t)).
 
-    The growing d is TensorFlow's (tf.train.ExponentialMovingAverage): the weights that a run began with are forgotten
-    early, where a d of 0.999 from the start would still hold 71 % of them after 340 steps.
+    The growing d is TensorFlow's (tf.train.ExponentialMovingAverage): with a constant d of 0.999 the average after 340
+    steps would still consist of 71 % initial weights.
 
-    Averages are float32 and of the trained tensors alone; Lightning's WeightAveraging would copy the frozen model too.
-    The model holds them in validation, in an artifact and once the fit is over; a checkpoint holds both.
+    Averages are float32 and exist for trainable parameters only; Lightning's WeightAveraging would also copy the frozen
+    ones. Validation, artifacts and the model after the fit use the averages; a checkpoint holds averages and weights.
 
     Args:
-        ema_decay: d; None keeps no average.
+        ema_decay: d; None disables the average.
     """
 
-    order: ClassVar[int] = 1  # before Save, so that a step is in the average before it is saved
+    order: ClassVar[int] = 1  # before Save, so that the saved average includes the step
 
     def __init__(self, *, ema_decay: Decay | None = None) -> None:
         if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"stage.ema_decay={ema_decay} must be above 0 and below 1, such as 0.999")
+            raise ValueError(f"stage.ema_decay={ema_decay} must be in (0, 1), such as 0.999")
         self.ema_decay = ema_decay
         self._averages: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}  # while the model holds the averages
         self._step = 0
 
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
-        module.weights_to_save = partial(self._averaged, module)
+        module.weights_to_save = partial(self._with_averages, module)
 
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.ema_decay is None:
             return
-        known, self._step = self._averages, trainer.global_step  # known where a run goes on
+        restored, self._step = self._averages, trainer.global_step  # not empty in a resumed run
         self._averages = {
-            name: known.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
+            name: restored.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
@@ -54,23 +54,23 @@ class EMA(pl.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.ema_decay is None or trainer.global_step == self._step:
-            return  # a step of several batches is not over
+            return  # accumulates gradients
         self._step = trainer.global_step
         decay = min(self.ema_decay, (1 + self._step) / (10 + self._step))
         for name, average in self._averages.items():
             average.lerp_(module.get_parameter(name).detach().float(), 1 - decay)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._put_in(module)
+        self._use_averages(module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._take_out(module)
+        self._use_weights(module)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self._take_out(module)  # it may have come in a validation
+        self._use_weights(module)  # the exception may come from a validation
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._put_in(module)
+        self._use_averages(module)
         self._averages, self._weights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,24 +79,24 @@ class EMA(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._averages = state_dict["averages"]
 
-    @torch.inference_mode(False)  # in which validation runs; what it makes could not be trained on
-    def _put_in(self, module: pl.LightningModule) -> None:
+    @torch.inference_mode(False)  # validation runs in inference mode, whose tensors cannot be trained
+    def _use_averages(self, module: pl.LightningModule) -> None:
         for name, average in self._averages.items():
             parameter = module.get_parameter(name)
             self._weights[name] = parameter.data
             parameter.data = average.to(parameter.device, parameter.dtype)
 
-    def _take_out(self, module: pl.LightningModule) -> None:
-        """Each weight goes back to where it lay: its address may decide how a sum is rounded."""
+    def _use_weights(self, module: pl.LightningModule) -> None:
+        """Restore the same tensors, not copies: the rounding of sums can depend on the memory address."""
         for name, weight in self._weights.items():
             module.get_parameter(name).data = weight
         self._weights = {}
 
     @contextmanager
-    def _averaged(self, module: pl.LightningModule) -> Iterator[None]:
-        """Within it the model holds the averages."""
-        self._put_in(module)
+    def _with_averages(self, module: pl.LightningModule) -> Iterator[None]:
+        """Context in which the model holds the averages."""
+        self._use_averages(module)
         try:
             yield
         finally:
-            self._take_out(module)
+            self._use_weights(module)

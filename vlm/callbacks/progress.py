@@ -1,4 +1,4 @@
-"""A progress bar in optimizer steps: loss, tokens a second, time left."""
+"""Progress bar in optimizer steps, with loss, tokens per second and remaining time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlm.training.run import CONSOLE
 
 
 class Progress(pl.Callback):
-    """Draws on a terminal; elsewhere writes a line at every logged step."""
+    """Shows a bar in a terminal; otherwise prints a line at every logged step."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -39,7 +39,7 @@ class Progress(pl.Callback):
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             console=CONSOLE,
-            speed_estimate_period=3600,  # long enough to count validations into the time left
+            speed_estimate_period=3600,  # long, so that the remaining time includes validations
             disable=not CONSOLE.is_terminal,
         )
         total = int(trainer.estimated_stepping_batches)
@@ -47,7 +47,7 @@ class Progress(pl.Callback):
         self._bar.start()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self._last = trainer.global_step  # not 0 where a run goes on
+        self._last = trainer.global_step  # above 0 in a resumed run
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero or trainer.global_step == self._last:
@@ -65,9 +65,9 @@ class Progress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            seen = trainer.callback_metrics
-            shown = [name for name in ("val/loss", "val/visual_gain", "text/forgetting") if name in seen]
-            figures = ", ".join(f"{name} {seen[name]:z.3f}" for name in shown)
+            metrics = trainer.callback_metrics
+            names = [name for name in ("val/loss", "val/visual_gain", "text/forgetting") if name in metrics]
+            figures = ", ".join(f"{name} {metrics[name]:z.3f}" for name in names)
             CONSOLE.print(f"step {trainer.global_step}: {figures} nats/token")
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run that goes on learns at the rates of its config, which may have been changed, not at those of the checkpoint."""
+"""A resumed run uses the learning rates of its config, which may have changed, not those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import lightning.pytorch as pl
 
 
 class ConfiguredRates(pl.Callback):
-    """Puts the optimizer's options and the schedule's peaks back to what they were before the checkpoint was read.
+    """Restores the optimizer's options and the peak learning rates of the config after a checkpoint is loaded.
 
-    Where nothing was changed they are the same numbers.
+    Without changes they are the same numbers.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:  # before the optimizers' states are restored

@@ -1,4 +1,4 @@
-"""Saves what a run leaves behind: the artifact, and checkpoints that hold all that resuming needs."""
+"""Saves artifacts, and checkpoints for resuming."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from vlm.training.run import CONSOLE
 from vlm.training.sharding import FullyShard, gather
 
 LAST = "last.ckpt"
-BETTER = {"val/loss": -1.0, "val/visual_gain": 1.0}  # the sign that makes more of it better
+SIGN = {"val/loss": -1.0, "val/visual_gain": 1.0}  # sign * metric: larger is better
 
 
-class StraightToDisk(TorchCheckpointIO):
-    """Writes a checkpoint to its path; Lightning's own makes it in memory, and then once more in $TMPDIR."""
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint directly to its path; Lightning's writes it to memory and to $TMPDIR first."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with files.create(Path(path), "wb") as file:
@@ -37,18 +37,18 @@ class StraightToDisk(TorchCheckpointIO):
 
 
 class Save(pl.Callback):
-    """Writes `artifact/` and `checkpoints/last.ckpt` as a run goes on, at its end and on a failure.
+    """Writes `artifact/` and `checkpoints/last.ckpt` during a run, at its end and on a failure.
 
-    The weights in memory are always those of a good step: a step that is not finite stops before its update. Where a
-    validation is due after a step, it comes first.
+    The weights in memory are always finite: a step with a loss or gradient that is not finite stops before its update.
+    A validation at the same step runs before saving.
 
     Args:
-        every_n_steps, every_n_minutes: when to save; None for the minutes looks at the steps alone.
-        keep_last: how many checkpoints to keep: `last.ckpt`, and before it `last-1.ckpt`, ….
-        best: keep the artifact of the validation with the best figure of that name under `best/`, which `ckpt=` takes.
+        every_n_steps, every_n_minutes: how often to save; None for the minutes uses the steps only.
+        keep_last: number of checkpoints to keep: `last.ckpt`, then `last-1.ckpt`, ….
+        best: metric; the artifact of its best validation is kept in `best/`, for `ckpt=`.
     """
 
-    order: ClassVar[int] = 2  # after all that has a part in the weights and in the decision to stop
+    order: ClassVar[int] = 2  # after callbacks that change the weights or decide to stop
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Save(pl.Callback):
         if every_n_steps < 1 or keep_last < 1:
             raise ValueError(
                 f"callbacks.save.every_n_steps={every_n_steps} and callbacks.save.keep_last={keep_last}; "
-                "set both to 1 or more"
+                "set both to at least 1"
             )
         if every_n_minutes is not None and every_n_minutes <= 0:
             raise ValueError(
@@ -74,12 +74,12 @@ class Save(pl.Callback):
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_steps, every_n_minutes, keep_last
         self.best, self._best_value = best, float("-inf")
         self._saved, self._time = 0, time.monotonic()
-        self._rng: list[dict[str, Any]] = []  # of each rank, to take up again
-        self._rng_of_ranks: list[dict[str, Any]] = []  # at the save in progress
+        self._rng: list[dict[str, Any]] = []  # of each rank, to be restored
+        self._rng_of_ranks: list[dict[str, Any]] = []  # of each rank, to be saved
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        if self._rng:  # setting up a fit draws numbers too, so this is the first moment that is not too early
-            if trainer.global_rank < len(self._rng):  # there may be more ranks than before
+        if self._rng:  # restored here because the setup of a fit also draws random numbers
+            if trainer.global_rank < len(self._rng):  # the run may have more ranks than before
                 set_rng_state(self._rng[trainer.global_rank])
             self._rng = []
 
@@ -92,16 +92,16 @@ class Save(pl.Callback):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
-        if self.best is not None and (value := self._figure(trainer)) > self._best_value:
-            self._best_value = value  # before the checkpoint, which remembers it
+        if self.best is not None and (value := self._best_metric(trainer)) > self._best_value:
+            self._best_value = value  # before the checkpoint, which stores it
             best = self.run_dir / "best"
             if trainer.is_global_zero:
                 best.mkdir(exist_ok=True)
-                config = best / "config.yaml"  # first, for an artifact is not taken without it
+                config = best / "config.yaml"  # first, because an artifact is not loaded without it
                 artifact.write(artifact.aside(config), (self.run_dir / config.name).read_text(encoding="utf-8"))
                 artifact.put(config)
             self._save_artifact(trainer, module, best)
-        if trainer.state.fn != "fit":  # the last validation of a run follows it
+        if trainer.state.fn != "fit":  # a validation after the fit saves nothing
             return
         if trainer.global_step > self._saved and between_steps(trainer) and self._due(trainer):
             self._save(trainer, module)
@@ -113,18 +113,22 @@ class Save(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         if trainer.global_step == self._saved or isinstance(exception, artifact.SaveError):
             return
-        together = isinstance(exception, TrainingStopped)  # all ranks raise it, and save a sliced model together
-        if not together and isinstance(trainer.strategy, FullyShard):
+        on_all_ranks = isinstance(
+            exception, TrainingStopped
+        )  # raised on all ranks, which save a sharded model together
+        if not on_all_ranks and isinstance(trainer.strategy, FullyShard):
             return
         try:
-            self._save_artifact(trainer, module, self.run_dir)  # in the middle of a step nothing can be resumed
+            self._save_artifact(
+                trainer, module, self.run_dir
+            )  # no checkpoint, because a run cannot resume within a step
         except artifact.SaveError as error:
-            print(error)  # what went wrong first is raised
+            print(error)  # the first error is raised
         else:
             if trainer.is_global_zero:
                 print(f"The weights of step {trainer.global_step} are saved in {self.run_dir / 'artifact'}")
-        if together:
-            trainer.strategy.barrier()  # the first rank to end would take the others with it
+        if on_all_ranks:
+            trainer.strategy.barrier()  # the first rank to exit would kill the others
 
     def state_dict(self) -> dict[str, Any]:
         identity = {key: self.manifest.get(key) for key in ("run", "data")}
@@ -132,13 +136,13 @@ class Save(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rng, (name, value) = state_dict["rng"], state_dict["best"]
-        if name == self.best:  # a figure of another name is no measure
+        if name == self.best:  # another metric cannot be compared
             self._best_value = value
 
-    def _figure(self, trainer: pl.Trainer) -> float:
-        """The larger the better; a validation without the figure is never the best."""
+    def _best_metric(self, trainer: pl.Trainer) -> float:
+        """The metric `best`, larger is better; a validation without it is never the best."""
         assert self.best is not None
-        return BETTER[self.best] * float(trainer.callback_metrics.get(self.best, -BETTER[self.best] * float("inf")))
+        return SIGN[self.best] * float(trainer.callback_metrics.get(self.best, -SIGN[self.best] * float("inf")))
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
@@ -147,7 +151,7 @@ class Save(pl.Callback):
         if self.every_n_minutes is None:
             return False
         late = time.monotonic() - self._time >= 60 * self.every_n_minutes
-        return trainer.strategy.broadcast(late)  # clocks differ, and all ranks save or none
+        return trainer.strategy.broadcast(late)  # clocks differ between ranks
 
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
         self._saved = trainer.global_step
@@ -159,11 +163,11 @@ class Save(pl.Callback):
             self._rng_of_ranks = [rng_state()]
         file = self.run_dir / "checkpoints" / LAST
         file.parent.mkdir(exist_ok=True)
-        trainer.strategy.checkpoint_io = StraightToDisk()
+        trainer.strategy.checkpoint_io = DirectCheckpointIO()
         try:
             trainer.save_checkpoint(artifact.aside(file))
             if trainer.is_global_zero:
-                artifact.flush(artifact.aside(file))  # before an older one is given up for it
+                artifact.flush(artifact.aside(file))  # before an older one is deleted
                 for number in range(self.keep_last - 1, 0, -1):
                     if (newer := _numbered(file, number - 1)).exists():
                         os.replace(newer, _numbered(file, number))
@@ -171,7 +175,7 @@ class Save(pl.Callback):
         except (OSError, RuntimeError) as error:
             artifact.aside(file).unlink(missing_ok=True)
             raise artifact.SaveError(
-                f"could not write {file} at step {trainer.global_step}: {_of_disk(error)}; the artifact is saved"
+                f"could not write {file} at step {trainer.global_step}: {_root_cause(error)}; the artifact is saved"
             ) from error
         self._time = time.monotonic()
 
@@ -185,14 +189,14 @@ class Save(pl.Callback):
             artifact.save(folder / "artifact", tensors=tensors, manifest=self.manifest, step=trainer.global_step)
 
 
-def _of_disk(error: BaseException) -> BaseException:
-    """What the disk said; PyTorch's writer trips over it and says where it stood itself."""
-    said = error.__context__
-    return error if isinstance(error, OSError) or said is None else _of_disk(said)
+def _root_cause(error: BaseException) -> BaseException:
+    """The OSError behind an error of PyTorch's writer, if any."""
+    context = error.__context__
+    return error if isinstance(error, OSError) or context is None else _root_cause(context)
 
 
 def rng_state() -> dict[str, Any]:
-    """Where this process's random numbers stand."""
+    """State of the random number generators of this process."""
     name, keys, *rest = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
@@ -204,7 +208,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where `rng_state` stood."""
+    """Restore the random number generators from `rng_state`."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -214,10 +218,10 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(run_dir: Path, run: Mapping[str, Any] | None = None) -> tuple[Path, int] | None:
-    """The newest checkpoint that is whole, and its step; None where a run has saved none yet.
+    """The newest readable checkpoint and its step; None if the run has no checkpoint.
 
-    Those that are not whole make way for it: they are renamed, or the next save would give it up for them. Raises
-    ValueError where there are some and none is whole, or where one is not of the run with the identity `run`.
+    Damaged newer checkpoints are renamed; otherwise the next save would delete the readable one. Raises ValueError if
+    all checkpoints are damaged, or if one belongs to another run than `run`.
     """
     file = run_dir / "checkpoints" / LAST
     found = sorted(file.parent.glob("last*.ckpt"), key=lambda path: (len(path.name), path.name))
@@ -226,27 +230,28 @@ def newest_checkpoint(run_dir: Path, run: Mapping[str, Any] | None = None) -> tu
         try:
             if not path.is_file():
                 raise OSError("it is not a regular file")
-            if part := zipfile.ZipFile(path).testzip():  # reads all of it, which torch.load takes as it is
+            if part := zipfile.ZipFile(path).testzip():  # verifies the checksums, which torch.load does not
                 raise OSError(f"wrong checksum of {part}")
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            step, theirs = content["global_step"], _saved(content).get("run")
+            step, saved_run = content["global_step"], _saved(content).get("run")
             for name, tensor in content["state_dict"].items():
                 if num := artifact.num_not_finite(tensor):
                     raise OSError(f"{num:,} of the {tensor.numel():,} values of {name} are NaN or infinite")
-        except Exception as error:  # a file cut off anywhere makes the reader trip over anything
+        except Exception as error:  # a truncated file can raise any error
             damaged.append((path, " ".join(str(error).split())[:80]))
             continue
-        if run and theirs and run["id"] != theirs["id"]:
-            _refuse(path, theirs, run)
+        if run and saved_run and run["id"] != saved_run["id"]:
+            _refuse(path, saved_run, run)
         for broken, reason in damaged:
-            aside = broken.with_name(f"damaged-{broken.name}")
+            renamed = broken.with_name(f"damaged-{broken.name}")
             CONSOLE.print(
-                f"{broken} cannot be read ({reason}); it is {aside.name} now, and the run goes on from step {step}",
+                f"{broken} cannot be read ({reason}); it is renamed to {renamed.name}, and "
+                f"the run resumes from step {step}",
                 soft_wrap=True,
                 markup=False,
             )
             with suppress(FileNotFoundError):  # another rank was faster
-                os.replace(broken, aside)
+                os.replace(broken, renamed)
         return path, step
     if found:
         first, reason = damaged[0]
@@ -257,20 +262,22 @@ def newest_checkpoint(run_dir: Path, run: Mapping[str, Any] | None = None) -> tu
 
 
 def data_of(checkpoint: Path) -> dict[str, str]:
-    """The fingerprints of the data that a checkpoint's run read; none where it is of an earlier version."""
+    """The fingerprints of the data of a checkpoint's run; empty for earlier versions."""
     return _saved(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)).get("data") or {}
 
 
 def _saved(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What this callback has put into a checkpoint."""
+    """The state of this callback in a checkpoint."""
     return checkpoint["callbacks"].get(Save.__name__, {})
 
 
-def _refuse(path: Path, theirs: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming in what the run of a checkpoint is another."""
-    odd = [f"its {key} is {theirs.get(key)}, here it is {run[key]}" for key in run if theirs.get(key) != run[key]]
+def _refuse(path: Path, saved_run: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise ValueError with the differences between the run of a checkpoint and `run`."""
+    differences = [
+        f"its {key} is {saved_run.get(key)}, here it is {run[key]}" for key in run if saved_run.get(key) != run[key]
+    ]
     raise ValueError(
-        f"{path} is of another run: {', '.join(map(artifact.files.escape_controls, odd))}; put the run's own "
+        f"{path} is of another run: {', '.join(map(artifact.files.escape_controls, differences))}; put the run's own "
         f"checkpoint there, or start a new run with ckpt={path.parents[1]}"
     )
 

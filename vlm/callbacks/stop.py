@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM or `trainer.max_time` ends a run after the step in progress, with all saved."""
+"""Ctrl-C, SIGTERM or `trainer.max_time` stops a run after the current step and saves it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vlm.data.workers import SIGNALS
 
 
 def between_steps(trainer: Any) -> bool:
-    """Whether no gradients of accumulated batches wait for more."""
+    """Whether the last batch completed an optimizer step."""
     return not trainer.fit_loop._should_accumulate()
 
 
 class StopOnSignal(pl.Callback):
-    """Turns the first signal into a stop request; a second Ctrl-C ends at once, further signals change nothing.
+    """The first signal requests a stop; a second Ctrl-C stops at once; other signals are ignored then.
 
-    No validation follows it, also where one was due: who sends it may not wait. The module's `stopped_by` is the first
-    signal, on whichever rank it came.
+    No validation runs after the signal, because the sender may not wait. The module's `stopped_by` is the signal,
+    whichever rank received it.
     """
 
-    order: ClassVar[int] = -2  # before those that look at whether the training should stop
+    order: ClassVar[int] = -2  # before callbacks that read trainer.should_stop
     received: signal.Signals | None = None
 
     def on_train_start(self, trainer: Any, module: pl.LightningModule) -> None:
         interrupted = False
 
-        def ask(signum: int, frame: Any) -> None:
+        def request_stop(signum: int, frame: Any) -> None:
             nonlocal interrupted
             if interrupted and signum == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -41,51 +41,51 @@ class StopOnSignal(pl.Callback):
                 again = "; press Ctrl-C again to stop at once" if interrupted else ""
                 print(f"\nStopping after this step{again}.", flush=True)
 
-        # In the place of Lightning's own handlers: that of SIGTERM raises in the middle of whatever is under way, and
-        # that of SIGUSR1 under SLURM saves there. Lightning restores those from before the fit once all is saved.
+        # Replaces Lightning's handlers: its SIGTERM handler raises in the middle of a step, and its SIGUSR1 handler
+        # under SLURM saves there. Lightning restores the original handlers after the fit.
         for signum in SIGNALS:
-            signal.signal(signum, ask)
+            signal.signal(signum, request_stop)
         connector = trainer._signal_connector
-        if connector.received_sigterm:  # just before; Lightning would raise after the first batch
+        if connector.received_sigterm:  # before this method; Lightning would raise after the first batch
             self.received, connector.received_sigterm = signal.SIGTERM, False
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._look(trainer)
+        self._stop_if_requested(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._look(trainer)
+            self._stop_if_requested(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         module.stopped_by = self.agree(trainer)
 
-    def _look(self, trainer: Any) -> None:
+    def _stop_if_requested(self, trainer: Any) -> None:
         if not between_steps(trainer):
-            return  # a step that has begun is done first
+            return  # the current step is completed first
         self.agree(trainer)
         if self.received is not None:
             trainer.should_stop, trainer.limit_val_batches = True, 0
 
     def agree(self, trainer: pl.Trainer) -> signal.Signals | None:
-        """The signal that all ranks stop for; they stop after the same step or wait for each other for ever."""
+        """The signal of any rank; all ranks must stop after the same step, otherwise they deadlock."""
         if trainer.world_size > 1:
-            ours = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(ours, reduce_op="max"))
+            received = torch.tensor(int(self.received or 0), device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(received, reduce_op="max"))
             self.received = signal.Signals(number) if number else None
         return self.received
 
 
 class StopOnTime(Timer):
-    """Lightning's timer, which then does without its own, but at the end of a step, and for this process alone.
+    """Lightning's Timer, checked only between optimizer steps.
 
-    A stop among the accumulated batches of a step would lose their gradients. A run that goes on has its time again, as
-    a job that a scheduler queues again has.
+    Lightning adds no other Timer then. A stop between accumulated batches would lose their gradients. A resumed run has
+    the full time again, like a job that a scheduler requeues.
 
     Args:
-        max_time: DD:HH:MM:SS; None stops nothing.
+        max_time: DD:HH:MM:SS; None is no limit.
     """
 
-    order: ClassVar[int] = -1  # before Save, which looks at whether the training should stop
+    order: ClassVar[int] = -1  # before Save, which reads trainer.should_stop
 
     def __init__(self, *, max_time: str | None = None) -> None:
         try:

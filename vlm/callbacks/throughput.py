@@ -1,4 +1,4 @@
-"""How fast a run is: tokens and samples a second over the last logged steps, seconds a step, peak memory."""
+"""Speed and memory: tokens and samples per second, seconds per step, peak memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vlm.schema import Batch
 
 
 class Throughput(pl.Callback):
-    """Logs `perf/*` at every logged step and of the whole fit; validation time does not count.
+    """Logs `perf/*` at every logged step and for the whole fit, without validation time.
 
-    Tokens are those of the rows, visual ones and prompts included, padding not; per process.
+    Tokens are counted per process, with visual tokens and prompts, without padding.
     """
 
     def __init__(self) -> None:
@@ -38,16 +38,16 @@ class Throughput(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._start = time.perf_counter()
-        self._mark: float | None = None
+        self._last_time: float | None = None
         self._window = [0.0, 0.0, 0.0]  # seconds, tokens, samples
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
-        if self._mark is None:  # the wait for the batch counts, but not that for the first
-            self._mark = time.perf_counter()
+        if self._last_time is None:  # the wait for a batch counts, except for the first
+            self._last_time = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         now = time.perf_counter()
-        spent, self._mark = now - (self._mark or now), now
+        spent, self._last_time = now - (self._last_time or now), now
         tokens, samples = int(batch.attention_mask.sum()), len(batch.ids)
         self._window = [a + b for a, b in zip(self._window, (spent, tokens, samples), strict=True)]
         self._seconds, self._tokens, self._samples = (
@@ -64,10 +64,10 @@ class Throughput(pl.Callback):
                 self._window = [0.0, 0.0, 0.0]
 
     def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self._mark = None
+        self._last_time = None
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self._mark = time.perf_counter()
+        self._last_time = time.perf_counter()
 
     def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
         seconds = max(self._seconds, 1e-9)
@@ -81,7 +81,7 @@ class Throughput(pl.Callback):
 
 
 def peak_memory_gb() -> float:
-    """The most that the GPU held, or the process where there is none, in units of 10⁹ bytes."""
+    """Peak memory of the GPU, or of the process without a GPU, in units of 10⁹ bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

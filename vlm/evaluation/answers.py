@@ -1,4 +1,4 @@
-"""What the model says of held-out images: answers to the prompts of the validation split, scored."""
+"""Scores of generated answers to the prompts of the validation split."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MaxNewTokens = Annotated[int, Range(1, 65_536)]
 
 
 class Answers(Evaluator):
-    """`val/<score>`, the mean score of generated answers, and `val/<score>/<type>` where the source tells types.
+    """`val/<score>`, the mean score of generated answers, and `val/<score>/<type>` if the source has types.
 
     Args:
-        scorer: of an answer.
-        num_samples: held-out samples to ask about, evenly spread over the split; None: all.
-        batch_size: prompts that are answered together.
-        max_new_tokens: after which an answer is cut.
+        scorer: scores one answer.
+        num_samples: number of validation samples, evenly spread over the split; None is all.
+        batch_size: prompts per batch.
+        max_new_tokens: largest number of tokens of an answer.
     """
 
     at: ClassVar[Literal["validation", "end"]] = "end"
@@ -43,11 +43,11 @@ class Answers(Evaluator):
 
     def finish(self, context: Context) -> dict[str, float]:
         indices = context.data.val_indices(self.num_samples)
-        self.samples = self._answered(context, indices)  # every rank the same
+        self.samples = self._records(context, indices)  # the same on every rank
         return {f"val/{name}": value for name, value in mean_scores(self.samples, self.scorer).items()}
 
-    def _answered(self, context: Context, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """One record a sample that can be read: id, type, prompt, prediction, reference, score, correct."""
+    def _records(self, context: Context, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """One record per readable sample: id, type, prompt, prediction, reference, score, correct."""
         text, records = context.data.text, []
         for prompts in context.data.prompts(indices, self.batch_size):
             batch = prompts.to(context.device)
@@ -70,7 +70,7 @@ class Answers(Evaluator):
 
 
 def mean_scores(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, float]:
-    """The mean score over all records, and by type where they have one; nothing where there are none."""
+    """The mean score over all records, and per type; empty if there are no records."""
     if not records:
         return {}
     by_type: dict[str, list[float]] = defaultdict(list)
@@ -84,7 +84,7 @@ def mean_scores(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, 
 
 
 def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
     with files.create(path) as file:

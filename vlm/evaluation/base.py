@@ -1,4 +1,4 @@
-"""What every evaluator promises: figures of a model on validation data, the same in training and in eval.py."""
+"""Base class of the evaluators: metrics of a model on validation data, the same in train.py and eval.py."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vlm.schema import Batch, LossOutput, is_loss
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator works with; `data` is the run's `VLMDataModule`.
+    """What an evaluator works with.
 
-    `sum_over_ranks` adds each number up over all ranks, `from_first_rank` gives all of them the number of the first;
-    every rank must call them equally often. `autocast` is the precision of the run.
+    `sum_over_ranks` sums each number over all ranks; `from_first_rank` broadcasts the number of rank 0. Every rank must
+    call them equally often. `autocast` is the precision of the run.
     """
 
     model: Any
@@ -32,16 +32,16 @@ class Context:
 
 
 class Evaluator:
-    """Figures of a model.
+    """Metrics of a model.
 
-    One that is due `at` every `validation` is shown each validation batch with what the objective makes of it; one that
-    is due at the `end`, after the last step and in eval.py, goes through the data by itself. `finish` gives the figures
-    by their full names, such as `val/visual_gain`, on every rank.
+    With `at="validation"` it runs at every validation: `update` gets each batch with the output of the objective. With
+    `at="end"` it runs after the last step and in eval.py, and `finish` iterates over the data itself. `finish` returns
+    the metrics with their full names, such as `val/visual_gain`, on every rank.
 
     Attributes:
-        at: when the figures are due.
+        at: when the metrics are computed.
         needs: the protocols of `vlm.models.base` that the model must have.
-        samples: of the last `finish`, records to be written into samples.jsonl.
+        samples: records of the last `finish`, for samples.jsonl.
     """
 
     at: ClassVar[Literal["validation", "end"]]
@@ -49,39 +49,36 @@ class Evaluator:
     samples: Sequence[dict[str, Any]] = ()
 
     def missing(self, data: VLMDataModule, *, num_ranks: int) -> dict[str, str]:
-        """Before the first step: the figures that this data cannot give in so many processes, and why.
-
-        It reads no more than it has to.
-        """
+        """Before the first step: metrics that cannot be computed on this data with `num_ranks` ranks -> reason."""
         return {}
 
     def before_training(self, context: Context) -> None:
-        """Measure what the figures are compared with; a run that resumes has it from its checkpoint."""
+        """Measure the baseline of the metrics; a resumed run has it in its checkpoint."""
 
     def start(self) -> None:
-        """Begin a validation."""
+        """Start a validation."""
 
     def update(self, context: Context, batch: Batch, output: LossOutput) -> None:
-        """Take in a validation batch, without gradients."""
+        """Add a validation batch; gradients are disabled."""
 
     def finish(self, context: Context) -> dict[str, float]:
-        """The figures."""
+        """The metrics."""
         return {}
 
     def reason_to_stop(self, step: int) -> str | None:
-        """After the figures are logged: why the training should end here, in a sentence."""
+        """After logging: a sentence with the reason to stop training at `step`, or None."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint kept."""
+        """Restore the state from a checkpoint."""
 
 
 class Means:
-    """Sums with what each was summed over, added up over batches and ranks.
+    """Means over batches and ranks, as sums with counts.
 
     Every rank must add the same names in the same order.
     """
@@ -94,17 +91,17 @@ class Means:
         self._pairs[name] = self._pairs.get(name, 0) + pair
 
     def add_losses(self, prefix: str, output: LossOutput, *, counts: bool = True) -> None:
-        """Add each loss of an output as `prefix` and its name; with `counts` off, nothing is added to them."""
+        """Add each loss of an output as `prefix` + name; with `counts` off its sum and count are taken as 0."""
         for name in filter(is_loss, output.sums):
             self.add(prefix + name, output.sums[name].item() * counts, output.counts[name] * counts)
 
     def over_ranks(self, context: Context) -> dict[str, float]:
-        """The mean of each name that anything was counted for."""
+        """The mean of each name with a count above 0."""
         sums = context.sum_over_ranks([number for pair in self._pairs.values() for number in pair])
         pairs = zip(self._pairs, sums[::2], sums[1::2], strict=True)
         return {name: total / count for name, total, count in pairs if count}
 
 
 def total(means: Mapping[str, float], prefix: str) -> float:
-    """The sum of the means that `prefix` was added to."""
+    """The sum of the means whose names start with `prefix`."""
     return sum(mean for name, mean in means.items() if name.startswith(prefix))

@@ -1,6 +1,6 @@
-"""What training costs the LLM: its loss on plain conversations, beside that of the LLM before training.
+"""Forgetting: the change of the LLM's loss on text-only conversations by training.
 
-The conversations are fixed, half of them English and half Japanese.
+The conversations are fixed, half English, half Japanese.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from vlm.schema import Batch, VisualSpec
 from vlm.text.encode import TextEncoder
 
 TEXTS = Path(__file__).with_name("texts.jsonl")  # general knowledge and instructions, written for this project
-ROWS = 8  # a batch: its logits are no more than those of a small training batch
+BATCH_SIZE = 8  # its logits need no more memory than those of a small training batch
 
 
 class Forgetting(Evaluator):
-    """`text/loss`, `text/loss_base` and their difference `text/forgetting` at every validation, in nats a token.
+    """`text/loss`, `text/loss_base` and their difference `text/forgetting` at every validation, in nats per token.
 
-    The LLM reads the texts alone: no image, no connector. Its base is the LLM as the stage found it, without the
-    adapter if it has one. It is measured once, before the first step.
-
-    Nothing is measured where the stage freezes the LLM: no step can change what it says.
+    The LLM reads the texts without images and connector. `text/loss_base` is the loss of the LLM at the start of the
+    stage without its adapter, measured once before the first step. With a frozen LLM nothing is measured.
 
     Args:
-        max: the forgetting above which the run stops, with its artifact saved; None stops none.
+        max: the run stops, with its artifact saved, if the forgetting is above it; None never stops.
     """
 
     at: ClassVar[Literal["validation", "end"]] = "validation"
@@ -60,10 +58,10 @@ class Forgetting(Evaluator):
 
     def reason_to_stop(self, step: int) -> str | None:
         if self.max is None or self._forgetting <= self.max:
-            return None  # NaN goes on to the sentence
+            return None  # NaN is not returned here
         return (
-            f"text/forgetting is {self._forgetting:.3f} nats a token at step {step}, above "
-            f"evaluators.forgetting.max={self.max}; the artifact of this step is kept: lower stage.lr.llm, or raise "
+            f"text/forgetting is {self._forgetting:.3f} nats per token at step {step}, above "
+            f"evaluators.forgetting.max={self.max}; the artifact of this step is saved; lower stage.lr.llm or raise "
             "data.text_replay"
         )
 
@@ -74,7 +72,7 @@ class Forgetting(Evaluator):
         self._base = state["base"]
 
     def _loss(self, context: Context) -> float:
-        """Each rank reads all the texts, which are few, and all go by the figure of the first."""
+        """Each rank reads all texts, because they are few; all use the value of rank 0."""
         if not hasattr(self, "_batches"):
             self._batches = text_batches(context.data.text, context.data.spec)
         with context.autocast():
@@ -82,22 +80,25 @@ class Forgetting(Evaluator):
 
 
 def text_batches(encoder: TextEncoder, spec: VisualSpec, *, file: Path = TEXTS) -> list[Batch]:
-    """The conversations of a file as training would read them, in rows of like length.
+    """Batches of the conversations of a file, encoded as in training, in rows of similar length.
 
-    The figure must not depend on how the run cuts and supervises its own data: all of every answer is supervised.
+    Nothing is truncated and every answer is supervised, whatever the options of the run's data.
     """
-    whole = copy(encoder)
-    whole.max_length, whole.train_on = 10**9, "assistant"
+    text_encoder = copy(encoder)
+    text_encoder.max_length, text_encoder.train_on = 10**9, "assistant"
     source = Instruct(split="train", annotations=file, images=None, val_fraction=0.0)
     samples = [source[index] for index in range(len(source))]
-    rows = [make_row(sample, whole.encode(sample.id, sample.messages, 0), spec) for sample in samples]
+    rows = [make_row(sample, text_encoder.encode(sample.id, sample.messages, 0), spec) for sample in samples]
     rows.sort(key=lambda row: len(row.encoded[0].input_ids))
-    return [collate(rows[at : at + ROWS], spec=spec, pad_id=whole.pad_id) for at in range(0, len(rows), ROWS)]
+    return [
+        collate(rows[at : at + BATCH_SIZE], spec=spec, pad_id=text_encoder.pad_id)
+        for at in range(0, len(rows), BATCH_SIZE)
+    ]
 
 
 @torch.no_grad()
 def text_loss(model: Any, batches: Sequence[Batch], *, device: torch.device) -> float:
-    """Mean cross-entropy over all supervised tokens of the batches, in nats; the model's LLM alone reads them."""
+    """Mean cross-entropy over all supervised tokens of the batches, in nats, of the LLM alone."""
     total, num_tokens = 0.0, 0
     for batch in batches:
         batch = batch.to(device)

@@ -1,4 +1,4 @@
-"""All figures of a model, at the end of a training and in eval.py."""
+"""All metrics of a model, at the end of training and in eval.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from vlm.data.datamodule import VLMDataModule
 
-KINDS = ("val/", "text/")  # what the names of an evaluator's figures begin with
+PREFIXES = ("val/", "text/")  # of the names of metrics
 
 
 @dataclass
 class Result:
-    """Figures by name, records for samples.jsonl, and what failed on the way to further ones."""
+    """Metrics by name, records for samples.jsonl, and the error that prevented further ones."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: Sequence[dict[str, Any]] = ()
@@ -21,17 +21,17 @@ class Result:
 
 
 def evaluate(trainer: Any, module: Any, data: VLMDataModule) -> Result:
-    """Validate a `VLMModule`, unless that was done after the last step, then ask the evaluators due at the end.
+    """Validate a `VLMModule`, unless it was validated after the last step, then run the evaluators with `at="end"`.
 
-    Every rank must call this. What fails takes no other figures with it.
+    Every rank must call this. An error is returned with the metrics computed before it.
     """
     result = Result()
     try:
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
-        result.metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(KINDS)}
-        figures, result.samples = module.evaluate_at_end()
-        result.metrics |= figures
+        result.metrics |= {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(PREFIXES)}
+        metrics, result.samples = module.evaluate_at_end()
+        result.metrics |= metrics
     except Exception as error:
         result.failure = error
     return result

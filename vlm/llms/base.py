@@ -1,4 +1,4 @@
-"""What every language model of Transformers shares here: how it is built, embedded, adapted and recomputed."""
+"""Base class of the LLMs, which wrap models of Transformers."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from vlm.llms.loading import load, make
 from vlm.llms.quantization import Quantization, check_quantization
 from vlm.ranges import Facts, Length, Name, Range, RatioBelowOne
 
-ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # what PEFT's LoRA stands beside
+ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # types of layers that PEFT's LoRA supports
 
 
 class LanguageModel(nn.Module, ABC):
-    """The contract's common half; `forward` and `layers` are the subclass's.
+    """A language model of Transformers; subclasses define `forward`, `layers` and `check_packing`.
 
-    The model's own modules and state-dict keys stay as they are. It is always in evaluation mode and its dropout rates
-    are zero; an adapter has a mode and a dropout of its own.
+    The model keeps its modules and state-dict keys. It stays in evaluation mode, with dropout rates of zero; a LoRA
+    adapter has its own mode and dropout.
 
     Args:
         pretrained: hub id or local folder of the weights (safetensors).
-        config: architecture facts (Transformers' names, with `model_type`), enough to build it with no network; None
-            reads them from `pretrained`.
-        weights: `pretrained` reads them, `random` draws them, `meta` allocates none.
-        package: a Python package that carries the weights as a GGUF file; where it is installed, no network is needed.
-        chat_template: name of a template of ours, or None for the tokenizer's own; the data renders with it.
+        config: architecture in Transformers' names, with `model_type`, so that it is built without network; None reads
+            it from `pretrained`.
+        weights: `pretrained` loads them, `random` initializes them, `meta` allocates no memory.
+        package: a Python package that contains the weights as a GGUF file; if installed, no network is needed.
+        chat_template: name of a built-in template of vlm/text/templates.py, or None for the tokenizer's own.
         dtype: of the weights, `float32` or `bfloat16`.
         attention: Transformers' attention implementation.
-        quantization: `int8` (LLM.int8(), arXiv 2208.07339) or `nf4` (QLoRA, arXiv 2305.14314) stores the weights of the
-            linear layers so; on the meta device they count as they were published.
-        generation: `greedy` answers with the likeliest token at every place; `checkpoint` as the generation config that
-            comes with the weights says (sampling, beams, penalties).
-        gradient_checkpointing: compute each layer again in the backward pass instead of keeping what it computed.
-        trust_remote_code: run code that comes with the weights; off unless you trust its author.
+        quantization: `int8` (LLM.int8(), arXiv 2208.07339) or `nf4` (QLoRA, arXiv 2305.14314) quantizes the
+            linear layers; on the meta device they are not quantized.
+        generation: `greedy` decoding, or `checkpoint` for the generation config of the checkpoint (sampling, beams,
+            penalties).
+        gradient_checkpointing: recompute layers in the backward pass instead of storing their activations.
+        trust_remote_code: run code that comes with the weights; set it only if you trust its author.
 
-    Without the pretrained weights there is no pretrained tokenizer: a byte tokenizer stands in.
+    Random or meta weights come with a byte tokenizer instead of the pretrained one.
     """
 
-    auto_class: ClassVar[Any]  # Transformers' class that finds the architecture
-    fusions: ClassVar[tuple[str, ...]]  # kinds of connector that it works with
-    max_answers: ClassVar[int | None] = None  # to learn in a row; None: any number
+    auto_class: ClassVar[Any]  # Transformers' AutoModel class
+    fusions: ClassVar[tuple[str, ...]]  # kinds of connector fusion that it supports
+    max_answers: ClassVar[int | None] = None  # per row; None is no limit
 
     def __init__(
         self,
@@ -83,17 +83,17 @@ class LanguageModel(nn.Module, ABC):
             if rows < tokens:
                 raise ValueError(
                     f"llm.config.vocab_size={rows} is less than the {tokens} tokens of the byte tokenizer; set it to "
-                    f"{tokens} or more"
+                    f"at least {tokens}"
                 )
         self.model.eval()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """Training mode, which is that of the adapter's layers alone."""
+        """Set the mode of the LoRA layers; the model itself stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
-        for layer in self._adapted().values():
+        for layer in self._lora_layers().values():
             layer.train(mode)
         return self
 
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def embed_rms(self) -> float:
-        """Root mean square of the input embeddings: the scale that visual tokens should have."""
+        """Root mean square of the input embeddings: the scale for visual tokens; estimated on 4,096 rows."""
         table = self.model.get_input_embeddings().weight
         if table.is_meta:
             return 1.0
@@ -116,20 +116,20 @@ class LanguageModel(nn.Module, ABC):
         """The transformer layers, in the order of computation."""
 
     def check_length(self, max_length: int) -> None:
-        """Raise ValueError where the model has no positions for `max_length` tokens, the option `data.max_length`."""
+        """Raise ValueError if `max_length` (`data.max_length`) exceeds the positions of the model, in tokens."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and max_length > limit:
             raise ValueError(
-                f"data.max_length={max_length}, but this llm has positions for {limit} tokens; "
-                f"set data.max_length={limit} or less"
+                f"data.max_length={max_length}, but this llm has {limit} positions; "
+                f"set data.max_length to at most {limit}"
             )
 
     @abstractmethod
     def check_packing(self) -> None:
-        """Raise ValueError unless samples that share a row leave each other alone."""
+        """Raise ValueError unless samples in one row are independent of each other."""
 
     def embed(self, ids: Int[Tensor, "*b"]) -> Float[Tensor, "*b d"]:
-        """Input embeddings, with whatever scaling the model applies to them."""
+        """Input embeddings, with the scaling of the model."""
         return self.model.get_input_embeddings()(ids)
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class LanguageModel(nn.Module, ABC):
         max_new_tokens: int,
         **options: Any,
     ) -> Int[Tensor, "b s"]:
-        """New ids only, as the option `generation` and `options` (Transformers' own) say; rows are left-padded."""
+        """The new ids. `options` are those of Transformers' `generate`; rows are left-padded."""
         with self.recomputing(False), self._generating():
             return self.model.generate(
                 inputs_embeds=embeds,
@@ -155,9 +155,9 @@ class LanguageModel(nn.Module, ABC):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Within it the model has the generation config that the option `generation` asks for.
+        """Context in which the model has the generation config of the option `generation`.
 
-        One that is handed to Transformers' `generate` would be filled up from the checkpoint's.
+        A config passed to Transformers' `generate` would be completed from the checkpoint's.
         """
         published = self.model.generation_config
         if self.generation == "greedy":
@@ -178,11 +178,11 @@ class LanguageModel(nn.Module, ABC):
         target_modules: Name | Annotated[list[Name], Length(1)] = "all-linear",
         use_dora: bool = False,
     ) -> None:
-        """Put a low-rank adapter (LoRA, arXiv 2106.09685) beside the named linear layers, in place.
+        """Add a LoRA adapter (arXiv 2106.09685) to the linear layers in `target_modules`, in place.
 
-        `target_modules` lists last parts of names, or is a regular expression of names in full. `use_dora` learns the
-        length of each weight vector apart from its direction (DoRA, arXiv 2402.09353). Raises ValueError where one of
-        the names or the expression matches no layer that can be adapted.
+        `target_modules` is a list of last parts of module names, or a regular expression for full names. `use_dora`
+        also learns the magnitude of each weight vector (DoRA, arXiv 2402.09353). Raises ValueError if a name or the
+        expression matches no layer that LoRA supports.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module, ABC):
         inject_adapter_in_model(settings, self.model)
 
     def _check_targets(self, target_modules: str | list[str]) -> None:
-        """Raise ValueError for a name that matches no layer, which PEFT ignores, or one that it cannot adapt."""
+        """Raise ValueError for a name that matches no layer (PEFT ignores it) or an unsupported layer."""
         if target_modules == "all-linear":
             return
         modules = dict(self.model.named_modules())
@@ -217,28 +217,28 @@ class LanguageModel(nn.Module, ABC):
                 raise ValueError(
                     f"stage.lora.target_modules: {target!r} matches no layer of this llm; its layers are {known}"
                 )
-            if odd := next((name for name in names if name not in adaptable), None):
+            if unsupported := next((name for name in names if name not in adaptable), None):
                 raise ValueError(
-                    f"stage.lora.target_modules: {target!r} matches {odd!r}, a {type(modules[odd]).__name__}, which "
-                    f"cannot have an adapter; choose from {known}"
+                    f"stage.lora.target_modules: {target!r} matches {unsupported!r}, a "
+                    f"{type(modules[unsupported]).__name__}, which cannot have an adapter; choose from {known}"
                 )
 
     def merge_lora(self) -> None:
-        """Add the adapter to the matrices that it stands beside, and take it away."""
-        for name, module in self._adapted().items():
+        """Merge the LoRA weights into their base layers and remove the adapter."""
+        for name, module in self._lora_layers().items():
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, module.get_base_layer())
 
-    def _adapted(self) -> dict[str, Any]:
-        """The layers of PEFT that stand in the place of those that they adapt, by name."""
+    def _lora_layers(self) -> dict[str, Any]:
+        """The LoRA layers by name."""
         return {name: module for name, module in self.model.named_modules() if hasattr(module, "base_layer")}
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Within it the LLM is what it was before `add_lora`; one without an adapter stays as it is."""
-        layers = self._adapted().values()
-        trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        """Context in which the LLM computes as before `add_lora`; without an adapter nothing changes."""
+        layers = self._lora_layers().values()
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for layer in layers:
             layer.enable_adapters(False)
         try:
@@ -246,26 +246,26 @@ class LanguageModel(nn.Module, ABC):
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-            for parameter, flag in trains:  # which PEFT has changed too
+            for parameter, flag in flags:  # changed by PEFT
                 parameter.requires_grad_(flag)
 
     @contextmanager
     def select_logits(self, logits_mask: Tensor) -> Iterator[None]:
-        """Within it logits are computed at `logits_mask` alone: a vocabulary is far wider than hidden states.
+        """Context in which logits are computed only at `logits_mask`, which saves memory.
 
-        What the model does to its logits (soft-capping, scaling) still applies.
+        Soft-capping and scaling of the logits still apply.
         """
-        narrow = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][logits_mask],))
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][logits_mask],))
         try:
             yield
         finally:
-            narrow.remove()
+            hook.remove()
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
-        """Within it layers are recomputed in the backward pass, if `on` and `gradient_checkpointing`.
+        """Context in which layers are recomputed in the backward pass, if `on` and `gradient_checkpointing`.
 
-        Transformers does so where a layer, its submodules aside, is in training mode; such a layer keeps no KV cache.
+        Transformers recomputes a layer if the layer itself is in training mode; such a layer has no KV cache.
         """
         modes = [(layer, layer.training) for layer in self.layers()]
         for layer, _ in modes:

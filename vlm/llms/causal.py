@@ -1,6 +1,6 @@
-"""Any decoder-only language model of Transformers, given embeddings instead of ids and asked only for some logits.
+"""Decoder-only language models of Transformers (`AutoModelForCausalLM`).
 
-Axes: B rows, T tokens per row, D width, V vocabulary, M kept positions of the batch.
+Axes: B rows, T tokens per row, D width, V vocabulary, M number of positions in `logits_mask`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vlm.llms.base import LanguageModel
 
 
 class CausalLM(LanguageModel):
-    """A causal LLM behind the contract of this project."""
+    """A causal LLM."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     fusions: ClassVar[tuple[str, ...]] = ("tokens", "layers")
@@ -33,10 +33,10 @@ class CausalLM(LanguageModel):
         position_ids: Int[Tensor, "b t"],
         logits_mask: Bool[Tensor, "b t"],
     ) -> Float[Tensor, "m v"]:
-        """Logits at the positions of `logits_mask` alone, row by row.
+        """Logits at the positions of `logits_mask`, row by row.
 
-        Without a mask, tokens see only those since the last position that does not follow the one before it: several
-        samples may share a row. `check_packing` tells whether the LLM keeps to it.
+        Without `mask` a row may hold several samples: each starts where `position_ids` restart, and tokens attend only
+        within their sample. `check_packing` tests this.
         """
         with self.select_logits(logits_mask), self.recomputing(torch.is_grad_enabled()):
             return self.model(
@@ -45,7 +45,7 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Raise ValueError unless samples that share a row leave each other alone: not every model sees to it."""
+        """Raise ValueError unless samples in one row are independent of each other; not every model supports it."""
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor(
             [[5, 6, 7, 8, 9, 10], [11, 12, 13, 8, 9, 10]], device=device
@@ -55,4 +55,4 @@ class CausalLM(LanguageModel):
         one, other = self(self.embed(ids), None, position_ids, logits_mask).view(2, 3, -1)
         if not torch.allclose(one, other, atol=1e-3 * float(one.abs().max())):
             name = self.model.config.model_type
-            raise ValueError(f"llm {name} lets samples of one row see each other; set data.packing=false")
+            raise ValueError(f"llm {name} attends across samples of one row; set data.packing=false")

@@ -1,6 +1,6 @@
-"""LLM weights that come as a Python package: a GGUF file, converted once into a folder that loads in a second.
+"""LLM weights in a Python package: a GGUF file, converted once to safetensors in the user's cache.
 
-Reading GGUF costs most of a minute for a vocabulary of 262,144, so the result is kept in the user's cache.
+Conversion takes about a minute for a vocabulary of 262,144; the converted folder loads in a second.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 
 
 def cache_folder() -> Path:
-    """Where converted weights live: `$VLM_CACHE`, else the user's cache folder."""
+    """The folder of converted weights: `$VLM_CACHE`, else the user's cache folder."""
     root = os.environ.get("VLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm"
     return Path(root)
 
 
 def package_folder(package: str) -> Path | None:
-    """Where the converted weights of the package are once they have been converted, or None if it is not installed."""
+    """The folder for the converted weights of the package, or None if the package is not installed."""
     if importlib.util.find_spec(package) is None:
         return None
     return cache_folder() / f"{package}-{importlib.import_module(package).EXPECTED_SHA256[:12]}"
 
 
 def convert_package(package: str) -> Path | None:
-    """Folder with the package's model in Transformers' own layout (safetensors, bfloat16), or None if not installed.
+    """Folder with the package's model in Transformers' layout (safetensors, bfloat16), or None if not installed.
 
     The package offers `assemble(path)`, which joins its parts and checks their SHA-256, and `EXPECTED_SHA256`. The
-    folder appears by renaming when it is complete, so a conversion that was cut off is never read.
+    folder is renamed into place when complete, so an interrupted conversion is never read.
     """
     folder = package_folder(package)
     if folder is None or folder.is_dir():

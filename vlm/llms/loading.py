@@ -1,4 +1,4 @@
-"""Language models of Transformers: read from a folder, a hub id or a package, or made from their facts alone."""
+"""Load language models and tokenizers of Transformers from a folder, hub id or package, or build them from a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlm.hub import check_match, config_of, first_line, look_up, readable_weight
 from vlm.llms.gguf import convert_package, package_folder
 from vlm.llms.quantization import Quantization, loading_options
 
-# Any of these holds a vocabulary.
+# Files that hold a vocabulary.
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*vocab.json", "*.tiktoken", "tekken.json")
 
 
@@ -32,14 +32,14 @@ def make(
     dtype: torch.dtype,
     attention: str,
 ) -> Any:
-    """The model that `config`, or else the configuration of `pretrained`, describes, with random weights or none."""
+    """A model with random weights (none on the meta device) from `config`, or else from the config of `pretrained`."""
     if config is None:
         try:
-            architecture = _architecture(auto_class, _named(pretrained), trust=trust)
+            architecture = _architecture(auto_class, _pretrained_name(pretrained), trust=trust)
         except OSError as error:
             raise ValueError(
                 f"no configuration for the llm: looked for the folder or hub id {pretrained!r} ({first_line(error)}); "
-                "set llm.pretrained=<folder> or write its facts into llm.config"
+                "set llm.pretrained=<folder> or give its architecture in llm.config"
             ) from error
     else:
         architecture = _without_dropout(from_facts(config, option="llm.config"))
@@ -49,7 +49,7 @@ def make(
         )
     if config is not None and config.get("tie_word_embeddings") is False:
         _untie(model)
-    for parameter in model.parameters():  # drawn in float32, they are the same numbers in every precision
+    for parameter in model.parameters():  # initialized in float32, so that every precision starts from the same numbers
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -86,59 +86,58 @@ def load(
 
 
 def load_tokenizer(pretrained: str | None, *, package: str | None, trust: bool) -> Any:
-    """The tokenizer alone, from where `load` reads it."""
+    """The tokenizer alone, from the same place as `load`."""
     folder = _folder(pretrained, package)
     try:
         look_up(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except Exception as error:  # what a broken file raises depends on the library that reads it
+    except Exception as error:  # libraries raise different errors for a broken file
         _check_tokenizer_files(Path(folder))
-        if not isinstance(error, OSError | ValueError):  # a folder without its files is a ValueError to some tokenizers
+        if not isinstance(error, OSError | ValueError):  # some tokenizers raise ValueError for missing files
             raise
         raise _not_found("tokenizer", folder, package) from error
     if Path(folder).is_dir() and not any(path for form in TOKENIZER_FILES for path in Path(folder).glob(form)):
-        raise _not_found("tokenizer", folder, package)  # Transformers makes one that knows no word
+        raise _not_found("tokenizer", folder, package)  # Transformers would make one with an empty vocabulary
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {folder} has no character offsets, which label masks need; use a fast one")
     return tokenizer
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raise ValueError for a tokenizer file of a local folder that cannot be read as what it is."""
+    """Raise ValueError for a damaged tokenizer file in a local folder."""
     for path in sorted(folder.glob("tokenizer*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise _broken(path, f"is no valid JSON ({error})") from error
+            raise _broken(path, f"is not valid JSON ({error})") from error
     if (path := folder / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exceptions
-            raise _broken(path, f"describes no tokenizer ({error})") from error
+            raise _broken(path, f"is not a tokenizer ({error})") from error
     for path in sorted(folder.glob("*.model")):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise ValueError(
-                f"{path} can be read with the package sentencepiece alone, which is not installed; "
-                "run pip install sentencepiece"
+                f"{path} needs the package sentencepiece, which is not installed; run pip install sentencepiece"
             ) from error
         try:
             SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise _broken(path, f"is no SentencePiece model ({error})") from error
+            raise _broken(path, f"is not a SentencePiece model ({error})") from error
 
 
 def _broken(path: Path, what: str) -> ValueError:
     size = path.stat().st_size
     return ValueError(
         f"the tokenizer file {path} ({size:,} bytes) {what[:200]}; "
-        "download it again: it may be cut, or a Git LFS pointer"
+        "it may be truncated or a Git LFS pointer; download it again"
     )
 
 
 def _folder(pretrained: str | None, package: str | None) -> str:
-    return str((convert_package(package) if package else None) or _named(pretrained))
+    return str((convert_package(package) if package else None) or _pretrained_name(pretrained))
 
 
 def _not_found(what: str, folder: str, package: str | None, error: Exception | None = None) -> ValueError:
@@ -151,7 +150,7 @@ def _not_found(what: str, folder: str, package: str | None, error: Exception | N
     )
 
 
-def _named(pretrained: str | None) -> str:
+def _pretrained_name(pretrained: str | None) -> str:
     if pretrained is None:
         raise ValueError("this llm has no pretrained weights; set llm.weights=random or llm.pretrained=<folder>")
     return pretrained
@@ -164,13 +163,13 @@ def _architecture(auto_class: Any, folder: str, *, trust: bool) -> PretrainedCon
         if trust:
             raise
         raise ValueError(
-            f"the weights of {folder} come with code of their own, which is not run; "
+            f"the weights of {folder} come with code of their own, which is not run by default; "
             "set llm.trust_remote_code=true if you trust its author"
         ) from error
     if not trust and type(architecture) not in auto_class._model_mapping:
         raise ValueError(
-            f"{folder!r} is a {architecture.model_type!r}, which Transformers' {auto_class.__name__} does not read; "
-            "set llm.pretrained= to a model that it reads"
+            f"{folder!r} is a {architecture.model_type!r}, which Transformers' {auto_class.__name__} does not support; "
+            "set llm.pretrained= to a supported model"
         )
     return _without_dropout(architecture)
 
@@ -183,9 +182,9 @@ def _without_dropout(architecture: PretrainedConfig) -> PretrainedConfig:
 
 
 def _untie(model: Any) -> None:
-    """Give the output matrix weights of its own, as its facts say.
+    """Give the output projection its own weights.
 
-    Transformers ties those of T5 whatever the facts say, until it reads a checkpoint that holds two matrices.
+    Transformers ties T5's weights whatever the config says, unless it loads a checkpoint with both.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:
@@ -193,17 +192,17 @@ def _untie(model: Any) -> None:
 
 
 def local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
-    """The LLM's own tokenizer if its files are on this machine."""
+    """The LLM's tokenizer if its files are on this machine, else None."""
     try:
         folder = _tokenizer_folder(llm)
         trust = llm.get("trust_remote_code", False)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust) if folder else None
-    except (OSError, ValueError):  # incomplete, or no name that the hub's cache knows
+    except (OSError, ValueError):  # incomplete files, or not a hub id
         return None
 
 
 def _tokenizer_folder(llm: Mapping[str, Any]) -> Path | None:
-    """The folder that training would read, as far as that takes no conversion and no download."""
+    """The folder that training would read, or None if that needs a conversion or a download."""
     package = package_folder(llm["package"]) if llm.get("package") else None
     name = llm.get("pretrained")
     if package and package.is_dir():

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, through bitsandbytes: refused in one sentence where they cannot be had."""
+"""Weights in 8 or 4 bits with bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Quantization = Literal["none", "int8", "nf4"]
 
 
 def check_quantization(quantization: Quantization, *, weights: str) -> None:
-    """Raise ValueError, before anything is loaded, where weights cannot be stored so."""
+    """Raise ValueError, before anything is loaded, if the quantization is not possible here."""
     if quantization == "none" or weights == "meta":
         return
     if weights == "random":
         raise ValueError(
-            f"llm.quantization={quantization} rounds pretrained weights, but llm.weights=random has none; "
+            f"llm.quantization={quantization} needs pretrained weights, but llm.weights=random; "
             "set llm.quantization=none"
         )
     if not torch.cuda.is_available():
@@ -31,7 +31,7 @@ def check_quantization(quantization: Quantization, *, weights: str) -> None:
 
 
 def loading_options(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` takes to store the linear layers' weights so and to compute in `dtype`."""
+    """Arguments of `from_pretrained` that quantize the linear layers and compute in `dtype`."""
     if quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig

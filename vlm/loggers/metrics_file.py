@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a logged step, with its `step` in optimizer steps from 1."""
+"""metrics.jsonl: one JSON object per logged step; `step` counts optimizer steps from 1."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vlm import files
 
 
 class MetricsFile(Logger):
-    """Appends the train metrics of every logged step of a fit, and the val and text metrics of every validation in it.
+    """Appends the metrics of every logged step and every validation of a fit.
 
-    The figures that come after the fit are in metrics.json.
+    Metrics after the fit are in metrics.json.
 
     Args:
         run_dir: the folder of the file.
@@ -42,21 +42,21 @@ class MetricsFile(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> None:
-        """None: there is nothing to open."""
+        """None; Lightning requires the property."""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Write nothing; config.yaml has them."""
+        """Does nothing; config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._fit_is_over:
             return
-        # Neither Lightning's `epoch` nor what has no value at this step.
+        # Without Lightning's `epoch` and without NaN.
         values = {name: float(value) for name, value in metrics.items() if "/" in name and value == value}
         with files.append(self.file) as file:
             file.write(json.dumps({"step": int(step or 0), **values}) + "\n")
 
     def finalize(self, status: str) -> None:
-        """Lightning calls this at the end of a fit."""
+        """Called by Lightning at the end of a fit."""
         self._fit_is_over = True

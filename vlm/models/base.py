@@ -1,4 +1,4 @@
-"""What every model promises: named parts, the blocks of each, how it is built, and what data must know about it."""
+"""Base class of the models and the protocols that objectives and evaluators need."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ State = Literal["frozen", "full", "lora", "last_n"]
 class Model(nn.Module, ABC):
     """A model owns named parts and a forward pass.
 
-    Whatever treats the parts one by one (trainable states, learning rates, parameter groups, the printed table, the
-    plan, sharding, the identity of an artifact) asks the attributes below, so that a model with other parts needs no
-    change anywhere else. Every parameter of a model belongs to exactly one part.
-
-    What a model can do beyond that, it says by inheriting from the protocols at the end of this file.
+    Trainable states, learning rates, parameter groups, the printed table, the plan, sharding and the identity of an
+    artifact use the attributes below, so a model with other parts needs no change anywhere else. Every parameter
+    belongs to exactly one part. A model declares its capabilities by inheriting from the protocols at the end of this
+    file.
 
     Attributes:
-        parts: attribute names of the parts, each with the states that a stage may give it. `full` trains all of the
-            part, `lora` an adapter beside its linear layers (`add_lora`), `last_n` its last N blocks. A part that can
-            be swapped has a config group of the same name.
-        pretrained: the parts that come with weights. An artifact names them and is refused on others.
-        layer_decay_part: the part whose blocks learn at the decaying rates of `stage.layer_decay`, if there is one.
-        root_methods: methods beside `forward` that use several parts, which sharding has to know.
-        tokenizer: of the text that the model reads.
-        chat_template: the name of a chat template of ours; None is the tokenizer's own.
-        max_answers: how many answers a row may hold; None is any number.
-        quantization: how the frozen weights are stored, `none` or an option of `llm.quantization`.
+        parts: attribute names of the parts, each with the states that a stage may give it. `full` trains the whole
+            part, `lora` an adapter (`add_lora`), `last_n` the last N blocks. A part that can be swapped has a config
+            group of the same name.
+        pretrained: the parts with pretrained weights. An artifact names them and does not load on others.
+        layer_decay_part: the part to which `stage.layer_decay` applies, if any.
+        root_methods: methods beside `forward` that use several parts; sharding needs their names.
+        tokenizer: of the LLM or text encoder.
+        chat_template: name of a built-in template of vlm/text/templates.py; None is the tokenizer's own.
+        max_answers: largest number of answers in a row; None is no limit.
+        quantization: of the frozen weights, `none` or an option of `llm.quantization`.
     """
 
     parts: ClassVar[Mapping[str, tuple[State, ...]]]
@@ -51,69 +50,69 @@ class Model(nn.Module, ABC):
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:
-        """Raise ValueError, before anything is loaded, where the options of the parts do not fit their classes."""
+        """Raise ValueError, before anything is loaded, if the options of a part do not fit its class."""
         for part in cls.groups(cfg):
             bind(part, cfg[part])
 
     @classmethod
     def build(cls, cfg: Mapping[str, Any], *, bf16: bool) -> Model:
-        """The model from its config, on its pretrained weights.
+        """The model from its config, with pretrained weights.
 
-        Random numbers come from `cfg["seed"]`. With `bf16` the caller rounds what stays frozen to bfloat16 afterwards;
-        a part that is large and frozen is best loaded so.
+        Random numbers come from `cfg["seed"]`. With `bf16` the caller casts frozen parameters to bfloat16 afterwards; a
+        large frozen part should be loaded in bfloat16.
         """
         return bind("model", cfg["model"], {part: bind(part, cfg[part])() for part in cls.groups(cfg)})()
 
     @classmethod
     def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
-        """The parts that have a config group in `cfg`; the model makes the others itself.
+        """The parts that have a config group in `cfg`; the model creates the others itself.
 
-        A model that cannot do so raises ValueError where a group is missing.
+        Raises ValueError if a required group is missing.
         """
         return [part for part in cls.parts if part in cfg]
 
     @abstractmethod
     def visual_spec(self) -> VisualSpec:
-        """How an image becomes pixels, and how many placeholders it takes in a row of text."""
+        """How an image becomes `pixel_values`, and its number of placeholders in a row."""
 
     @property
     def num_visual_tokens(self) -> int:
-        """Visual tokens of an image, or of a tile of one, wherever they enter the model."""
+        """Visual tokens per image, or per tile, wherever they enter the model."""
         return self.visual_spec().num_tokens
 
     def blocks(self, part: str) -> list[nn.Module]:
-        """The blocks of a part in the order of computation; none where it is not made of blocks."""
+        """The blocks of a part in the order of computation; empty if it has no blocks."""
         return []
 
     def check_rows(self, *, max_length: int, packing: bool) -> None:
-        """Raise ValueError where the model cannot read rows of `max_length` tokens, or several samples in a row."""
+        """Raise ValueError if the model does not support rows of `max_length` tokens, or packed rows."""
         if packing:
-            raise ValueError(f"{type(self).__name__} reads one sample a row; set data.packing=false")
+            raise ValueError(f"{type(self).__name__} takes one sample per row; set data.packing=false")
 
     def diagnostics(self, batch: Batch) -> dict[str, float]:
-        """Figures of the model on a validation batch that help to see what is wrong; logged as `val/<name>`."""
+        """Metrics of a validation batch for debugging; logged as `val/<name>`."""
         return {}
 
     def identity(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """What an artifact is compared by: `parts`, the options of what the model adds, and `bases`, its weights."""
+        """The identity that an artifact stores: `parts`, options of new parts, and `bases`, the pretrained parts."""
         own = {part: dict(cfg[part]) for part in self.groups(cfg) if part not in self.pretrained}
         bases = {part: identity(getattr(self, part), cfg[part]) for part in self.pretrained}
         return {"parts": {"model": dict(cfg["model"]), **own}, "bases": bases}
 
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
-        """Where the model was built without weights, take the tokenizer that is on this machine; say which it is."""
+        """Use the tokenizer on this machine if the model was built without weights; return its description."""
         return "the model's own tokenizer"
 
     def load_tokenizer(self, cfg: Mapping[str, Any]) -> None:
-        """Where the model was built without weights, read the tokenizer that it would have with them."""
+        """Load the pretrained tokenizer if the model was built without weights."""
 
     @classmethod
     def lora_part(cls) -> str | None:
-        """The part that takes an adapter, if there is one."""
+        """The part that supports a LoRA adapter, if any."""
         return next((part for part, states in cls.parts.items() if "lora" in states), None)
 
     def check_parts(self) -> None:
-        """Raise ValueError where a parameter belongs to no part or to two: no learning rate would be its own."""
+        """Raise ValueError if a parameter belongs to no part or to several; its learning rate would be undefined."""
         owners: dict[int, list[str]] = {id(parameter): [] for parameter in self.parameters()}
         for part in self.parts:
             for parameter in getattr(self, part).parameters():
@@ -136,7 +135,7 @@ class PredictsTokens(Protocol):
 
 
 class Generates(Protocol):
-    """Answers a prompt."""
+    """Generates answers to prompts."""
 
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
         """Ids of the answers to a batch of left-padded prompts."""
@@ -144,23 +143,23 @@ class Generates(Protocol):
 
 
 class AnswersText(Protocol):
-    """Has an LLM in it that answers text alone, which training can make worse."""
+    """Has an LLM that can answer text alone."""
 
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
-        """Logits of the bare LLM at the positions before supervised tokens, for rows of text alone."""
+        """Logits of the LLM alone at the positions before supervised tokens, for rows without images."""
         ...
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that answer text alone."""
+        """The parameters of the LLM."""
         ...
 
     def without_adapter(self) -> AbstractContextManager[None]:
-        """Within it text is answered as before an adapter was added."""
+        """Context in which the LLM computes without its adapter."""
         ...
 
 
 def check_capabilities(name: str, needs: tuple[type, ...], model: type[Model]) -> None:
-    """Raise ValueError where a model lacks one of the protocols that `name`, an objective or evaluator, needs."""
+    """Raise ValueError if a model lacks a protocol that `name`, an objective or evaluator, needs."""
     for protocol in needs:
         if protocol not in model.__mro__:
             what = str(protocol.__doc__).partition("\n")[0].partition(":")[0].rstrip(".").lower()

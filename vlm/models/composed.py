@@ -1,4 +1,4 @@
-"""Encoder, connector and LLM in a row: the image enters the LLM as visual tokens."""
+"""The vision-language model of encoder, connector and LLM: images enter the LLM as visual tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlm.options import bind, bind_class, parameters, unknown_key
 from vlm.schema import Batch, VisualSpec
 from vlm.text.templates import TEMPLATES
 
-RANDOM_WEIGHTS_SEED = 0  # random base models are the same in every run, as pretrained ones are
-SIZES = ("vision_width", "llm_width", "grid", "output_rms")  # what a connector is told about its neighbors
+RANDOM_WEIGHTS_SEED = 0  # a random encoder or LLM is the same in every run, like a pretrained one
+SIZES = ("vision_width", "llm_width", "grid", "output_rms")  # arguments of a connector that come from encoder and LLM
 
 
 class Composed(Model, PredictsTokens, Generates, AnswersText):
@@ -82,7 +82,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     def fused(
         self, visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
     ) -> Iterator[Float[Tensor, "b t d"]]:
-        """The embeddings that the LLM reads: with the visual tokens in them, or with its layers attending to those."""
+        """Context that yields the LLM's input embeddings: with visual tokens, or while its layers attend to these."""
         if self.connector.fusion == "tokens":
             yield scatter_visual_tokens(visual, embeds, batch)  # B T D
         else:
@@ -102,7 +102,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     def diagnostics(self, batch: Batch) -> dict[str, float]:
         """Root mean square of the visual tokens and of the LLM's embeddings.
 
-        Visual tokens that are far louder or softer than words are learned slowly.
+        Training is slow if they differ much.
         """
         visual = self.connector(self.encoder(batch.pixel_values))  # N K D
         if len(visual) == 0:
@@ -149,7 +149,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     @classmethod
     def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
         if missing := [part for part in cls.parts if part not in cfg]:
-            raise ValueError(f"a run cannot do without {missing[0]}; choose one of the options in conf/{missing[0]}")
+            raise ValueError(f"the config has no {missing[0]}; choose one of the options in conf/{missing[0]}")
         return list(cls.parts)
 
     @classmethod
@@ -158,7 +158,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         bind("encoder", encoder)
         connector: Any = bind("connector", cfg["connector"], derived=dict.fromkeys(SIZES)).func
         llm: Any = bind("llm", cfg["llm"], derived={"dtype": "float32"}).func
-        bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm", *OF_OPTIONS)))
+        bind("model", cfg["model"], derived=dict.fromkeys(("encoder", "connector", "llm", *FROM_OPTIONS)))
         if lacking := [size for size in SIZES if size not in parameters(connector)]:
             raise ValueError(
                 f"connector {connector.__name__} does not take {lacking[0]}; the constructor of a connector takes "
@@ -167,8 +167,8 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         _check_contract("connector", connector, ("fusion",))
         if tiles.grids and connector.fusion != "tokens":
             raise ValueError(
-                f"connector {connector.__name__} shows the llm one image at a time and encoder.tiles.grids="
-                f"{tiles.grids} makes several of one; set encoder.tiles.grids=[] or connector=mlp"
+                f"connector {connector.__name__} does not support tiles, but encoder.tiles.grids="
+                f"{tiles.grids}; set encoder.tiles.grids=[] or connector=mlp"
             )
         for part in ("encoder", "llm"):
             if isinstance(facts := cfg[part].get("config"), Mapping) and "model_type" in facts:
@@ -183,7 +183,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         quantization, state = options.get("quantization", "none"), cfg["stage"].get("llm")
         if quantization != "none" and state not in ("frozen", "lora"):
             raise ValueError(
-                f"stage.llm={state} cannot train weights that llm.quantization={quantization} has rounded; "
+                f"stage.llm={state} cannot train weights quantized by llm.quantization={quantization}; "
                 "set stage.llm=lora or llm.quantization=none"
             )
         check_quantization(quantization, weights=options["weights"])
@@ -192,40 +192,42 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @classmethod
     def build(cls, cfg: Mapping[str, Any], *, bf16: bool) -> Model:
-        """As `Model.build`. The connector learns the sizes of its neighbors."""
-        # What trains is loaded in float32, so that no value of it is rounded; an adapter's LLM is frozen itself.
-        rounded = bf16 and cfg["stage"]["llm"] in ("frozen", "lora")
+        """As `Model.build`; the connector gets the sizes of encoder and LLM."""
+        # Trainable parameters are loaded in float32, so that no value is rounded. With LoRA the LLM itself is frozen.
+        llm_in_bf16 = bf16 and cfg["stage"]["llm"] in ("frozen", "lora")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_WEIGHTS_SEED)
             options, tiles = _split_tiles(cfg["encoder"])
             encoder: Any = bind("encoder", options)().requires_grad_(False)
             _check_contract("encoder", encoder, ("width", "grid", "image_size", "transform", "blocks"))
             sizes = {"vision_width": encoder.width, "grid": tuple(encoder.grid)}
-            with torch.device("meta"):  # what does not fit is said before the LLM is loaded
+            with torch.device("meta"):  # raises before the LLM is loaded if it does not fit
                 connector: Any = bind("connector", cfg["connector"], {**sizes, "llm_width": 64, "output_rms": 1.0})()
-            inside = ("attach", "attending_to") if connector.fusion == "layers" else ()
-            _check_contract("connector", connector, ("num_tokens", *inside))
-            llm: Any = bind("llm", cfg["llm"], {"dtype": "bfloat16" if rounded else "float32"})().requires_grad_(False)
+            layer_methods = ("attach", "attending_to") if connector.fusion == "layers" else ()
+            _check_contract("connector", connector, ("num_tokens", *layer_methods))
+            llm: Any = bind("llm", cfg["llm"], {"dtype": "bfloat16" if llm_in_bf16 else "float32"})().requires_grad_(
+                False
+            )
         torch.manual_seed(cfg["seed"])
         sizes |= {"llm_width": llm.width, "output_rms": llm.embed_rms}
         parts = {"encoder": encoder, "connector": bind("connector", cfg["connector"], sizes)(), "llm": llm}
-        of_options = {
+        from_options = {
             "tiles": tiles,
             "chat_template": cfg["llm"]["chat_template"],
             "quantization": cfg["llm"].get("quantization", "none"),
         }
-        return bind("model", cfg["model"], {**parts, **of_options})()
+        return bind("model", cfg["model"], {**parts, **from_options})()
 
     def identity(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """As `Model.identity`; of the encoder also what its features are taken from, and how images are cut."""
-        found = super().identity(cfg)
-        found["parts"]["encoder"] = {
+        """As `Model.identity`, with the layer, transform and tiles of the encoder."""
+        identity = super().identity(cfg)
+        identity["parts"]["encoder"] = {
             **{key: cfg["encoder"].get(key) for key in ("_target_", "layer")},
             "image_size": list(self.encoder.image_size),
             "transform": asdict(self.encoder.transform),
             "tiles": asdict(self.tiles),
         }
-        return found
+        return identity
 
     def load_tokenizer(self, cfg: Mapping[str, Any]) -> None:
         llm = cfg["llm"]
@@ -238,40 +240,43 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         if (found := local_tokenizer(cfg["llm"])) is not None:
             self.llm.tokenizer = found
             return "the LLM's own tokenizer"
-        # A byte tokenizer stands in, whose texts are several times as long and which has no template of its own.
+        # The byte tokenizer gives texts several times as long, and has no chat template.
         self.chat_template = self.chat_template or "chatml"
         return "a byte tokenizer"
 
 
-OF_OPTIONS = ("tiles", "chat_template", "quantization")  # what the model takes from the options of its parts
+FROM_OPTIONS = (
+    "tiles",
+    "chat_template",
+    "quantization",
+)  # arguments of the model that come from the options of its parts
 
 
 def _check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
-    """Raise ValueError where a part lacks an attribute that this model uses."""
+    """Raise ValueError if a part lacks an attribute that this model uses."""
     if lacking := [name for name in names if not hasattr(found, name)]:
         kind = found if isinstance(found, type) else type(found)
-        raise ValueError(
-            f"{part} {kind.__name__} has no {lacking[0]}; docs/extend.md says what a {part} has beside its forward pass"
-        )
+        raise ValueError(f"{part} {kind.__name__} has no {lacking[0]}; docs/extend.md lists the attributes of a {part}")
 
 
 def scatter_visual_tokens(
     visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
 ) -> Float[Tensor, "b t d"]:
-    """The embeddings with the visual tokens, in order, where the placeholders are.
+    """The embeddings with the visual tokens, in order, at the positions of the placeholders (`image_mask`).
 
-    Raises ValueError if there are not as many placeholders as visual tokens.
+    Raises ValueError if the numbers of placeholders and visual tokens differ.
     """
     placeholders, tokens = int(batch.image_mask.sum()), visual.shape[0] * visual.shape[1]
     if placeholders != tokens:
         raise ValueError(
             f"the batch has {placeholders} image placeholders but {visual.shape[0]} images of {visual.shape[1]} visual "
-            f"tokens = {tokens}; tell the data the connector's num_tokens (samples {', '.join(batch.ids[:4])})"
+            f"tokens = {tokens}; set num_tokens of the VisualSpec to the connector's (samples "
+            f"{', '.join(batch.ids[:4])})"
         )
     return embeds.masked_scatter(batch.image_mask[..., None], visual.to(embeds.dtype))
 
 
 def _split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
-    """The options of the encoder, and the tiling around it."""
+    """The options of the encoder without `tiles`, and its tiles."""
     encoder = dict(options)
     return encoder, bind_class("encoder.tiles", Tiles, encoder.pop("tiles", {}))()

@@ -1,4 +1,4 @@
-"""Next-token prediction: how well the model predicts the supervised tokens of a conversation about its images."""
+"""Next-token prediction: cross-entropy of the supervised tokens of conversations about images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm.models.base import PredictsTokens
 from vlm.objectives.base import Objective
 from vlm.schema import Batch, LossOutput
 
-# Logits handled at a time. A CPU's float32 copy of 4 MB stays in its cache; a GPU would wait for so many small kernels.
+# Logits per chunk. On a CPU a float32 copy of 4 MB stays in the cache; a GPU needs larger chunks, for fewer kernels.
 CHUNK = {"cpu": 2**20, "gpu": 2**26}
 
 
@@ -27,7 +27,7 @@ class LanguageModeling(Objective):
         logits = model(batch)  # M V
         loss, losses = SummedCrossEntropy.apply(logits, batch.targets)  # and M
         sums, counts = {"lm_loss": loss}, {"lm_loss": len(batch.targets)}
-        if batch.sources:  # all of them, also those with no sample here: every rank adds up the same names
+        if batch.sources:  # also sources without a sample in this batch, because every rank must sum the same names
             source = torch.tensor([batch.sources.index(sample.meta["source"]) for sample in batch.samples])
             source = source.to(losses.device)[batch.sample_index[batch.logits_mask]]  # M
             for number, name in enumerate(batch.sources):
@@ -37,12 +37,12 @@ class LanguageModeling(Objective):
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(logits.float(), targets, reduction="sum")` a few rows at a time, the gradient on the way.
+    """`F.cross_entropy(logits.float(), targets, reduction="sum")` in chunks of rows, with its gradient.
 
-    Returns the sum, and the loss of each row, which has no gradient.
+    Returns the sum and the losses per row; the latter have no gradient.
 
-    A vocabulary makes logits the largest tensor of a step by far; no float32 copy of all of them is ever made. The
-    gradient of row m is softmax(logits[m]) - onehot(targets[m]).
+    Logits are the largest tensor of a step, so they are never copied to float32 as a whole. The gradient of row m is
+    softmax(logits[m]) - onehot(targets[m]).
     """
 
     @staticmethod
@@ -50,13 +50,13 @@ class SummedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None  # M V
         losses = logits.new_empty(len(logits), dtype=torch.float32)  # M
         rows = max(1, CHUNK["cpu" if logits.device.type == "cpu" else "gpu"] // logits.shape[1])
-        # Room that is used again and again: new room would come as fresh pages, which cost more than the arithmetic.
-        room = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
+        # One buffer for all chunks: fresh memory pages would cost more than the arithmetic.
+        buffer = logits.new_empty(2, min(rows, len(logits)), logits.shape[1], dtype=torch.float32)
         for start in range(0, len(logits), rows):
             chunk = slice(start, start + rows)
             target = targets[chunk, None]
-            wide, log_p = room[:, : len(target)]  # each at most `rows` V
-            torch.log_softmax(wide.copy_(logits[chunk]), 1, out=log_p)
+            chunk_logits, log_p = buffer[:, : len(target)]  # each at most `rows` V
+            torch.log_softmax(chunk_logits.copy_(logits[chunk]), 1, out=log_p)
             losses[chunk] = -log_p.gather(1, target)[:, 0]
             if gradient is not None:
                 p = log_p.exp_()

@@ -1,4 +1,4 @@
-"""What every scorer promises: how good an answer is."""
+"""Base class of the scorers of answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vlm.schema import Sample
 
 
 class Scorer(ABC):
-    """(prediction, sample) -> a number, 0 for a wrong answer and 1 for a right one.
+    """(prediction, sample) -> score from 0 (wrong) to 1 (correct).
 
     Attributes:
-        name: of the mean score over all answers, after `val/`.
-        name_by_type: of the mean score over those of one type of question, before `/<type>`.
+        name: the mean score over all answers is logged as `val/<name>`.
+        name_by_type: the mean score per type of question is logged as `val/<name_by_type>/<type>`.
     """
 
     name: ClassVar[str]
@@ -25,7 +25,7 @@ class Scorer(ABC):
 
 
 def references(sample: Sample) -> list[str]:
-    """What may be answered: `meta["references"]` (a JSON list) if the source gives it, else the last message."""
+    """The correct answers: `meta["references"]` (a JSON list) if the source has it, else the last message."""
     if "references" in sample.meta:
         return json.loads(sample.meta["references"])
     return ["".join(piece.get("text", "") for piece in sample.messages[-1]["content"])]

@@ -1,4 +1,4 @@
-"""Right or wrong: the answer is one of the references, blanks at the ends and repeated ones aside."""
+"""Exact match of an answer with one of the references, except for white space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlm.schema import Sample
 
 
 class ExactMatch(Scorer):
-    """1 where the answer equals a reference, upper and lower case told apart; else 0."""
+    """1 if the answer equals a reference, else 0. Case matters; runs of white space count as one space."""
 
     name: ClassVar[str] = "exact_match"
     name_by_type: ClassVar[str] = "accuracy"

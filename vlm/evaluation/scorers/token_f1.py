@@ -1,4 +1,4 @@
-"""How many words an answer shares with the best reference: the F1 of SQuAD (Rajpurkar et al., arXiv 1606.05250)."""
+"""F1 of the words of an answer and of the best reference, as in SQuAD (Rajpurkar et al., arXiv 1606.05250)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vlm.schema import Sample
 
 
 class TokenF1(Scorer):
-    """2·shared / (words of the answer + words of the reference), the largest over the references.
+    """2·common / (words of the answer + words of the reference), the maximum over the references.
 
-    Words are what white space separates, in lower case; a word that occurs twice counts twice. An empty answer is right
-    where a reference is empty. SQuAD's script also drops articles and punctuation, which other languages do not have.
+    Words are separated by white space and lower-cased; a word that occurs twice counts twice. An empty answer scores 1
+    if a reference is empty. Unlike SQuAD's script, articles and punctuation are kept.
     """
 
     name: ClassVar[str] = "token_f1"
     name_by_type: ClassVar[str] = "token_f1"
 
     def __call__(self, prediction: str, sample: Sample) -> float:
-        said = Counter(prediction.lower().split())
-        return max(_f1(said, Counter(each.lower().split())) for each in references(sample))
+        words = Counter(prediction.lower().split())
+        return max(_f1(words, Counter(each.lower().split())) for each in references(sample))
 
 
-def _f1(said: Counter[str], reference: Counter[str]) -> float:
-    num_words = said.total() + reference.total()
-    return 2 * (said & reference).total() / num_words if num_words else 1.0
+def _f1(words: Counter[str], reference: Counter[str]) -> float:
+    num_words = words.total() + reference.total()
+    return 2 * (words & reference).total() / num_words if num_words else 1.0
