@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from vlm.options import fit
-from vlm.ranges import Known, Length, Range, Written
+from vlm.options import check_values
+from vlm.ranges import Known, Length, Pattern, Range
 
 Small = Annotated[int, Range(1, 64)]
 Pair = Annotated[Sequence[Small], Length(2, 2)]
@@ -35,16 +35,16 @@ Facts = Annotated[dict[str, Any], Known({"width": Small, "inner": Annotated[dict
         (str | Path, "a/b"),
         (Literal["a", "b", 3], 3),
         (Annotated[float, Range(above=0, below=1)], 0.5),
-        (Annotated[str, Written(r"\d+", "12")], "7"),
+        (Annotated[str, Pattern(r"\d+", "12")], "7"),
         (dict[str, Any], {"anything": [1, "x", None]}),
         (list[list[int]], []),
         (Facts, {"width": 8, "other": [None, "x"]}),
     ],
 )
 def test_a_value_that_fits(hint: Any, value: Any) -> None:
-    fit("part", {"option": value}, {"option": hint})
+    check_values("part", {"option": value}, {"option": hint})
     with pytest.raises(ValueError, match="must be something else"):
-        fit("part", {"option": value}, {"option": Literal["something else"]})
+        check_values("part", {"option": value}, {"option": Literal["something else"]})
 
 
 @pytest.mark.parametrize(
@@ -88,15 +88,15 @@ def test_a_value_that_fits(hint: Any, value: Any) -> None:
         (Facts | None, {"other": float("nan")}, "part.option.other=nan must be finite"),
         (Facts | None, 3, "part.option=3 must be a mapping or null"),
         (bool, 1, "part.option=1 must be true or false"),
-        (Annotated[str, Written(r"\d+", "12")], "x", "part.option='x' must be a text such as 12"),
+        (Annotated[str, Pattern(r"\d+", "12")], "x", "part.option='x' must be a text such as 12"),
         (Annotated[str, Length(1)], "", "part.option='' must be a text that is not empty"),
     ],
 )
 def test_a_value_that_does_not_fit(hint: Any, value: Any, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
-        fit("part", {"option": value}, {"option": hint})
+        check_values("part", {"option": value}, {"option": hint})
 
 
 def test_a_long_value_is_shortened() -> None:
     with pytest.raises(ValueError, match=r"^part\.option='x{80}…' \(1,000 characters\) must be a whole number$"):
-        fit("part", {"option": "x" * 1000}, {"option": int})
+        check_values("part", {"option": "x" * 1000}, {"option": int})

@@ -1,4 +1,4 @@
-"""Facts of an architecture, as `llm.config` and `encoder.config` hold them, made into Transformers' configuration."""
+"""Transformers' configuration from the options `llm.config` and `encoder.config`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 
 def from_facts(facts: Mapping[str, Any], *, option: str) -> PretrainedConfig:
-    """The configuration that an option describes. Raises ValueError where facts are missing or do not fit together."""
+    """The configuration that an option describes. Raises ValueError if values are missing or inconsistent."""
     facts = dict(facts)
     kind = facts.pop("model_type", None)
     if kind not in CONFIG_MAPPING_NAMES:
         close = ", ".join(get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)) or "llama, siglip_vision_model"
-        raise ValueError(f"{option}.model_type={kind} is not a name that Transformers knows, such as {close}")
+        raise ValueError(f"{option}.model_type={kind} is not a model type of Transformers; choose one, such as {close}")
     for key, divisor in (("num_attention_heads", "num_key_value_heads"), ("hidden_size", "num_attention_heads")):
         number, parts = facts.get(key), facts.get(divisor)
         independent = key == "hidden_size" and facts.get("head_dim") is not None
@@ -32,10 +32,10 @@ def from_facts(facts: Mapping[str, Any], *, option: str) -> PretrainedConfig:
 
 @contextmanager
 def facts_of(option: str) -> Iterator[None]:
-    """Around what is made from facts: an error of the library's becomes one sentence that names the option."""
+    """Context for building a model from an option: an error of the library becomes one sentence with the option."""
     try:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
         cause = str(error).strip().rpartition("\n")[2].strip() or type(error).__name__
         cause = cause.rstrip(".")
-        raise ValueError(f"{option} describes no architecture that can be built: {cause}; correct it") from error
+        raise ValueError(f"{option} describes an architecture that cannot be built: {cause}; correct it") from error

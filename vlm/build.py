@@ -1,4 +1,4 @@
-"""Config -> model, data, module, trainer."""
+"""Config -> model, data, objective, module, trainer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vlm.config import (
     bind_evaluators,
     bind_named,
     bind_source,
+    loader_option,
     model_class,
-    of_loader,
     precision,
     split_data,
 )
@@ -27,14 +27,14 @@ from vlm.module import VLMModule
 from vlm.objectives.base import Objective
 from vlm.options import bind, parameters
 from vlm.training.artifact import short_hash
-from vlm.training.optim import round_frozen, set_trainable
+from vlm.training.optim import cast_frozen, set_trainable
 
 
 def build_model(cfg: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
-    """The model on its pretrained weights, and the manifest that says which they are."""
+    """The model with pretrained weights, and the manifest that identifies it."""
     bf16 = "bf16" in precision(cfg)
     model = model_class(cfg).build(cfg, bf16=bf16)
-    model.check_rows(max_length=of_loader(cfg, "max_length"), packing=of_loader(cfg, "packing"))
+    model.check_rows(max_length=loader_option(cfg, "max_length"), packing=loader_option(cfg, "packing"))
     manifest = {
         **model.identity(cfg),
         "quantization": model.quantization,
@@ -42,12 +42,12 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
         "num_image_tokens": model.visual_spec().num_tokens,
     }
     if bf16:
-        round_frozen(model, cfg["stage"])
+        cast_frozen(model, cfg["stage"])
     return model, manifest
 
 
 def build_data(cfg: Mapping[str, Any], model: Model, run_dir: Path | None) -> VLMDataModule:
-    """The data, which learns from the model how it takes images and text, and from the objective the form of rows."""
+    """The data, connected to the model's VisualSpec, tokenizer and template and to the objective's form of rows."""
     loader, source = split_data(cfg["data"])
     objective: Any = bind("objective", cfg["objective"]).func
     data = VLMDataModule(
@@ -66,27 +66,27 @@ def build_data(cfg: Mapping[str, Any], model: Model, run_dir: Path | None) -> VL
 
 
 def check_rows(before: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:
-    """Raise ValueError where a split that both name has other rows than those of before."""
+    """Raise ValueError if a split has other rows than before, by their fingerprints."""
     for split, found in now.items():
         if before.get(split, found) != found:
             raise ValueError(
-                f"the rows of the {split} split are not those that this run was trained with (fingerprint {found}, "
-                f"then {before[split]}): annotations were edited or put in another order; restore them, or use {remedy}"
+                f"the rows of the {split} split differ from those that this run was trained on (fingerprint {found}, "
+                f"before {before[split]}): annotations were edited or reordered; restore them, or use {remedy}"
             )
 
 
 def build_objective(cfg: Mapping[str, Any]) -> Objective:
-    """The objective, with parameters of its own if it has some."""
+    """The objective of the config."""
     objective: Objective = bind("objective", cfg["objective"])()
     return objective
 
 
 def build_module(cfg: Mapping[str, Any], model: Model, objective: Objective) -> VLMModule:
-    """The training module of a stage, its trainable parameters set."""
+    """The training module of a stage; sets which parameters are trainable."""
     stage = cfg["stage"]
     set_trainable(model, {part: stage[part] for part in model.parts}, stage.get("lora") or {})
     options = {key: value for key, value in stage.items() if key in parameters(VLMModule)}
-    options["betas"] = tuple(options["betas"])  # YAML knows no tuples
+    options["betas"] = tuple(options["betas"])  # YAML has no tuples
     evaluators = {name: make() for name, make in bind_evaluators(cfg).items()}
     module = VLMModule(model=model, objective=objective, evaluators=evaluators, **options)
     module.parameter_groups()  # refuses a parameter without a learning rate before anything is read
@@ -96,14 +96,14 @@ def build_module(cfg: Mapping[str, Any], model: Model, objective: Objective) -> 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> Any:
     """Lightning's Trainer with the configured callbacks and loggers.
 
-    Each of them is given the run's directory, its time and what else is `of_the_run`, if its constructor takes it.
+    Their constructors get `run_dir`, `max_time`, `ema_decay` and the values `of_the_run` that they accept.
     """
     of_the_run |= {
         "run_dir": run_dir,
         "max_time": cfg["trainer"].get("max_time"),
         "ema_decay": (cfg.get("stage") or {}).get("ema_decay"),
     }
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its small talk; importing it had set INFO
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # importing it sets INFO, which prints much
     options = {**cfg["trainer"], "precision": precision(cfg)}
     derived = {
         "callbacks": [make() for make in bind_callbacks(cfg, of_the_run).values()],
@@ -120,7 +120,7 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> A
 
 
 def _trainer_refusal(error: Exception) -> str:
-    """What Lightning's Trainer says of its options, and whether it is the machine that lacks something."""
+    """The error of Lightning's Trainer, with a remedy if the machine lacks a device."""
     text = " ".join(str(error).split()).rstrip(".")
     if re.search(r"backend found|can not run on your system|your machine only has|not available|not met", text):
         return (

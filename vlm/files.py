@@ -1,6 +1,6 @@
-"""Files of a directory that somebody else may have filled: no link is followed, and nothing is read without end.
+"""Safe access to files in untrusted directories: links are not followed, and sizes are limited.
 
-What is no valid Unicode, such as a file name in Latin-1, is written escaped, in JSON so that it is read as it was.
+Text that is not valid Unicode, such as a file name in Latin-1, is written escaped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 @contextmanager
 def named(file: Path) -> Iterator[None]:
-    """Raise what the disk says while a file is written as an OSError that names the file."""
+    """Context that adds the name of the file to an OSError while it is written."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # named already
+        if error.errno is None:  # names the file already
             raise
         name = error.filename or str(file).removesuffix(".tmp")
         raise OSError(f"could not write {name}: {error.strerror}") from error
@@ -31,7 +31,7 @@ def named(file: Path) -> Iterator[None]:
 
 @contextmanager
 def create(file: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A new file in the place of whatever had that name. A link there is removed, and what it points to stays.
+    """A new file, which replaces one of that name. A link there is removed; its target stays.
 
     `mode` is "w" for text in UTF-8 or "wb".
     """
@@ -45,24 +45,24 @@ def create(file: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def append(file: Path) -> Iterator[IO[str]]:
-    """A regular file to add text to, made if it is missing. Raises ValueError where the name is a link or a pipe."""
-    with named(file), open(_own(file, os.O_WRONLY | os.O_APPEND), "a", **TEXT) as opened:
+    """A regular file opened for appending text, created if missing. Raises ValueError for a link or a pipe."""
+    with named(file), open(_open_regular(file, os.O_WRONLY | os.O_APPEND), "a", **TEXT) as opened:
         yield opened
 
 
 def lock_file(file: Path) -> IO[str]:
-    """A regular file to lock, read and write, made if it is missing. Raises ValueError for a link or a pipe."""
-    return open(_own(file, os.O_RDWR), "r+", encoding="utf-8", errors="replace")
+    """A regular file to lock, read and write, created if missing. Raises ValueError for a link or a pipe."""
+    return open(_open_regular(file, os.O_RDWR), "r+", encoding="utf-8", errors="replace")
 
 
-def _own(file: Path, flags: int) -> int:
-    """The descriptor of a file that is no link; O_NONBLOCK keeps a pipe from waiting for its other end."""
+def _open_regular(file: Path, flags: int) -> int:
+    """The descriptor of a regular file; O_NONBLOCK keeps a pipe from blocking."""
     try:
         number = os.open(file, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if not file.is_symlink() and not file.is_fifo():
             raise
-        raise ValueError(f"{file} is a link or a pipe, which is not written to; remove it") from error
+        raise ValueError(f"{file} is a link or a pipe and is not written to; remove it") from error
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise ValueError(f"{file} is not a regular file; remove it")
@@ -70,7 +70,7 @@ def _own(file: Path, flags: int) -> int:
 
 
 def read(file: Path, *, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises ValueError for another kind of file, and for more than the limit."""
+    """The content of a regular file. Raises ValueError if it is not a regular file or larger than `max_bytes`."""
     number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(number, "rb") as opened:
         status = os.fstat(number)
@@ -82,10 +82,10 @@ def read(file: Path, *, max_bytes: int) -> bytes:
 
 
 def refuse_links(folder: Path, *, within: Path | None = None) -> None:
-    """Raise ValueError where a link in the folder leads out of `within`, so that a file elsewhere would be written.
+    """Raise ValueError if a link in the folder points outside `within`, by default the folder itself.
 
-    Without `within` that is the folder itself, whose own name the user gave: it may be a link. W&B links its debug log
-    in a run directory to its cache, where nothing but logs is written.
+    Such a link would let a run write elsewhere. The folder itself may be a link, because the user gave it. W&B's link
+    from a run directory to the logs in its cache is allowed.
     """
     logs = os.path.join(os.environ.get("WANDB_CACHE_DIR") or os.path.expanduser("~/.cache/wandb"), "logs")
     homes = tuple(os.path.join(os.path.realpath(home), "") for home in (within or folder, logs))
@@ -95,16 +95,15 @@ def refuse_links(folder: Path, *, within: Path | None = None) -> None:
             path = os.path.join(place, name)
             if os.path.islink(path) and not os.path.realpath(path).startswith(homes):
                 raise ValueError(
-                    f"{path} is a link to {os.path.realpath(path)}, outside {within or folder}; remove it, or put a "
-                    "copy of that in its place"
+                    f"{path} is a link to {os.path.realpath(path)}, outside {within or folder}; remove it, or replace "
+                    "it with a copy"
                 )
 
 
 def escape_controls(text: str) -> str:
-    r"""The text as every terminal and every file takes it; line breaks and tabs stay (`vlm.quote.one_line`).
+    r"""The text with control characters, direction marks and lone surrogates written as `\x1b` or `\udce9`.
 
-    Control characters, which a terminal would obey, marks that turn the direction of writing, and halves of surrogate
-    pairs are written as `\x1b` or `\udce9`.
+    Line breaks and tabs stay; `vlm.quote.one_line` escapes them too.
     """
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 

@@ -1,4 +1,4 @@
-"""Folders and hub ids with pretrained weights: a quick answer where there are none, or where they are not whole."""
+"""Checks of folders and hub ids with pretrained weights: missing, damaged or unsuitable files raise quickly."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vlm.file_kinds import LFS_POINTER
 
-CACHED = ("config.json", "model.safetensors")  # either shows that the repository was read before
-MASKS = ("attn.bias", "attention.bias")  # buffers of GPT-2 and its kin
+CACHED = ("config.json", "model.safetensors")  # either file shows that the repository is in the cache
+MASKS = ("attn.bias", "attention.bias")  # buffers of GPT-2 and similar models
 LONGEST_HEADER = 10**8  # bytes, safetensors' own limit
 
 
 def look_up(pretrained: str) -> None:
-    """Raise OSError at once if `pretrained` is no folder, not in the cache, and its repository cannot be reached.
+    """Raise OSError if `pretrained` is not a folder, not in the cache, and its repository cannot be reached.
 
-    The hub's own client goes on trying for a minute, a line a try, before it says so.
+    The hub's client would retry for a minute first.
     """
-    repo, _, revision = pretrained.partition("@")  # timm's way of naming a revision
+    repo, _, revision = pretrained.partition("@")  # timm's notation of a revision
     path = Path(pretrained)
     if path.is_dir():
         return
@@ -38,45 +38,42 @@ def look_up(pretrained: str) -> None:
         return
     try:
         HfApi().model_info(repo, revision=revision or None, timeout=20)
-    except Exception as error:  # its kinds depend on the HTTP library that the hub client uses
+    except Exception as error:  # depends on the HTTP library of the hub client
         raise OSError(str(error)) from error
 
 
 def config_of(pretrained: str, **options: Any) -> PretrainedConfig:
     """The configuration of a folder or hub id.
 
-    Raises OSError where there is none, or where it is of no model that Transformers knows.
+    Raises OSError if there is none, or if Transformers does not support its model.
     """
     look_up(pretrained)
     if Path(pretrained).is_dir() and not Path(pretrained, "config.json").is_file():
-        raise OSError("that folder has no config.json")
+        raise OSError("the folder has no config.json")
     try:
         return AutoConfig.from_pretrained(pretrained, **options)
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise
         raise OSError(
-            f"Transformers knows no model by its config.json: {first_line(error).partition('. ')[0]}"
+            f"Transformers does not support its config.json: {first_line(error).partition('. ')[0]}"
         ) from error
 
 
 def _is_path(pretrained: str) -> bool:
-    """Whether a text can only mean a folder: a hub id is a name, or an owner and a name."""
+    """Whether a text is a path, not a hub id (`name` or `owner/name`)."""
     owner, _, _ = pretrained.partition("/")
-    odd = pretrained.startswith(("/", ".", "~")) or pretrained.endswith("/") or "\\" in pretrained
-    return odd or pretrained.count("/") > 1 or (owner != pretrained and Path(owner).is_dir())
+    has_path_syntax = pretrained.startswith(("/", ".", "~")) or pretrained.endswith("/") or "\\" in pretrained
+    return has_path_syntax or pretrained.count("/") > 1 or (owner != pretrained and Path(owner).is_dir())
 
 
 @contextmanager
 def readable_weights(pretrained: str, part: str) -> Iterator[None]:
-    """Around the loading of weights: files that are cut, or only stand for others, are refused by name.
-
-    Raises ValueError.
-    """
+    """Context for loading weights. Raises ValueError for truncated files and Git LFS pointers, with their names."""
     check_files(Path(pretrained), part)
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:  # Transformers' word for shapes that differ is a RuntimeError
+    except (SafetensorError, RuntimeError) as error:  # Transformers raises RuntimeError for wrong shapes
         raise ValueError(
             f"the {part}'s weights in {pretrained!r} cannot be read ({first_line(error)}); download them again, or set "
             f"{part}.pretrained to other weights"
@@ -84,27 +81,29 @@ def readable_weights(pretrained: str, part: str) -> Iterator[None]:
 
 
 def check_files(folder: Path, part: str) -> None:
-    """Raise ValueError for a file of a local folder that is not whole."""
+    """Raise ValueError for a truncated file or a Git LFS pointer in a local folder."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not file.is_file():
             continue
         with open(file, "rb") as opened:
             if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ValueError(
-                    f"{str(file)!r} only points to the {part}'s file, which Git LFS has not fetched; run git lfs pull "
+                    f"{str(file)!r} is a Git LFS pointer, not the {part}'s file itself; run git lfs pull "
                     "in its folder, or download the file"
                 )
             if file.suffix == ".safetensors":
                 opened.seek(0)
-                size, wanted = file.stat().st_size, _whole_size(opened)
-                if wanted is None:
+                size, expected = file.stat().st_size, _expected_size(opened)
+                if expected is None:
                     raise ValueError(f"{str(file)!r} is not a safetensors file; download it again")
-                if size < wanted:
-                    raise ValueError(f"{str(file)!r} is cut: it has {size:,} of {wanted:,} bytes; download it again")
+                if size < expected:
+                    raise ValueError(
+                        f"{str(file)!r} is truncated: it has {size:,} of {expected:,} bytes; download it again"
+                    )
 
 
-def _whole_size(opened: Any) -> int | None:
-    """The bytes that a safetensors file should have; None where it does not begin as one."""
+def _expected_size(opened: Any) -> int | None:
+    """The size in bytes of a safetensors file by its header; None if the header is not valid."""
     length = int.from_bytes(opened.read(8), "little")
     if not 2 <= length <= LONGEST_HEADER:
         return None
@@ -119,26 +118,26 @@ def _whole_size(opened: Any) -> int | None:
 
 
 def check_match(model: nn.Module, pretrained: str, part: str, *, missing: Iterable[str], unused: Iterable[str]) -> None:
-    """Raise ValueError where the files lack tensors of a model, or have weights of layers that it leaves unused.
+    """Raise ValueError if the files lack tensors of the model, or have unused weights of layers.
 
-    Its library would draw the former at random and pass over the latter: those of a larger model, or of another one.
-    What stands beside the layers (another tower, a head, a pooler) may be unused, and so may buffers.
+    The library would initialize missing tensors at random and ignore unused ones, such as those of a larger model.
+    Unused weights outside the layers (another encoder, a head, a pooler) and unused buffers are allowed.
     """
     if lacking := sorted(missing):
         raise ValueError(
-            f"{pretrained!r} lacks {len(lacking)} of the {part}'s tensors, the first {lacking[0]!r}; "
+            f"{pretrained!r} lacks {len(lacking)} of the {part}'s tensors, first {lacking[0]!r}; "
             f"download it again, or set {part}.pretrained to weights of this architecture"
         )
     if left := sorted(name for name in unused if _is_weight_of_layer(name, model)):
         raise ValueError(
-            f"{pretrained!r} holds {len(left)} tensors that its configuration has no place for in the {part}'s layers, "
-            f"the first {left[0]!r}; correct the number of layers and the like there, or set {part}.pretrained to "
+            f"{pretrained!r} holds {len(left)} tensors of layers that the {part}'s config does not have, "
+            f"first {left[0]!r}; correct the number of layers in the config, or set {part}.pretrained to "
             "weights of this architecture"
         )
 
 
 def _is_weight_of_layer(name: str, model: nn.Module) -> bool:
-    """Whether a tensor's name is that of a weight in a list of layers, whether or not the list is so long."""
+    """Whether a tensor is a weight in a list of layers, even of a layer that the model does not have."""
     found = re.match(r"(.+?)\.\d+\.(.+)", name)
     if found is None or not name.endswith((".weight", ".bias")) or name.endswith(MASKS):
         return False
@@ -149,5 +148,5 @@ def _is_weight_of_layer(name: str, model: nn.Module) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error."""
     return str(error).strip().partition("\n")[0]

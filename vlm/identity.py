@@ -1,4 +1,4 @@
-"""Which pretrained model a part is: by name, by the facts of its architecture, and by its weights."""
+"""Identity of a pretrained part: name, architecture and a fingerprint of the weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-SAMPLE = 1024  # values a tensor that enter its fingerprint
-# What a configuration says beside facts of the architecture: where the weights lie, how they are kept and run, and what
-# the manifest names elsewhere.
-NO_FACTS = {
+SAMPLE = 1024  # values per tensor in a fingerprint
+# Keys of a config that do not describe the architecture, or that the manifest has elsewhere.
+IGNORED_KEYS = {
     *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
     *("transformers_version", "architectures", "dtype", "use_cache", "quantization_config"),
     *("image_size", "layer", "mean", "std", "interpolation", "resize"),
@@ -21,32 +20,31 @@ NO_FACTS = {
 
 
 def identity(part: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Which base model a part is: hub id or folder, facts of the architecture, and a hash of the weights.
+    """Hub id or folder, config and fingerprint of a pretrained part.
 
-    Much of what a model computes stands in no tensor: activation, epsilon of norms, rotary base, soft-capping. So the
-    facts are kept one by one, those of Transformers' configuration or else the `options` that made the part.
+    The config matters because activation, epsilon of norms, rotary base and soft-capping are in no tensor. It is
+    Transformers' config, or else the `options` of the part.
     """
     configs: Any = (getattr(module, "config", None) for module in part.modules())
-    facts = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), options)
+    config = next((config.to_dict() for config in configs if hasattr(config, "to_dict")), options)
     return {
         "pretrained": _source(options.get("pretrained")),
-        "config": {key: value for key, value in facts.items() if key not in NO_FACTS and not key.startswith("_")},
+        "config": {key: value for key, value in config.items() if key not in IGNORED_KEYS and not key.startswith("_")},
         "fingerprint": fingerprint(part),
     }
 
 
 def _source(pretrained: Any) -> Any:
-    """A hub id as it is, a folder by its absolute path."""
+    """A hub id unchanged, or the absolute path of a folder."""
     if isinstance(pretrained, list):
         return [_source(each) for each in pretrained]
     return str(Path(pretrained).absolute()) if pretrained and Path(pretrained).is_dir() else pretrained
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a part's tensor names, shapes and evenly spaced values, the same for float32 and bfloat16 copies.
+    """A hash of tensor names, shapes and 1,024 evenly spaced values per tensor, equal for float32 and bfloat16.
 
-    Reading 1,024 values of each tensor takes well under a second for a model of billions of parameters; two trained
-    models do not agree on them. Tensors on the meta device count by name and shape alone.
+    It takes less than a second for billions of parameters. Of tensors on the meta device only name and shape count.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,4 +1,4 @@
-"""The LightningModule: a step calls the objective, a validation calls the evaluators."""
+"""The LightningModule: a step calls the objective, validation calls the evaluators."""
 
 from __future__ import annotations
 
@@ -20,29 +20,25 @@ from vlm.training.sharding import FullyShard
 
 
 class TrainingStopped(ValueError):
-    """Raised on every rank after the same step; the weights of that step are good to save."""
+    """Raised on every rank after the same step; the weights can be saved."""
 
 
 class NotFinite(TrainingStopped):
-    """The loss or a gradient became NaN or infinite; the weights are those of the last good step.
-
-    All ranks raise it together.
-    """
+    """The loss or a gradient became NaN or infinite; the weights are those of the step before."""
 
 
 class VLMModule(pl.LightningModule):
-    """Trains a model on an objective and measures it with evaluators, which have names.
+    """Trains a model on an objective and measures it with named evaluators.
 
     The gradient of an optimizer step is that of the mean over all its supervised tokens, whatever the number of rows,
-    accumulated batches and ranks they came in. Where a step is one batch of each rank, the losses are divided by their
-    counts before the backward pass. Where batches are accumulated, the counts of the later ones are not known then: the
-    gradients of the sums are divided once, before the update.
+    accumulated batches and ranks. Without accumulation the losses are divided by their counts before the backward pass.
+    With accumulation the counts of later batches are not known then, so the gradients are divided before the update.
 
     Attributes:
-        figures: of the last optimizer step; Lightning's also hold what earlier steps had.
-        totals: figures of the whole run, which callbacks add.
-        stopped_by: the signal that ended the run, on whichever rank it came, or None.
-        weights_to_save: within it the model holds the weights to validate and save, such as a moving average.
+        figures: metrics of the last optimizer step; Lightning's callback_metrics also hold those of earlier steps.
+        totals: metrics of the whole run, added by callbacks.
+        stopped_by: the signal that stopped the run, or None.
+        weights_to_save: context in which the model holds the weights to save, such as a moving average.
     """
 
     def __init__(
@@ -61,7 +57,9 @@ class VLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.objective, self.evaluators = model, objective, dict(evaluators or {})
-        self.strict_loading = False  # a checkpoint holds what trains; `on_load_checkpoint` looks at its names
+        self.strict_loading = (
+            False  # a checkpoint holds the trainable parameters; `on_load_checkpoint` checks their names
+        )
         self.lr, self.layer_decay, self.weight_decay, self.betas = lr, layer_decay, weight_decay, betas
         self.schedule, self.warmup_ratio, self.min_lr_ratio = schedule, warmup_ratio, min_lr_ratio
         self._sums: dict[str, Tensor | int] = {}
@@ -71,11 +69,11 @@ class VLMModule(pl.LightningModule):
         self.totals: dict[str, float] = {}
         self.stopped_by: int | None = None
         self.weights_to_save: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.validated_step = -1  # the optimizer steps behind the validation figures
+        self.validated_step = -1  # optimizer step of the last validation
         self.train()
 
     def train(self, mode: bool = True) -> VLMModule:
-        """Training mode for what trains alone: what is frozen drops nothing out."""
+        """Set the mode; frozen modules stay in evaluation mode, without dropout."""
         super().train(mode)
         for module in self.modules():
             parameters = list(module.parameters())
@@ -101,11 +99,11 @@ class VLMModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameter_groups(), betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(steps * self.warmup_ratio)
-        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, floor=self.min_lr_ratio)
+        schedule = make_schedule(optimizer, kind=self.schedule, warmup=warmup, steps=steps, min_ratio=self.min_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        if self.global_rank:  # else dropout would drop the same places on all ranks
+        if self.global_rank:  # otherwise dropout would be the same on all ranks
             torch.manual_seed(torch.initial_seed() + self.global_rank)
         for evaluator in self.evaluators.values():
             evaluator.before_training(self.context)
@@ -115,15 +113,15 @@ class VLMModule(pl.LightningModule):
         self._ids += batch.ids
         for name, value in output.sums.items():
             self._add(name, value.detach(), output.counts[name])
-        places, tokens = batch.attention_mask.numel(), int(batch.attention_mask.sum())
-        self._add("padding_ratio", places - tokens, places)
+        positions, tokens = batch.attention_mask.numel(), int(batch.attention_mask.sum())
+        self._add("padding_ratio", positions - tokens, positions)
         self._add("supervised_ratio", len(batch.targets), tokens)
         return self._total(output)
 
     def _total(self, output: LossOutput) -> Tensor:
-        """The number to minimize: the sum of the mean losses, or of their sums where batches are accumulated.
+        """The value to minimize: the sum of the mean losses, or of the summed losses with gradient accumulation.
 
-        Raises ValueError where accumulated losses were summed over different counts.
+        Raises ValueError if accumulated losses have different counts.
         """
         losses = [name for name in output.sums if is_loss(name)]
         if self.trainer.accumulate_grad_batches == 1:
@@ -135,13 +133,13 @@ class VLMModule(pl.LightningModule):
             if len(set(counts)) > 1:
                 means = ", ".join(f"{name} over {count:.0f}" for name, count in zip(losses, counts, strict=True))
                 raise ValueError(
-                    f"the objective averages {means}, which cannot be separated once batches are accumulated; set "
+                    f"the objective averages {means}, which gradient accumulation cannot normalize separately; set "
                     "trainer.accumulate_grad_batches=1 with a larger data.batch_size"
                 )
         return torch.stack([output.sums[name] for name in losses]).sum()
 
     def _add(self, name: str, value: Tensor | int, count: int) -> None:
-        """Add to the sums of the optimizer step in progress."""
+        """Add to the sums of the current optimizer step."""
         self._sums[name] = self._sums.get(name, 0) + value
         self._counts[name] = self._counts.get(name, 0) + count
 
@@ -155,21 +153,19 @@ class VLMModule(pl.LightningModule):
         tokens = max(count for name, (_, count) in totals.items() if is_loss(name))
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if (batches := self.trainer.accumulate_grad_batches) > 1:
-            for (
-                gradient
-            ) in gradients:  # of the sums, which Lightning divided by the batches, and DDP or FSDP by the ranks
+            for gradient in gradients:  # Lightning has divided by the batches, DDP or FSDP by the ranks
                 gradient.mul_(batches * self.trainer.world_size / tokens)
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # whose scaler skips such a step
+        if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # its scaler skips the step
             self._stop(f"the gradient norm is {norm.item()}")
         means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if is_loss(name))
         self.figures = {f"train/{name}": value for name, value in means.items()}
         self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
-        # Of a source without a sample in this step; else loggers would be given its loss of an earlier step.
+        # Sources without a sample in this step; otherwise loggers would repeat the loss of an earlier step.
         absent = {f"train/{name}": float("nan") for name in totals.keys() - means.keys()}
-        self.log_dict({**absent, **self.figures, "step": self.global_step + 1})  # the step that loggers write down
+        self.log_dict({**absent, **self.figures, "step": self.global_step + 1})  # loggers use it as the step
         self._sums, self._counts, self._ids = {}, {}, []
 
     def on_validation_epoch_start(self) -> None:
@@ -190,15 +186,15 @@ class VLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         means = self._means.over_ranks(self.context)
-        figures = {f"val/{name.removeprefix('loss:')}": mean for name, mean in means.items()}
-        figures["val/loss"] = total(means, "loss:")
+        metrics = {f"val/{name.removeprefix('loss:')}": mean for name, mean in means.items()}
+        metrics["val/loss"] = total(means, "loss:")
         for evaluator in self._due("validation").values():
-            figures |= evaluator.finish(self.context)
-        self.log_dict({**figures, "step": self.global_step})
+            metrics |= evaluator.finish(self.context)
+        self.log_dict({**metrics, "step": self.global_step})
         self.validated_step = self.global_step
 
     def on_validation_end(self) -> None:
-        """Raise TrainingStopped where an evaluator has a reason; callbacks and loggers come before this."""
+        """Raise TrainingStopped if an evaluator has a reason to stop; callbacks and loggers have run before."""
         if self.trainer.state.fn == "fit":
             for evaluator in self._due("validation").values():
                 if (reason := evaluator.reason_to_stop(self.global_step)) is not None:
@@ -208,19 +204,19 @@ class VLMModule(pl.LightningModule):
         return {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.at == at}
 
     def evaluate_at_end(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The figures and samples of the evaluators that are due at the end; every rank must call this."""
-        figures: dict[str, float] = {}
+        """Metrics and samples of the evaluators with `at="end"`; every rank must call this."""
+        metrics: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
-        self.model.to(self.trainer.strategy.root_device).eval()  # Lightning has taken it away
+        self.model.to(self.trainer.strategy.root_device).eval()  # Lightning has moved it to the CPU
         with self.trainer.precision_plugin.forward_context():
             for evaluator in self._due("end").values():
-                figures |= evaluator.finish(self.context)
+                metrics |= evaluator.finish(self.context)
                 samples += evaluator.samples
-        return figures, samples
+        return metrics, samples
 
     @property
     def context(self) -> Context:
-        """What evaluators work with."""
+        """The context of the evaluators."""
         strategy = self.trainer.strategy
         return Context(
             model=self.model,
@@ -228,64 +224,66 @@ class VLMModule(pl.LightningModule):
             data=self.trainer.datamodule,  # type: ignore[attr-defined]
             device=strategy.root_device,
             sum_over_ranks=self._over_ranks,
-            from_first_rank=strategy.broadcast,
+            from_rank_zero=strategy.broadcast,
             autocast=self.trainer.precision_plugin.forward_context,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen tensors out: they are the base models'. The last step's figures go with it."""
+        """Leave out the frozen tensors, which the base models have; add the metrics of the last step."""
         checkpoint["evaluators"] = {name: evaluator.state_dict() for name, evaluator in self.evaluators.items()}
         checkpoint["figures"] = {name: float(value) for name, value in self.figures.items()}
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError unless the checkpoint holds exactly what trains; what is frozen is loaded already."""
+        """Raise ValueError unless the checkpoint holds exactly the trainable parameters."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if odd := sorted(trainable ^ set(checkpoint["state_dict"])):
-            raise ValueError(f"the checkpoint does not fit this run: {len(odd)} tensors differ, first {odd[0]!r}")
-        self.figures = checkpoint.get("figures", {})  # which one of an earlier version has not
-        earlier = checkpoint["callbacks"].get("Forgetting")  # a callback in an earlier version
+        if differing := sorted(trainable ^ set(checkpoint["state_dict"])):
+            raise ValueError(
+                f"the checkpoint does not fit this run: {len(differing)} tensors differ, first {differing[0]!r}"
+            )
+        self.figures = checkpoint.get("figures", {})  # missing in earlier versions
+        earlier = checkpoint["callbacks"].get("Forgetting")  # a callback in earlier versions
         states = checkpoint.get("evaluators", {"forgetting": earlier} if earlier else {})
         for name in self.evaluators.keys() & states.keys():
             self.evaluators[name].load_state_dict(states[name])
 
     def _over_ranks(self, values: Sequence[Tensor | int | float]) -> list[float]:
-        """The sum of each over all ranks."""
+        """The sum of each value over all ranks."""
         if not values:
             return []
         if self.trainer.world_size == 1 and not any(isinstance(value, Tensor) for value in values):
             return [float(value) for value in values]
-        exact = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not know
-        ours = torch.stack([torch.as_tensor(value, dtype=exact).to(self.device) for value in values])
-        return self.trainer.strategy.reduce(ours, reduce_op="sum").tolist()
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # MPS has no float64
+        stacked = torch.stack([torch.as_tensor(value, dtype=dtype).to(self.device) for value in values])
+        return self.trainer.strategy.reduce(stacked, reduce_op="sum").tolist()
 
     def _stop(self, what: str) -> None:
-        """Raise, on all ranks, what all of them have seen."""
-        ours = (self._ids, next(_not_finite(self.model), None))
-        of_ranks = [ours] * self.trainer.world_size
+        """Raise NotFinite on all ranks, with the samples of all ranks."""
+        local = (self._ids, next(_not_finite(self.model), None))
+        of_ranks = [local] * self.trainer.world_size
         if len(of_ranks) > 1:
-            torch.distributed.all_gather_object(of_ranks, ours)
+            torch.distributed.all_gather_object(of_ranks, local)
         step = self.global_step + 1
         if name := next((name for _, name in of_ranks if name), None):
             part = name.partition(".")[0]
             raise NotFinite(
-                f"{what} at step {step}, because the weights {name} hold NaN or infinity since they were loaded; set "
+                f"{what} at step {step}, because the loaded weights {name} hold NaN or infinity; set "
                 f"{part}.pretrained to other weights, or give another ckpt="
             )
         ids = ", ".join(name for names, _ in of_ranks for name in names)
         raise NotFinite(
-            f"{what} at step {step}, samples {ids}; the weights of step {self.global_step} are kept: lower stage.lr, "
-            "or look at these samples"
+            f"{what} at step {step}, samples {ids}; the weights of step {self.global_step} are kept; lower stage.lr "
+            "or check these samples"
         )
 
 
 def _not_finite(model: nn.Module) -> Iterator[str]:
-    """The names of weights that hold NaN or infinity, of this rank's slices; no update of a run makes them so."""
+    """Names of weights with NaN or infinity in this rank's shards."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not values.is_floating_point():
             continue
         finite = torch.isfinite(values) if isinstance(tensor, nn.Parameter) else ~torch.isnan(values)
-        if not finite.all():  # infinity in a buffer is a mask's
+        if not finite.all():  # buffers may be masks with infinity
             yield name

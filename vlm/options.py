@@ -1,4 +1,4 @@
-"""Options against constructors: an unknown, missing or wrongly typed one is told before anything is made."""
+"""Checks options against constructors: unknown, missing and wrongly typed ones raise before anything is created."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vlm.ranges import LIBRARIES, Known
 
 
 class Kind(NamedTuple):
-    """What a config group may name: classes of its own folders, which a stored config may name too, or of a base."""
+    """The classes that a config group accepts: those in `folders`, also from stored configs, or derived from `base`."""
 
     base: str
     folders: tuple[str, ...]
-    needs: tuple[str, ...] = ()  # what a class of any module must have, where a base says nothing of it
+    needs: tuple[str, ...] = ()  # attributes that the class must have, if the base does not define them
 
 
 MODULE = "torch.nn.Module"
-KINDS = {  # a key stands for all below it, unless a longer one does
+KINDS = {  # by config key; the longest matching prefix counts
     "encoder": Kind(MODULE, ("vlm.encoders.",), ("blocks",)),
     "connector": Kind(MODULE, ("vlm.connectors.",), ("fusion",)),
     "llm": Kind(MODULE, ("vlm.llms.",), ("fusions", "layers", "add_lora")),
@@ -45,7 +45,7 @@ KINDS = {  # a key stands for all below it, unless a longer one does
     "callbacks": Kind("lightning.pytorch.Callback", ("lightning.pytorch.callbacks.", "vlm.callbacks.")),
     "logger": Kind("lightning.pytorch.loggers.Logger", ("lightning.pytorch.loggers.", "vlm.loggers.")),
 }
-PASSED_ON = {  # where what a constructor does not know ends up
+KWARGS_OF = {  # functions that get the other arguments of a constructor (**kwargs)
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
 }
@@ -61,12 +61,12 @@ WORDS = {
 
 
 def bind(name: str, options: Any, derived: Mapping[str, Any] | None = None) -> partial[Any]:
-    """The call that makes one part, its options checked against the constructor.
+    """The constructor call of one part, with checked options; `derived` are arguments from code.
 
-    Raises ValueError for a target that is no class of the group's kind, an unknown option (naming the choices), a
-    missing one, or a value of the wrong type.
+    Raises ValueError for a target that the group does not accept, an unknown option (with the choices), a missing
+    option, or a value of the wrong type.
     """
-    mapping(name, options)
+    check_mapping(name, options)
     arguments = dict(options)
     target = arguments.pop("_target_", None)
     return _bound(name, find_class(name, target), arguments, derived, target)
@@ -75,8 +75,8 @@ def bind(name: str, options: Any, derived: Mapping[str, Any] | None = None) -> p
 def bind_class(
     name: str, constructor: Callable[..., Any], options: Any, derived: Mapping[str, Any] | None = None
 ) -> partial[Any]:
-    """As `bind`, for a section that is always made by the same class and names none."""
-    mapping(name, options)
+    """As `bind`, for a section whose class is fixed."""
+    check_mapping(name, options)
     return _bound(name, constructor, dict(options), derived)
 
 
@@ -88,47 +88,49 @@ def _bound(
     target: str = "",
 ) -> partial[Any]:
     derived = dict(derived or {})
-    taken = parameters(constructor)
-    receiver = _import(PASSED_ON[target]) if target in PASSED_ON else None
-    passed_on = parameters(receiver).keys() - taken.keys() if receiver is not None else set()
-    known(name, arguments, (taken.keys() | passed_on) - derived.keys())
-    missing = [key for key, p in taken.items() if p.default is p.empty and key not in arguments and key not in derived]
+    accepted = parameters(constructor)
+    receiver = _import(KWARGS_OF[target]) if target in KWARGS_OF else None
+    passed_on = parameters(receiver).keys() - accepted.keys() if receiver is not None else set()
+    check_keys(name, arguments, (accepted.keys() | passed_on) - derived.keys())
+    missing = [
+        key for key, p in accepted.items() if p.default is p.empty and key not in arguments and key not in derived
+    ]
     if missing:
         raise ValueError(f"{name} lacks the option {missing[0]}; set {name}.{missing[0]}=")
-    typed(name, {key: value for key, value in arguments.items() if key in taken}, constructor)
+    check_types(name, {key: value for key, value in arguments.items() if key in accepted}, constructor)
     if receiver is not None:
-        typed(name, {key: value for key, value in arguments.items() if key in passed_on}, receiver)
+        check_types(name, {key: value for key, value in arguments.items() if key in passed_on}, receiver)
     return partial(constructor, **arguments, **derived)
 
 
 def find_class(name: str, target: Any) -> Callable[..., Any]:
-    """The class that a config names. Raises ValueError unless it is of the kind that the config's group takes.
+    """The class that a config names. Raises ValueError unless its config group accepts the class.
 
-    A class of the user's own package is, if it is derived from the group's base. Whether the user has said so or a
-    stored config does, which must not, `vlm.training.trust` looks at.
+    A class of the user's own package must be derived from the group's base. `vlm.training.trust` refuses such classes
+    in stored configs.
     """
     kind = kind_of(name)
     folders = " or ".join(folder.rstrip(".") for folder in kind.folders)
-    wanted = f"name a class of {folders}, or one that is derived from {kind.base}"
+    remedy = f"name a class of {folders}, or one that is derived from {kind.base}"
     if not folders:
-        wanted = f"name a class that is derived from {kind.base}"
+        remedy = f"name a class that is derived from {kind.base}"
     if not isinstance(target, str) or "." not in target.strip("."):
-        raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
+        raise ValueError(f"{name}._target_={target} is not allowed; {remedy}")
     try:
         found = _import(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}._target_={target} cannot be imported ({error})") from error
     if not inspect.isclass(found) or not (found.__module__.startswith(kind.folders) or _derived(found, kind.base)):
-        raise ValueError(f"{name}._target_={target} is not allowed; {wanted}")
+        raise ValueError(f"{name}._target_={target} is not allowed; {remedy}")
     if inspect.isabstract(found):
-        raise ValueError(f"{name}._target_={target} is abstract and cannot be made; {wanted}")
+        raise ValueError(f"{name}._target_={target} is abstract and cannot be created; {remedy}")
     if missing := [attribute for attribute in kind.needs if not hasattr(found, attribute)]:
-        raise ValueError(f"{name}._target_={target} cannot be the {name}: it has no attribute {missing[0]}; {wanted}")
+        raise ValueError(f"{name}._target_={target} cannot be the {name}: it has no attribute {missing[0]}; {remedy}")
     return found
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of classes that an option's group takes; a part that only some model knows is any module."""
+    """The classes that the group of an option accepts; for an unknown group, any module."""
     nested = next((key for key in KINDS if key.startswith(".") and name.endswith(key)), None)
     group = nested or max((key for key in KINDS if name == key or name.startswith(f"{key}.")), key=len, default=None)
     return Kind(MODULE, ()) if group is None else KINDS[group]
@@ -144,26 +146,27 @@ def _import(target: str) -> Any:
 
 
 def defaults(name: str, target: str) -> dict[str, Any]:
-    """What the constructor of an option takes where an option of its own is not given."""
-    taken = parameters(find_class(name, target))
-    return {key: p.default for key, p in taken.items() if p.default is not p.empty}
+    """The default arguments of a constructor."""
+    accepted = parameters(find_class(name, target))
+    return {key: p.default for key, p in accepted.items() if p.default is not p.empty}
 
 
 @cache
 def parameters(constructor: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What a constructor takes by name."""
+    """The named parameters of a constructor."""
     signature = inspect.signature(constructor)
     return {name: p for name, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
-def known(name: str, given: Mapping[str, Any], choices: Any) -> None:
+def check_keys(name: str, given: Mapping[str, Any], choices: Any) -> None:
+    """Raise ValueError for a key that is not one of `choices`."""
     for key in given:
         if key not in choices:
             raise ValueError(unknown_key(f"{name}.{key}" if name else str(key), choices))
 
 
 def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
-    """What to say of a key that does not exist; `asked` is the word that was misspelled, the key's last by default."""
+    """The error for an unknown key; `asked` is the misspelled word, by default the last part of the key."""
     if not choices:
         return f"there is no option {full_key}; {full_key.rpartition('.')[0]} has no options here"
     close = get_close_matches(asked or full_key.rpartition(".")[2], list(map(str, choices)), n=1)
@@ -171,29 +174,29 @@ def unknown_key(full_key: str, choices: Any, asked: str | None = None) -> str:
     return f"there is no option {full_key}; {hint}choose one of {', '.join(sorted(map(str, choices)))}"
 
 
-def typed(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
-    """Raise ValueError on a value that the constructor's annotation does not allow, naming the key and what is."""
+def check_types(name: str, arguments: Mapping[str, Any], constructor: Callable[..., Any]) -> None:
+    """Raise ValueError for a value that the constructor's annotation does not allow, with the allowed ones."""
     hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
-    whose = f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', '')}"
-    fit(name, arguments, {**hints, **LIBRARIES.get(whose, {})})
+    path = f"{getattr(constructor, '__module__', '')}.{getattr(constructor, '__qualname__', '')}"
+    check_values(name, arguments, {**hints, **LIBRARIES.get(path, {})})
 
 
 @cache
 def _hints(function: Any) -> dict[str, Any]:
-    """The annotations of a function; in a library's, names that only type checkers import are left out."""
+    """The annotations of a function, without names of libraries that only type checkers import."""
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
         hints: dict[str, Any] = {}
         for key, hint in getattr(function, "__annotations__", {}).items():
             with suppress(NameError, TypeError):
-                # One at a time, so that a name that is missing costs no more than its own hint.
+                # One at a time, so that a missing name affects only its own hint.
                 hints |= get_type_hints(SimpleNamespace(__annotations__={key: hint}), function.__globals__)
         return hints
 
 
-def mapping(name: str, value: Any) -> None:
-    """Raise ValueError where a section or group is a single value."""
+def check_mapping(name: str, value: Any) -> None:
+    """Raise ValueError if a section or group is not a mapping."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={shown(value)} must be a mapping of options, such as {name}.<option>=<value>")
 
@@ -210,7 +213,7 @@ class Misfit(NamedTuple):
 
 
 class UnknownKey(NamedTuple):
-    """A name in a mapping that is none of a few."""
+    """A key of a mapping that is not one of `choices`."""
 
     key: str
     choices: tuple[str, ...]
@@ -219,30 +222,30 @@ class UnknownKey(NamedTuple):
         return unknown_key(self.key, self.choices)
 
 
-def fit(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raise ValueError on a value that its hint does not allow; what has no hint must be finite all the same."""
+def check_values(name: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that its hint does not allow; values without a hint must be finite."""
     for key, value in values.items():
         full_key = f"{name}.{key}" if name else str(key)
-        if (misfit := _misfit(full_key, value, hints.get(key, Any))) is not None:
+        if (misfit := _first_misfit(full_key, value, hints.get(key, Any))) is not None:
             raise ValueError(str(misfit))
 
 
-def _misfit(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
-    """The first thing in a value that a hint does not allow; None where there is none."""
+def _first_misfit(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
+    """The first value or key that a hint does not allow; None if there is none."""
     if hint is Any and isinstance(value, Mapping | list):
-        hint = dict[Any, Any] if isinstance(value, Mapping) else list[Any]  # each entry must be finite
+        hint = dict[Any, Any] if isinstance(value, Mapping) else list[Any]  # checks that each entry is finite
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _outside(key, value, hint)
     if origin in (Union, UnionType):
         misfits = []
         for each in inner:
-            if (misfit := _misfit(key, value, each)) is None:
+            if (misfit := _first_misfit(key, value, each)) is None:
                 return None
             misfits.append(misfit)
         return next((misfit for misfit in misfits if misfit.key != key), Misfit(key, value, hint))
     if origin in (list, tuple, Sequence, dict, Mapping):
-        return _misfit_inside(key, value, hint)
+        return _first_misfit_inside(key, value, hint)
     if origin is Literal:
         fits = any(type(value) is type(choice) and value == choice for choice in inner)
     elif hint in (int, float):
@@ -254,14 +257,14 @@ def _misfit(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
 
 
 def _outside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
-    """As `_misfit`, of a hint with bounds."""
+    """As `_first_misfit`, for an `Annotated` hint with bounds."""
     kind, *bounds = get_args(hint)
-    if (misfit := _misfit(key, value, kind)) is not None:
+    if (misfit := _first_misfit(key, value, kind)) is not None:
         return Misfit(key, value, hint) if misfit.key == key else misfit
     for bound in bounds:
         if isinstance(bound, Known):
             for name, entry in value.items():
-                if (misfit := _misfit(f"{key}.{name}", entry, bound.hints.get(name, Any))) is not None:
+                if (misfit := _first_misfit(f"{key}.{name}", entry, bound.hints.get(name, Any))) is not None:
                     return misfit
             return None
         if value not in bound:
@@ -269,8 +272,8 @@ def _outside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
     return None
 
 
-def _misfit_inside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
-    """As `_misfit`, of a list's or a mapping's hint."""
+def _first_misfit_inside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | None:
+    """As `_first_misfit`, for the hint of a list or mapping."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
@@ -278,7 +281,9 @@ def _misfit_inside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | Non
         for name, entry in value.items():
             if get_origin(inner[0]) is Literal and name not in get_args(inner[0]):
                 return UnknownKey(f"{key}.{name}", get_args(inner[0]))
-            misfit = _misfit(f"the name in {key}", name, inner[0]) or _misfit(f"{key}.{name}", entry, inner[1])
+            misfit = _first_misfit(f"the name in {key}", name, inner[0]) or _first_misfit(
+                f"{key}.{name}", entry, inner[1]
+            )
             if misfit:
                 return misfit
         return None
@@ -286,7 +291,7 @@ def _misfit_inside(key: str, value: Any, hint: Any) -> Misfit | UnknownKey | Non
     if not isinstance(value, list | tuple) or (fixed and len(value) != len(inner)):
         return Misfit(key, value, hint)
     for index, entry in enumerate(value):
-        if misfit := _misfit(f"{key}[{index}]", entry, inner[index] if fixed else inner[0]):
+        if misfit := _first_misfit(f"{key}[{index}]", entry, inner[index] if fixed else inner[0]):
             return misfit
     return None
 
@@ -306,7 +311,7 @@ def _finite(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it on the command line, of a long one the beginning."""
+    """A value as on the command line; long values are truncated."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -315,14 +320,18 @@ def shown(value: Any) -> str:
 
 
 def described(hint: Any) -> str:
-    """What a hint allows, in words that follow "must be"."""
+    """The allowed values of a hint, in words that follow "must be"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         kind, comma, entries = described(inner[0]).partition(", each")
         bounds = [str(bound) for bound in inner[1:] if not isinstance(bound, Known)]
         return " ".join([kind, *bounds]) + comma + entries
     if origin in (Union, UnionType):
-        within = {int: float in inner, str: Path in inner, type(None): True}  # said by the other, or last
+        within = {
+            int: float in inner,
+            str: Path in inner,
+            type(None): True,
+        }  # covered by the other type, or listed last
         kinds = [each for each in inner if not within.get(_base(each), False)]
         words = list(dict.fromkeys(map(described, kinds))) + ["null"] * (type(None) in inner)
         return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""Values from data as an error quotes them: on one line, printable, and no longer than a reader takes in."""
+"""Values from data quoted in errors: on one line, printable and short."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 LONGEST = 80  # characters of a value that are shown
 NUM_NAMED = 5  # items of a list of names that are shown
-NOT_ON_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def quoted(value: Any, *, longest: int = LONGEST) -> str:
-    """The value as Python writes it; of a long text the beginning, with its length; of a list or object, its size.
+    """The `repr` of a value; for a long text its beginning and length, for a list or object its size.
 
     >>> quoted("data:image/png;base64," + "A" * 8000)
     "'data:image/png;base64,AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA…' (8,022 characters)"
@@ -32,7 +32,7 @@ def quoted(value: Any, *, longest: int = LONGEST) -> str:
 
 
 def named(names: Iterable[Any], *, at_most: int = NUM_NAMED) -> str:
-    """The first names of many, and how many more there are."""
+    """The first names, and the number of the others."""
     names = list(names)
     shown = ", ".join(quoted(str(name), longest=LONGEST // 2) for name in islice(names, at_most))
     more = len(names) - at_most
@@ -40,5 +40,5 @@ def named(names: Iterable[Any], *, at_most: int = NUM_NAMED) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""The text on one line: controls, line breaks too, and halves of surrogate pairs are written as `\x1b` or `\n`."""
-    return NOT_ON_A_LINE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    r"""The text on one line: control characters, line breaks and lone surrogates are written as `\x1b` or `\n`."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,7 +1,7 @@
-"""The values that an option may have, as annotations of the constructors: `Annotated[int, Range(1, 64)]`.
+"""Allowed values of options, as annotations of the constructors: `Annotated[int, Range(1, 64)]`.
 
-`vlm.options` reads them before a part is made. Bounds are wide: they refuse what no run can mean (a width of 0, 5,000
-data workers), not what is unusual.
+`vlm.options` checks them before a part is created. Bounds are wide: they refuse impossible values (a width of 0, 5,000
+data workers), not unusual ones.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-Number = int | float  # a whole number is also one where `float` alone is checked at run time
+Number = int | float  # `float` alone would refuse an int at run time
 
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from `least` to `most`; `above` and `below` are bounds that are not allowed themselves."""
+    """Finite numbers from `least` to `most`; `above` and `below` are exclusive bounds."""
 
     least: Number | None = None
     most: Number | None = None
@@ -42,7 +42,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """How many entries a list or mapping has, or characters a text."""
+    """Number of entries of a list or mapping, or of characters of a text."""
 
     least: int
     most: int | None = None
@@ -60,22 +60,22 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Written:
-    """Texts of one form: a regular expression that the whole text matches, and how to describe it."""
+class Pattern:
+    """Texts that match a regular expression in full, with an example for errors."""
 
     pattern: str
-    form: str
+    example: str
 
     def __contains__(self, value: str) -> bool:
         return re.fullmatch(self.pattern, value) is not None
 
     def __str__(self) -> str:
-        return f"such as {self.form}"
+        return f"such as {self.example}"
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What some keys of an open mapping hold, where they are given; other keys may hold anything."""
+    """Hints for some keys of a mapping; other keys may have any value."""
 
     hints: dict[str, Any]
 
@@ -91,18 +91,18 @@ Heads = Annotated[int, Range(1, 1_024)]
 Grid = Annotated[Sequence[Annotated[int, Range(1, 1_024)]], Length(2, 2)]  # rows and columns
 Layer = Annotated[int, Range(-1_000, 1_000)]
 Layers = Layer | Annotated[list[Layer], Length(1)]
-ImageSize = Annotated[int, Range(1, 8_192)]  # pixels of a side
+ImageSize = Annotated[int, Range(1, 8_192)]  # side in pixels
 Interpolation = Literal["bilinear", "bicubic"]
-Mean = Annotated[Sequence[Annotated[Number, Range(-1_000, 1_000)]], Length(3, 3)]  # of a channel each
+Mean = Annotated[Sequence[Annotated[Number, Range(-1_000, 1_000)]], Length(3, 3)]  # one per channel
 Std = Annotated[Sequence[Annotated[Number, Range(above=0, most=1_000)]], Length(3, 3)]
 
 # Counts
 BatchSize = Annotated[int, Range(1, 65_536)]
-Tokens = Annotated[int, Range(1, 2**24)]  # of a row or a batch
+Tokens = Annotated[int, Range(1, 2**24)]  # per row or batch
 Steps = Annotated[int, Range(1, 10**9)]
-Samples = Annotated[int, Range(1, 10**8)]  # their order is drawn in memory
+Samples = Annotated[int, Range(1, 10**8)]  # their permutation is in memory
 Workers = Annotated[int, Range(0, 512)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # what NumPy takes
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # as in NumPy
 
 # Ratios
 Ratio = Annotated[Number, Range(0, 1)]
@@ -110,16 +110,15 @@ RatioBelowOne = Annotated[Number, Range(least=0, below=1)]
 RatioAboveZero = Annotated[Number, Range(above=0, most=1)]
 Decay = Annotated[Number, Range(above=0, below=1)]
 
-# Learning rates of a part: one, some of its modules' by name with the `rest`, or none.
 LearningRate = Annotated[Number, Range(0, 100)]
 
 Name = Annotated[str, Length(1)]
 
-# Facts of an architecture by the names that Transformers and timm give them. Any other may stand beside them.
+# Architecture options with the names of Transformers and timm; other names are allowed too.
 Positive = Annotated[Number, Range(above=0, most=10**9)]
 Factors = Annotated[list[Positive], Length(1)]
 Epsilon = Annotated[Number, Range(above=0, below=1)]
-Position = Annotated[int, Range(0, 10**7)]  # of a token in a text, or of its row in the vocabulary
+Position = Annotated[int, Range(0, 10**7)]  # of a token in a text or in the vocabulary
 RopeParameters = Annotated[
     dict[str, Any],
     Known(
@@ -155,20 +154,20 @@ Facts = Annotated[
     ),
 ]
 
-# What constructors that are not ours take, where their own annotations allow more than a run here can use.
+# Arguments of libraries' constructors whose own annotations are too wide.
 Devices = (
     Literal["auto", -1]
     | Annotated[int, Range(1, 1_024)]
-    | Annotated[str, Written(r"-1|\d{1,4}(,\d{1,4})*", "'0,1'")]
+    | Annotated[str, Pattern(r"-1|\d{1,4}(,\d{1,4})*", "'0,1'")]
     | Annotated[list[Annotated[int, Range(0, 1_023)]], Length(1)]
 )
 Duration = (
-    Annotated[str, Written(r"\d{1,4}:\d\d:\d\d:\d\d", "00:04:30:00 (days, hours, minutes, seconds)")]
+    Annotated[str, Pattern(r"\d{1,4}:\d\d:\d\d:\d\d", "00:04:30:00 (days, hours, minutes, seconds)")]
     | Annotated[
         dict[Literal["days", "hours", "minutes", "seconds", "weeks"], Annotated[Number, Range(0, 10**6)]], Length(1)
     ]
 )
-Batches = Annotated[int, Range(0, 10**9)] | Annotated[Number, Range(0, 1)]  # a number of them, or a share of all
+Batches = Annotated[int, Range(0, 10**9)] | Annotated[Number, Range(0, 1)]  # a number of batches, or a ratio
 LIBRARIES: dict[str, dict[str, Any]] = {
     "lightning.pytorch.trainer.trainer.Trainer": {
         "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],

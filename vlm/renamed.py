@@ -1,4 +1,4 @@
-"""Config keys of an earlier version, which are refused with the key of today."""
+"""Config keys of earlier versions, refused with their new names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RENAMED = {
 
 
 def refuse_renamed_key(key: str) -> None:
-    """Raise ValueError where a dotted key is of an earlier version."""
+    """Raise ValueError if a dotted key was renamed."""
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
-            raise ValueError(f"the option {key} is called {new}{key.removeprefix(old)} now; write it so")
+            raise ValueError(f"the option {key} was renamed; use {new}{key.removeprefix(old)}")
 
 
 def refuse_renamed(cfg: Mapping[str, Any]) -> None:
-    """Raise ValueError where a config has a key of an earlier version."""
+    """Raise ValueError if a config has a renamed key."""
     for old in RENAMED:
         holder, key = _holder(cfg, old)
         if isinstance(holder, Mapping) and key in holder:
@@ -35,7 +35,7 @@ def refuse_renamed(cfg: Mapping[str, Any]) -> None:
 
 
 def rename(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run of an earlier version with single values under the keys of today."""
+    """The settings of an earlier version with its single values under their new keys."""
     renamed = deepcopy(dict(settings))
     for old, new in RENAMED.items():
         holder, key = _holder(renamed, old)
@@ -45,7 +45,7 @@ def rename(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _holder(cfg: Mapping[str, Any], key: str) -> tuple[Any, str]:
-    """What holds a dotted key, if anything does, and the key's last word."""
+    """The mapping that would hold a dotted key, or None, and the last part of the key."""
     *sections, last = key.split(".")
     holder: Any = cfg
     for section in sections:

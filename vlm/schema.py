@@ -1,4 +1,4 @@
-"""The words that the parts share: what a source yields, what a batch holds, what an objective returns.
+"""Shared data types: samples, batches, losses.
 
 Axes, everywhere in this project:
 
@@ -18,37 +18,37 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-IGNORE = -100  # label of a position that is not supervised; PyTorch's cross-entropy default
+IGNORE = -100  # label of positions without loss; default of PyTorch's cross-entropy
 
 Split = Literal["train", "val"]
-# What a row of text holds: a whole conversation, whose answers are supervised, or what comes before its last answer.
+# Form of a row: a whole conversation with supervised answers, or the prompt before its last answer.
 Form = Literal["conversation", "prompt"]
 
 
 class Content(TypedDict):
-    """One piece of a message: some text, or the place of the sample's next image."""
+    """One piece of a message: text, or a placeholder of the sample's next image."""
 
     type: Literal["text", "image"]
     text: NotRequired[str]
 
 
 class Message(TypedDict):
-    """One turn, in the chat form that Transformers' templates take.
+    """One turn, in the format of Transformers' chat templates.
 
-    An assistant's turn whose `supervised` is False is read and never learned.
+    An assistant's turn with `supervised=False` has no loss.
     """
 
     role: Literal["system", "user", "assistant"]
     content: list[Content]
-    supervised: NotRequired[bool]  # True where it is absent
+    supervised: NotRequired[bool]  # default True
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What every source yields: a conversation and the images it speaks of, in order of their placeholders.
+    """A conversation and its images, in the order of their placeholders.
 
-    Images are RGB with 8 bits a channel; `vlm.data.judge` refuses others where a sample is taken.
-    `id` is stable over runs and names the sample in every error; `meta` is what a scorer needs (e.g. `question_type`).
+    Images are RGB with 8 bits per channel; `vlm.data.judge` checks this. `id` is the same in all runs and names the
+    sample in errors; `meta` is for scorers (e.g. `question_type`).
     """
 
     id: str
@@ -63,7 +63,7 @@ class Sample:
 
     @property
     def num_images(self) -> int:
-        """Images that the messages speak of, whether they are at hand or not."""
+        """Number of image placeholders in the messages, whether the images are loaded or not."""
         return sum(item["type"] == "image" for message in self.messages for item in message["content"])
 
 
@@ -72,7 +72,7 @@ BAD_KINDS: tuple[BadKind, ...] = get_args(BadKind)
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used; the message names the sample, what is wrong and the remedy, `kind` what it is."""
+    """A sample that cannot be used; the message names the sample, the problem and the remedy."""
 
     def __init__(self, message: str, kind: BadKind = "other_defect") -> None:
         super().__init__(message)
@@ -80,11 +80,11 @@ class BadSample(ValueError):
 
 
 class StoredImage(NamedTuple):
-    """Where an image lies. Both functions raise `OSError` or `BadSample` where it cannot be read."""
+    """An image in a file. Both functions raise `OSError` or `BadSample` if it cannot be read."""
 
     name: str
     size: Callable[[], int]  # bytes
-    read: Callable[[int, int], bytes]  # from a start, as many
+    read: Callable[[int, int], bytes]  # (start, number of bytes)
 
 
 @runtime_checkable
@@ -105,44 +105,44 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class VisualSpec:
-    """All that data has to know about how the model takes images.
+    """How the model takes images, for the data.
 
-    `num_tokens` is the number of placeholders that one image, or tile of one, takes in a row of text: K where the
-    visual tokens enter the LLM's input, 0 where the LLM's layers attend to them.
+    `num_tokens` is the number of placeholders per image or tile: K if the visual tokens enter the LLM's input, 0 if the
+    LLM's layers attend to them.
 
-    Where the encoder tiles, `tile_rows` tells how many tiles stand in each row for an image of some width and height.
-    It decides by the size alone, so that the length of a row of text is known before any pixel is read.
+    With tiling, `tile_rows` maps (width, height) of an image to the number of tiles in each row. It depends on the size
+    only, so that the length of a row is known before the image is decoded.
     """
 
     num_tokens: int
     image_size: tuple[int, int]  # height, width in pixels
     transform: Callable[[Image.Image], Tensor]  # one PIL image -> [3, H, W], or [tiles, 3, H, W]; deterministic
     tile_rows: Callable[[tuple[int, int]], list[int]] | None = None
-    max_tiles: int = 1  # of an image
+    max_tiles: int = 1  # per image
     row_separator: str = ""  # text between the rows of tiles
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of text with their images. Images lie in the order of their rows, then of their placeholders.
+    """Rows of text with their images, in the order of the rows, then of the placeholders.
 
-    A row is one sample, or several side by side ("packed"), none of which may see another.
+    A row is one sample, or several packed samples that do not attend to each other.
     """
 
     pixel_values: Float[Tensor, "n 3 h w"]
     input_ids: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
-    position_ids: Int[Tensor, "b t"]  # in the token's own sample
+    position_ids: Int[Tensor, "b t"]  # within the sample
     image_mask: Bool[Tensor, "b t"]  # True where visual tokens go
-    images_before: Int[Tensor, "b t"]  # how many of the row's images start before this token
-    images_hidden: Int[Tensor, "b t"]  # how many of those are another sample's
-    labels: Int[Tensor, "b t"]  # the token itself where it is supervised, else IGNORE
-    sample_index: Int[Tensor, "b t"]  # which of `samples` the token belongs to, -1 for padding
-    num_images: Int[Tensor, " b"]  # tiles, where images are tiled
-    layouts: list[list[tuple[int, ...]]]  # of each row's images, how many tiles stand in each row of tiles
+    images_before: Int[Tensor, "b t"]  # number of the row's images before this token
+    images_hidden: Int[Tensor, "b t"]  # number of those that belong to another sample
+    labels: Int[Tensor, "b t"]  # the token id if supervised, else IGNORE
+    sample_index: Int[Tensor, "b t"]  # index into `samples`, -1 for padding
+    num_images: Int[Tensor, " b"]  # tiles count as images
+    layouts: list[list[tuple[int, ...]]]  # per row and image, the number of tiles in each row of tiles
     ids: list[str]  # of the samples
-    samples: list[Sample]  # without their pictures
-    sources: tuple[str, ...] = ()  # what samples' meta["source"] can be, in a mixture
+    samples: list[Sample]  # without images
+    sources: tuple[str, ...] = ()  # of a mixture, the values of meta["source"]
 
     @property
     def logits_mask(self) -> Bool[Tensor, "b t"]:
@@ -151,7 +151,7 @@ class Batch:
 
     @property
     def llm_mask(self) -> Bool[Tensor, "b t"] | None:
-        """`attention_mask`; None for packed rows, whose samples an LLM tells apart by positions that begin anew."""
+        """`attention_mask`; None for packed rows, whose samples the LLM separates by `position_ids` that restart."""
         return None if len(self.ids) > len(self.input_ids) else self.attention_mask
 
     @property
@@ -167,7 +167,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Named sums and what each was summed over, so that accumulated batches and several ranks add up exactly.
+    """Named sums with counts, so that accumulated batches and several ranks add up exactly.
 
     The total is the sum of `sums[name] / counts[name]` over the names that end in `_loss`; other names are only logged.
     """
@@ -177,5 +177,5 @@ class LossOutput:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a sum of that name is part of the total; `loss/<source>` is not, whatever the source is called."""
+    """Whether a sum of this name is part of the total; `loss/<source>` never is."""
     return name.endswith("_loss") and not name.startswith("loss/")

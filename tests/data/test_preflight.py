@@ -18,7 +18,7 @@ from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
 from vlm.schema import BadSample, Message, Sample, Split, VisualSpec
 from vlm.text.encode import TextEncoder
-from vlm.training.run import print_figures
+from vlm.training.run import print_metrics
 
 GOOD = [say("user", None, "Hi"), say("assistant", "no")]  # with `plain`: <bos>, 3 visual, "Hi\n", "no<eos>"
 
@@ -240,7 +240,7 @@ def test_a_filter_that_leaves_most_out_says_so_before_training(plain):
 
 
 def test_figures_have_no_negative_zero(capsys):
-    print_figures({"val/visual_gain": -0.0001, "val/loss": -0.0006})
+    print_metrics({"val/visual_gain": -0.0001, "val/loss": -0.0006})
     printed = capsys.readouterr().out
     assert "-0.000" not in printed
     assert "-0.001" in printed

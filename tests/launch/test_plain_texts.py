@@ -37,7 +37,7 @@ def test_tables_show_texts_as_they_are() -> None:
     samples = [{"id": text, "prediction": text, "reference": f"{text}.", "correct": False} for text in HOSTILE]
     with run.CONSOLE.capture() as shown:
         run.print_samples(samples, num=len(samples))
-        run.print_figures({f"val/accuracy/{text}": 0.5 for text in HOSTILE})
+        run.print_metrics({f"val/accuracy/{text}": 0.5 for text in HOSTILE})
         run.CONSOLE.print("runs/" + "".join(HOSTILE), soft_wrap=True)
     lines = shown.get().splitlines()
     for text in map(escape_controls, HOSTILE):
@@ -48,7 +48,7 @@ def test_tables_show_texts_as_they_are() -> None:
 
 
 def test_figures_have_no_minus_zero() -> None:
-    assert [run.figure(value) for value in (-0.0004, 0.0, -0.0006, 1234567, -1234.5)] == [
+    assert [run.format_metric(value) for value in (-0.0004, 0.0, -0.0006, 1234567, -1234.5)] == [
         *("0.000", "0.000", "-0.001", "1,234,567", "-1,234.500"),
     ]
 

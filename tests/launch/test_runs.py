@@ -26,7 +26,7 @@ from vlm import build
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.sources.shapes import Shapes
 from vlm.launch.training import extent
-from vlm.training.run import log_options
+from vlm.training.run import log_config
 
 METRICS = {
     "train/loss",
@@ -378,7 +378,7 @@ def test_a_logger_that_cannot_start_is_one_sentence() -> None:
 
     message = r"the logger mine could not start: No API key configured.; logger.mine.offline=true needs no account"
     with pytest.raises(ValueError, match=message):
-        log_options(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"mine": {"offline": False}}})
+        log_config(SimpleNamespace(loggers=[NoAccount()]), {"logger": {"mine": {"offline": False}}})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test misses")

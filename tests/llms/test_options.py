@@ -295,6 +295,8 @@ def test_foreign_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "foreign.py").write_text("open(__file__ + '.ran', 'w')\nraise SystemExit\n")
     facts = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.M"}}
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"come with code of their own, which is not run by default; set llm\.trust_remote_code="):
+    with pytest.raises(
+        ValueError, match=r"come with code of their own, which is not run by default; set llm\.trust_remote_code="
+    ):
         CausalLM(pretrained=str(tmp_path), config=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "foreign.py"]

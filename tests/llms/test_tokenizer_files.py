@@ -36,9 +36,7 @@ def test_a_folder_with_tokenizer_model_alone(published: Path) -> None:
 
 def test_without_the_package_that_reads_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(
-        ValueError, match=r"tokenizer.model needs the package sentencepiece, which is not"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer.model needs the package sentencepiece, which is not"):
         load_tokenizer(str(folder), package=None, trust=False)
 
 

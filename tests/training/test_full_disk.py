@@ -69,10 +69,10 @@ def test_the_folder_of_a_logger_is_named(tmp_path: Path) -> None:
     logger.log_metrics({"loss": 1.0})
     said = f"could not write the metrics in {tmp_path / 'csv'}: File too large"
     with full_disk():
-        with pytest.raises(OSError, match=f"^{said}$"), run.disk_of_loggers(trainer):
+        with pytest.raises(OSError, match=f"^{said}$"), run.naming_log_folder(trainer):
             logger.save()
         with pytest.raises(ValueError, match=f"the logger csv could not start: {said}"):
-            run.log_options(trainer, {"seed": 0, "logger": {"csv": {}}})
+            run.log_config(trainer, {"seed": 0, "logger": {"csv": {}}})
 
 
 def test_the_error_of_a_data_worker_is_the_same_sentence(tmp_path: Path) -> None:

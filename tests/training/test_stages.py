@@ -161,7 +161,7 @@ def test_a_schedule_by_hand(kind: Any, after: list[float]) -> None:
     """Warm-up in 2 steps, then 4 between the peak 1 and the floor 0.1, for two groups of different peaks."""
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": 10.0}])
-    schedule = make_schedule(optimizer, kind=kind, warmup=2, steps=6, floor=0.1)
+    schedule = make_schedule(optimizer, kind=kind, warmup=2, steps=6, min_ratio=0.1)
     rates = []
     for _ in range(8):
         rates.append([group["lr"] for group in optimizer.param_groups])

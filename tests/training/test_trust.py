@@ -423,7 +423,7 @@ def test_terminal_escapes_are_shown_and_not_obeyed(
     change(run_dir, "quantization", evil, file="artifact/manifest.json")
     assert PROGRAMS["eval"](run_dir, tmp_path) == 2
     run.print_samples([{"id": evil, "prediction": evil, "reference": evil, "correct": True}])
-    run.print_figures({evil: 1.0})
+    run.print_metrics({evil: 1.0})
     seen = "".join(capfd.readouterr())
     assert not {"\x1b", "\x07", "\x9b", "\ud800"} & set(seen)
     assert seen.count("\\x1b]0;title\\x07\\x1b[2J") >= 5

@@ -98,8 +98,10 @@ class Save(pl.Callback):
             if trainer.is_global_zero:
                 best.mkdir(exist_ok=True)
                 config = best / "config.yaml"  # first, because an artifact is not loaded without it
-                artifact.write(artifact.aside(config), (self.run_dir / config.name).read_text(encoding="utf-8"))
-                artifact.put(config)
+                artifact.write(
+                    artifact.temporary_path(config), (self.run_dir / config.name).read_text(encoding="utf-8")
+                )
+                artifact.commit(config)
             self._save_artifact(trainer, module, best)
         if trainer.state.fn != "fit":  # a validation after the fit saves nothing
             return
@@ -165,15 +167,15 @@ class Save(pl.Callback):
         file.parent.mkdir(exist_ok=True)
         trainer.strategy.checkpoint_io = DirectCheckpointIO()
         try:
-            trainer.save_checkpoint(artifact.aside(file))
+            trainer.save_checkpoint(artifact.temporary_path(file))
             if trainer.is_global_zero:
-                artifact.flush(artifact.aside(file))  # before an older one is deleted
+                artifact.flush(artifact.temporary_path(file))  # before an older one is deleted
                 for number in range(self.keep_last - 1, 0, -1):
                     if (newer := _numbered(file, number - 1)).exists():
                         os.replace(newer, _numbered(file, number))
-                os.replace(artifact.aside(file), file)
+                os.replace(artifact.temporary_path(file), file)
         except (OSError, RuntimeError) as error:
-            artifact.aside(file).unlink(missing_ok=True)
+            artifact.temporary_path(file).unlink(missing_ok=True)
             raise artifact.SaveError(
                 f"could not write {file} at step {trainer.global_step}: {_root_cause(error)}; the artifact is saved"
             ) from error

@@ -26,7 +26,7 @@ NUM_LARGEST = 8
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
     """The command and its options: `key=value`, or values alone in the order of what the command needs."""
-    from vlm.options import known
+    from vlm.options import check_keys
 
     command, *words = arguments or [""]
     if command not in COMMANDS:
@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
             left = [name for name in COMMANDS[command] if name not in options]
             key, value = left[0] if left else word, word
         options[key] = os.path.expanduser(value)
-    known(f"vlm-artifact {command}", options, (*COMMANDS[command], *OPTIONS[command]))
+    check_keys(f"vlm-artifact {command}", options, (*COMMANDS[command], *OPTIONS[command]))
     for key in COMMANDS[command]:
         if not options.get(key):
             raise ValueError(f"vlm-artifact {command} needs {key}=<{'folder' if key == 'out' else 'run dir'}>")

@@ -142,7 +142,7 @@ def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], d
     said = [word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task if SAID_AGAIN.match(word)]
     given = {key: value for key, value in trust.leaves(settings) if key in said}
     theirs, choices = config.read_config(Path(run_dir), given=given)
-    return {section: theirs[section] for section in trust.of_model(theirs)}, choices
+    return {section: theirs[section] for section in trust.model_sections(theirs)}, choices
 
 
 def _model(settings: dict[str, Any], *, weights: bool) -> Any:

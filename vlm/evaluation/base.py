@@ -18,7 +18,7 @@ from vlm.schema import Batch, LossOutput, is_loss
 class Context:
     """What an evaluator works with.
 
-    `sum_over_ranks` sums each number over all ranks; `from_first_rank` broadcasts the number of rank 0. Every rank must
+    `sum_over_ranks` sums each number over all ranks; `from_rank_zero` broadcasts the number of rank 0. Every rank must
     call them equally often. `autocast` is the precision of the run.
     """
 
@@ -27,7 +27,7 @@ class Context:
     data: Any
     device: torch.device
     sum_over_ranks: Callable[[Sequence[Tensor | float]], list[float]]
-    from_first_rank: Callable[[float], float]
+    from_rank_zero: Callable[[float], float]
     autocast: Callable[[], AbstractContextManager[Any]]
 
 

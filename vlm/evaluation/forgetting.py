@@ -76,7 +76,7 @@ class Forgetting(Evaluator):
         if not hasattr(self, "_batches"):
             self._batches = text_batches(context.data.text, context.data.spec)
         with context.autocast():
-            return context.from_first_rank(text_loss(context.model, self._batches, device=context.device))
+            return context.from_rank_zero(text_loss(context.model, self._batches, device=context.device))
 
 
 def text_batches(encoder: TextEncoder, spec: VisualSpec, *, file: Path = TEXTS) -> list[Batch]:

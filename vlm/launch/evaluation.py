@@ -18,7 +18,7 @@ from vlm.evaluation.loop import Result
 from vlm.launch import interrupt, processes
 from vlm.launch.overrides import absolute_paths
 from vlm.module import VLMModule
-from vlm.options import known
+from vlm.options import check_keys
 from vlm.training import artifact, run, trust
 
 
@@ -36,8 +36,8 @@ class EvaluationRun:
         self.run_dir = Path(cfg.ckpt).absolute()
         self._manifest = artifact.read_manifest(self.run_dir)
         self.run_id = config.run_id(self.run_dir)
-        parts = trust.of_model(config.stored_config(self.run_dir)[0])
-        known("", cfg, {*config.EVALUATION, "trainer", "evaluators", *parts})
+        parts = trust.model_sections(config.stored_config(self.run_dir)[0])
+        check_keys("", cfg, {*config.EVALUATION, "trainer", "evaluators", *parts})
         asked = config.given(cfg, [key for key in ("data", "evaluators", *parts) if key in cfg])
         self._asked = absolute_paths(asked, "")  # from the user's folder, not the run's
         settings, _ = config.read_config(self.run_dir, given={**self._sizes(cfg), **self._asked}, with_data=True)
@@ -73,7 +73,7 @@ class EvaluationRun:
 
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
         """Print which figures cannot be measured. Raises ValueError for other rows than those of the training."""
-        if not config.names_rows(self._asked):
+        if not config.selects_rows(self._asked):
             rows = {"val": data.fingerprints()["val"]}
             check_rows(
                 self._manifest.get("data") or {}, rows, "name the data again, for example with data.annotations="
@@ -97,7 +97,7 @@ class EvaluationRun:
         }
         artifact.write_json(self.out / "results.json", results)
         write_samples(self.out / "samples.jsonl", result.samples)
-        run.print_figures(result.metrics)
+        run.print_metrics(result.metrics)
         run.print_samples(result.samples)
         run.CONSOLE.print(f"Results: {self.out / 'results.json'}", soft_wrap=True)
         if result.failure is not None:

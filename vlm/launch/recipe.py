@@ -30,7 +30,7 @@ from vlm.launch.entry import CONF, config_error, fail
 from vlm.launch.overrides import for_shell, override
 from vlm.launch.processes import FORWARDED, num_processes, searchpath, wait_for
 from vlm.launch.resume import FREE, within
-from vlm.options import known
+from vlm.options import check_keys
 from vlm.training import run
 from vlm.training.artifact import write_json
 
@@ -131,7 +131,7 @@ def _listed(cfg: DictConfig) -> list[dict[str, Any]]:
     recipe: Any = OmegaConf.to_container(cfg.recipe) if OmegaConf.is_config(cfg.recipe) else cfg.recipe
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe={recipe} has no stages; write recipe.stages=[{{stage: align}}, {{stage: instruct}}]")
-    known("recipe", recipe, {"stages", "eval", "run_dir"})
+    check_keys("recipe", recipe, {"stages", "eval", "run_dir"})
     stages = recipe.get("stages")
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) and "stage" in s for s in stages):
         raise ValueError(
@@ -268,4 +268,4 @@ def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], k
     table.add_section()
     table.add_row(Text(title, "bold"))
     for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
-        table.add_row(name, *(run.figure(each[name]) if name in each else "" for each in figures))
+        table.add_row(name, *(run.format_metric(each[name]) if name in each else "" for each in figures))

@@ -48,8 +48,8 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
     after["run_dir"] = str(run_dir)
     if not is_own:
         composed: Any = OmegaConf.to_container(cfg, resolve=True)
-        sections = (*trust.of_model(after), *config.MANY, "data", "trainer", "ckpt")
-        after = trust.restrict(after, run_dir=run_dir, sections=sections, said=_said(cfg, choices), composed=composed)
+        sections = (*trust.model_sections(after), *config.MANY, "data", "trainer", "ckpt")
+        after = trust.restrict(after, run_dir=run_dir, sections=sections, given=_said(cfg, choices), composed=composed)
     config.enter_folder_of(run_dir)
     return after, choices
 

@@ -55,7 +55,7 @@ class TrainingRun:
 
     def start(self) -> None:
         """Lock the directory, find the checkpoint to resume from, and seed the random numbers."""
-        run.CONSOLE.quiet = not run.first_rank()
+        run.CONSOLE.quiet = not run.is_rank_zero()
         self._lock = run.lock(self.run_dir, resumed=self._resumes)
         self.run_id = (config.run_id(self.run_dir) if self._resumes else None) or secrets.token_hex(8)
         parts = config.model_class(self.settings).parts
@@ -112,7 +112,7 @@ class TrainingRun:
         run.print_parts(counts, self.choices, self.settings["stage"], decayed=model.layer_decay_part)
         run.CONSOLE.print(extent(data, self.trainer), soft_wrap=True)
         run.CONSOLE.print(render(data.preflight(num_samples=preflight["samples"], show=preflight["show"])))
-        if run.first_rank() and (remark := data.check_shared()):
+        if run.is_rank_zero() and (remark := data.check_shared()):
             run.CONSOLE.print(remark, soft_wrap=True)
         best = (self.settings["callbacks"].get("save") or {}).get("best")
         for evaluator in module.evaluators.values():
@@ -125,14 +125,14 @@ class TrainingRun:
 
     def fit(self, trainer: Any, module: VLMModule, data: VLMDataModule) -> Result:
         """Train, then evaluate. A failure after the last step is returned in the result, with the figures before it."""
-        if run.first_rank():
+        if run.is_rank_zero():
             # From here on the directory belongs to this run.
             config.write_config(self.run_dir, self.settings, self.choices, self.run_id)
             run.truncate_metrics(self.run_dir, step=self._step)
-        run.log_options(trainer, self.settings)
+        run.log_config(trainer, self.settings)
         checkpoint = self.checkpoint and self.checkpoint[0]
         try:
-            with run.disk_of_loggers(trainer):
+            with run.naming_log_folder(trainer):
                 trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except TrainingStopped:
             if trainer.is_global_zero:  # rank 0 reports for all

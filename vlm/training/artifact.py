@@ -1,11 +1,11 @@
-"""What a run leaves behind: the tensors that were trained, and a manifest of what they belong to.
+"""Artifacts: the tensors that a run trained, and a manifest of the model that they belong to.
 
-    artifact/weights.safetensors   every tensor trained in this stage or in one before it, nothing frozen
+    artifact/weights.safetensors   tensors trained in this stage or an earlier one
     artifact/manifest.json         format, step, parts and options, identities of the bases, template, stages, code
 
-Saving writes both files aside, waits until the disk has them, and renames them, so that a full disk or a killed process
-leaves the previous ones whole. Both describe the same tensors at every save of a run, so any pair of them fits; after a
-kill between the two renames the manifest names the step of the save before, the weights' own header the right one.
+Both files are written to temporary paths, flushed and renamed, so a full disk or a killed process keeps the previous
+files. All saves of a run have the same tensor names, so any pair of the two files fits. If a process is killed between
+the renames, the manifest has the step of the previous save; the header of the weights has the correct step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vlm import files
 from vlm.models.base import Model
-from vlm.options import defaults, known, typed
+from vlm.options import check_keys, check_types, defaults
 from vlm.options import parameters as options_of
 from vlm.training.optim import lora_names, match_buffers
 
@@ -36,14 +36,14 @@ FORMAT_VERSION = 3
 
 
 class Each(NamedTuple):
-    """The type of each value of a mapping, whatever its keys."""
+    """The type of all values of a mapping."""
 
     kind: Any
 
 
-OBJECTIVE = "objective."  # before the names of tensors that are the objective's own
-MAX_MANIFEST = 2**26  # bytes; the names of a million tensors
-FIELDS: dict[str, Any] = {  # of a manifest, with the type of each that this code reads
+OBJECTIVE = "objective."  # prefix of the names of the objective's tensors
+MAX_MANIFEST = 2**26  # bytes; enough for the names of a million tensors
+FIELDS: dict[str, Any] = {  # required fields of a manifest and their types
     "parts": Each(dict),
     "bases": Each({"fingerprint": str}),
     "quantization": str,
@@ -56,15 +56,15 @@ FIELDS: dict[str, Any] = {  # of a manifest, with the type of each that this cod
 
 
 class Damaged(ValueError):
-    """An artifact that is not whole: a file of it is missing, cut, or changed by a disk."""
+    """An artifact with a missing, truncated or corrupt file."""
 
 
 class SaveError(ValueError):
-    """The disk did not take what should be saved; what was saved before is intact."""
+    """Saving failed; the previous files are intact."""
 
 
 def short_hash(content: Any) -> str:
-    """A hash of something that JSON can write."""
+    """A hash of a JSON value."""
     return hashlib.blake2b(_json(content).encode(errors="backslashreplace"), digest_size=8).hexdigest()
 
 
@@ -73,37 +73,37 @@ def class_path(module: nn.Module) -> str:
 
 
 def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
-    """Parameters that this stage trains or an earlier one has trained, also where an adapter has renamed them since."""
+    """Parameters trained in this stage or an earlier one, even if LoRA has renamed them since."""
     earlier = {name.replace(".base_layer.", ".") for name in inherited}
     parameters = model.named_parameters()
     return [name for name, p in parameters if p.requires_grad or name.replace(".base_layer.", ".") in earlier]
 
 
 def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int | None) -> None:
-    """Write an artifact. Raises SaveError, leaving the previous one as it was, where the disk does not take it."""
-    weights, described = folder / "weights.safetensors", folder / "manifest.json"
+    """Write an artifact. Raises SaveError if writing fails; the previous artifact is kept."""
+    weights, manifest_file = folder / "weights.safetensors", folder / "manifest.json"
     content = {**manifest, "format_version": FORMAT_VERSION, "step": step, "tensors": list(tensors)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
+        header = {"format": "pt", "step": str(step), "checksum": checksum(tensors)}
         if run := manifest.get("run"):
-            facts["run"] = run["id"]
-        with files.create(aside(weights)):
+            header["run"] = run["id"]
+        with files.create(temporary_path(weights)):
             pass
-        save_file(dict(tensors), aside(weights), metadata=facts)
-        write(aside(described), _json(content))
-        shutil.copymode(aside(described), aside(weights))  # which safetensors lets nobody else read
-        put(weights)
-        put(described)
+        save_file(dict(tensors), temporary_path(weights), metadata=header)
+        write(temporary_path(manifest_file), _json(content))
+        shutil.copymode(temporary_path(manifest_file), temporary_path(weights))  # safetensors writes it with mode 600
+        commit(weights)
+        commit(manifest_file)
     except (OSError, SafetensorError) as error:
         for left in folder.glob("*.tmp"):
             left.unlink()
-        before = "the artifact saved before is intact" if weights.exists() else "none was saved"
+        before = "the previous artifact is intact" if weights.exists() else "none was saved before"
         raise SaveError(f"could not save the artifact of step {step} in {folder}: {error}; {before}") from error
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """A CRC-32 of all values, in the order of the names."""
+    """CRC-32 of all values, in the order of the names."""
     crc = 0
     for name in sorted(tensors):
         values = tensors[name].contiguous().reshape(-1).view(torch.uint8).clone()  # NumPy would hold FSDP's storage
@@ -111,32 +111,32 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def aside(file: Path) -> Path:
-    """Where a file is written before it takes its place."""
+def temporary_path(file: Path) -> Path:
+    """The path to which a file is written before `commit`."""
     return file.with_name(file.name + ".tmp")
 
 
 def flush(file: Path) -> None:
-    """Wait until the disk has a file; some tell only then that they are full."""
+    """Write a file to disk (fsync); some file systems report only then that they are full."""
     with files.named(file), open(file, "rb") as written:
         os.fsync(written.fileno())
 
 
-def put(file: Path) -> None:
-    """Let what was written aside take its place once the disk has it."""
-    flush(aside(file))
-    os.replace(aside(file), file)
+def commit(file: Path) -> None:
+    """Flush the temporary file and rename it to `file`."""
+    flush(temporary_path(file))
+    os.replace(temporary_path(file), file)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write aside, then rename."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(aside(path), _json(content))
-    put(path)
+    write(temporary_path(path), _json(content))
+    commit(path)
 
 
 def write(file: Path, text: str) -> None:
-    """A new file with this text; no link is followed."""
+    """Write a new file; no link is followed."""
     with files.create(file) as opened:
         opened.write(text)
 
@@ -146,14 +146,14 @@ def _json(content: Any) -> str:
 
 
 def read_manifest(run: str | Path) -> dict[str, Any]:
-    """The manifest of a run directory, brought to this format version; the file stays as it is.
+    """The manifest of a run directory, migrated to this format version; the file is not changed.
 
-    Raises ValueError where there is none, a field is missing or of the wrong type, or it is of a later format.
+    Raises ValueError if it is missing, a field is missing or has the wrong type, or its format is newer than this code.
     """
     path = Path(run) / "artifact" / "manifest.json"
     if not path.exists():
         why = "it has no artifact/manifest.json" if Path(run).exists() else "there is no such folder"
-        raise Damaged(f"ckpt={run} is no run directory: {why}; give the folder that a run has made")
+        raise Damaged(f"ckpt={run} is not a run directory: {why}; give the folder of a run")
     try:
         manifest = json.loads(files.read(path, max_bytes=MAX_MANIFEST))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -161,41 +161,42 @@ def read_manifest(run: str | Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         if isinstance(version, int) and version > FORMAT_VERSION:
-            known_to = f"this code reads 1 to {FORMAT_VERSION}"
-            raise ValueError(f"{path} has format version {version}, {known_to}; update the code")
+            raise ValueError(
+                f"{path} has format version {version}, but this code reads 1 to {FORMAT_VERSION}; update the code"
+            )
         raise Damaged(f"{path} is not a manifest: its format_version is {version!r:.40}; take another ckpt=")
     try:
-        for later in MIGRATIONS[version - 1 :]:
-            later(manifest)
+        for migrate in MIGRATIONS[version - 1 :]:
+            migrate(manifest)
     except (AttributeError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} is not whole ({type(error).__name__}: {error}); take another ckpt=") from error
-    if misfit := _misfit(manifest, FIELDS, ""):
-        raise Damaged(f"{path} is not whole: {misfit}; take another ckpt=")
+        raise Damaged(f"{path} is incomplete ({type(error).__name__}: {error}); take another ckpt=") from error
+    if problem := _first_problem(manifest, FIELDS, ""):
+        raise Damaged(f"{path} is incomplete: {problem}; take another ckpt=")
     return manifest
 
 
-def _misfit(value: Any, kind: Any, field: str) -> str | None:
-    """The first field that is missing or not of its type, in words."""
+def _first_problem(value: Any, kind: Any, field: str) -> str | None:
+    """A description of the first field that is missing or has the wrong type; None if there is none."""
     if isinstance(kind, Each):
         kind = dict.fromkeys(value, kind.kind) if isinstance(value, dict) else dict
     if isinstance(kind, list) and isinstance(value, list):
-        found = (_misfit(each, kind[0], f"{field}[{number}]") for number, each in enumerate(value))
+        found = (_first_problem(each, kind[0], f"{field}[{number}]") for number, each in enumerate(value))
     elif isinstance(kind, dict) and isinstance(value, dict):
         missing = [f"it has no {field}.{key}".replace(" .", " ") for key in kind if key not in value]
         if missing:
             return missing[0]
-        found = (_misfit(value[key], each, f"{field}.{key}".lstrip(".")) for key, each in kind.items())
+        found = (_first_problem(value[key], each, f"{field}.{key}".lstrip(".")) for key, each in kind.items())
     else:
         return None if isinstance(kind, type | tuple) and isinstance(value, kind) else f"its {field} is {value!r:.40}"
     return next(filter(None, found), None)
 
 
 def _from_1_to_2(manifest: dict[str, Any]) -> None:
-    """Version 2 adds the step, facts of the bases, the encoder's transform, and sizes and templates in full.
+    """Version 2 adds the step, the configs of the bases, the encoder's transform, sizes and templates.
 
-    What version 1 did not know is left out, and so not compared.
+    Fields that version 1 did not have are not compared.
     """
-    encoder = manifest["parts"]["encoder"]  # the one model that there was had encoder, connector and llm
+    encoder = manifest["parts"]["encoder"]  # the only model of version 1 had encoder, connector and llm
     encoder["transform"] = {"resize": encoder.pop("resize", "squash")}
     encoder.setdefault("tiles", {"grids": [], "row_separator": False})
     if (side := encoder.pop("image_size", None)) is not None:
@@ -207,18 +208,18 @@ def _from_1_to_2(manifest: dict[str, Any]) -> None:
 
 
 def _from_2_to_3(manifest: dict[str, Any]) -> None:
-    """Version 3 calls the width of an attention head `head_dim`."""
+    """Version 3 renames `head_width` to `head_dim`."""
     connector = manifest["parts"].get("connector", {})
     if "head_width" in connector:
         connector["head_dim"] = connector.pop("head_width")
 
 
-MIGRATIONS = (_from_1_to_2, _from_2_to_3)  # each from the format version of its place, counted from 1, to the next
+MIGRATIONS = (_from_1_to_2, _from_2_to_3)  # MIGRATIONS[i] migrates from version i + 1
 
 
 @contextmanager
 def open_weights(run: str | Path) -> Iterator[Any]:
-    """The weights file of a run directory. Raises ValueError where it cannot be read."""
+    """The weights file of a run directory. Raises ValueError if it cannot be read."""
     file = Path(run) / "artifact" / "weights.safetensors"
     if not file.is_file():
         raise Damaged(f"{file} is missing or not a regular file; take another ckpt=")
@@ -237,65 +238,70 @@ def load(
     objective: nn.Module | None = None,
     run_id: str | None = None,
 ) -> dict[str, Any]:
-    """Put a run's trained tensors into `model`, which `manifest` describes, and return the run's own manifest.
+    """Load a run's trained tensors into `model`, described by `manifest`, and return the run's manifest.
 
-    An adapter is added where the run has one. The tensors of the run's objective go into `objective` if it is of the
-    same class. Raises ValueError naming the first field in which the two
-    manifests' bases differ, or the tensors that do not fit, and where the artifact is not of the run with `run_id`.
-    Where it is Damaged, the model is as it was.
+    A LoRA adapter is added if the run has one. The tensors of the run's objective are loaded into `objective` if it has
+    the same class. Raises ValueError for the first field in which the manifests' bases differ, for tensors that do not
+    fit, and if the artifact is not of the run `run_id`. A Damaged artifact leaves the model unchanged.
     """
-    theirs = read_manifest(run)
-    if None not in (run_id, found := (theirs.get("run") or {}).get("id")) and found != run_id:
+    saved = read_manifest(run)
+    if None not in (run_id, found := (saved.get("run") or {}).get("id")) and found != run_id:
         raise ValueError(
             f"ckpt={run} has the artifact of another run: manifest.json is of run {found!r:.40} and config.yaml of run "
             f"{run_id!r:.40}; take both from one run"
         )
-    # Before the fingerprint, which it changes.
-    _compare("llm.quantization", theirs["quantization"], manifest["quantization"], run)
-    usual = {
+    # Compared before the fingerprint, which quantization changes.
+    _compare("llm.quantization", saved["quantization"], manifest["quantization"], run)
+    default_options = {
         part: defaults(part, options["_target_"])
         for part, options in manifest["parts"].items()
         if part not in manifest["bases"] and "_target_" in options
     }
-    for trained, here in zip(_comparable(theirs, usual), _comparable(manifest, usual), strict=True):
-        for field in trained:
-            _compare(field, trained[field], here[field], run)
-    tensors = _whole_tensors(run, theirs)
-    if theirs["lora"] and (part := model.lora_part()) and not lora_names(getattr(model, part)):
-        _add_adapter(run, part, getattr(model, part), theirs["lora"], tensors)
+    for old, new in zip(_comparable(saved, default_options), _comparable(manifest, default_options), strict=True):
+        for field in old:
+            _compare(field, old[field], new[field], run)
+    tensors = _verified_tensors(run, saved)
+    if saved["lora"] and (part := model.lora_part()) and not lora_names(getattr(model, part)):
+        _add_adapter(run, part, getattr(model, part), saved["lora"], tensors)
     parameters = dict(model.named_parameters())
-    same = objective is not None and class_path(objective) == theirs.get("objective")
-    if objective is not None and same:
+    same_objective = objective is not None and class_path(objective) == saved.get("objective")
+    if objective is not None and same_objective:
         parameters |= {OBJECTIVE + name: parameter for name, parameter in objective.named_parameters()}
-    tensors = {name: tensor for name, tensor in tensors.items() if same or not name.startswith(OBJECTIVE)}
-    if odd := sorted(set(tensors) - set(parameters)):
-        raise ValueError(f"ckpt={run} does not fit this model: {len(odd)} tensors differ, first {odd[0]!r:.80}")
+    tensors = {name: tensor for name, tensor in tensors.items() if same_objective or not name.startswith(OBJECTIVE)}
+    if unexpected := sorted(set(tensors) - set(parameters)):
+        raise ValueError(
+            f"ckpt={run} does not fit this model: {len(unexpected)} tensors differ, first {unexpected[0]!r:.80}"
+        )
     for name, tensor in tensors.items():
         target = parameters[name]
         if tensor.shape != target.shape:
             raise ValueError(f"ckpt={run}: {name} has shape {tuple(tensor.shape)}, here {tuple(target.shape)}")
-        # A copy, for a tensor of a file may lie at an address that makes a sum round otherwise.
+        # Copied, because the rounding of sums can depend on the memory address.
         target.data = tensor.to(target.device, copy=True)
     match_buffers(model)
-    return theirs
+    return saved
 
 
-def _whole_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a run. Raises ValueError, naming what is wrong, unless they are those that its manifest is of."""
+def _verified_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a run. Raises ValueError if they do not match the manifest, or are damaged."""
     with open_weights(run) as file:
-        stored, facts = set(file.keys()), file.metadata() or {}
-        ours, theirs = (manifest.get("run") or {}).get("id"), facts.get("run")
-        if None not in (ours, theirs) and ours != theirs:
+        stored, header = set(file.keys()), file.metadata() or {}
+        manifest_run, weights_run = (manifest.get("run") or {}).get("id"), header.get("run")
+        if None not in (manifest_run, weights_run) and manifest_run != weights_run:
             raise ValueError(
-                f"ckpt={run} has the weights of another run: weights.safetensors is of run {theirs!r:.40} and "
-                f"manifest.json of run {ours!r:.40}; take both files from one run"
+                f"ckpt={run} has the weights of another run: weights.safetensors is of run {weights_run!r:.40} and "
+                f"manifest.json of run {manifest_run!r:.40}; take both files from one run"
             )
-        if odd := sorted(stored ^ set(manifest["tensors"])):
-            raise Damaged(f"ckpt={run} does not fit its manifest: {len(odd)} tensors differ, first {odd[0]!r:.80}")
+        if differing := sorted(stored ^ set(manifest["tensors"])):
+            raise Damaged(
+                f"ckpt={run} does not fit its manifest: {len(differing)} tensors differ, first {differing[0]!r:.80}"
+            )
         tensors = {name: file.get_tensor(name) for name in sorted(stored)}
-    said, found = facts.get("checksum"), checksum(tensors)
-    if said not in (None, found):
-        raise Damaged(f"ckpt={run} is damaged: its weights' checksum is {found}, not {said:.40}; take another ckpt=")
+    expected, found = header.get("checksum"), checksum(tensors)
+    if expected not in (None, found):
+        raise Damaged(
+            f"ckpt={run} is damaged: its weights' checksum is {found}, not {expected:.40}; take another ckpt="
+        )
     for name, tensor in tensors.items():
         if num := num_not_finite(tensor):
             raise Damaged(
@@ -306,62 +312,61 @@ def _whole_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Te
 
 
 def num_not_finite(tensor: Tensor) -> int:
-    """How many values are NaN or infinite."""
+    """Number of values that are NaN or infinite."""
     return 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor)).sum())
 
 
 def _add_adapter(
     run: str | Path, part: str, module: Any, options: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give a part the adapter of a run, beside the modules that its tensors name.
+    """Add the LoRA adapter of a run to a part, at the modules in the names of its tensors.
 
-    So no pattern of a manifest, which may have been written to match for ever, is matched, and no adapter is made that
-    the weights are not of.
+    The `target_modules` of the manifest are not used: matching a stranger's regular expression may never end.
     """
     found = [re.fullmatch(rf"{part}\.model\.(.+)\.lora_(embedding_)?A\.default(\.weight)?", name) for name in tensors]
     modules = sorted(match[1] for match in found if match)
     ranks = {tensors[match[0]].shape[0] for match in found if match}
     if ranks != {options.get("r")}:
-        said = f"{options.get('r')!r:.40}"
         raise Damaged(
-            f"ckpt={run} has an adapter with r={said}, and tensors of rank {sorted(ranks)}; take another ckpt="
+            f"ckpt={run} has an adapter with r={options.get('r')!r:.40}, and tensors of "
+            f"rank {sorted(ranks)}; take another ckpt="
         )
-    taken = {key: value for key, value in options.items() if key != "target_modules"} | {"target_modules": modules}
-    known("lora", taken, options_of(module.add_lora))
-    typed("lora", taken, module.add_lora)
-    module.add_lora(**taken)
+    arguments = {key: value for key, value in options.items() if key != "target_modules"} | {"target_modules": modules}
+    check_keys("lora", arguments, options_of(module.add_lora))
+    check_types("lora", arguments, module.add_lora)
+    module.add_lora(**arguments)
 
 
-def _comparable(manifest: Mapping[str, Any], usual: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is compared, as JSON has it: first what a reader understands, then the fingerprints, which say only that.
+def _comparable(manifest: Mapping[str, Any], default_options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The fields to compare, as JSON values: first the readable ones, then the fingerprints.
 
-    `usual` are the options of parts that a file or older code left out.
+    `default_options` fill in the options of parts that a config or older code left out.
     """
     parts, bases = manifest["parts"], manifest["bases"]
-    told = {
+    readable = {
         "bases": {part: {key: base[key] for key in base if key != "fingerprint"} for part, base in bases.items()},
-        "parts": {part: {**usual.get(part, {}), **options} for part, options in parts.items()},
+        "parts": {part: {**default_options.get(part, {}), **options} for part, options in parts.items()},
         **{field: manifest[field] for field in ("chat_template", "num_image_tokens") if field in manifest},
     }
-    hashed = {"bases": {part: {"fingerprint": base["fingerprint"]} for part, base in bases.items()}}
-    return json.loads(_json([told, hashed]))
+    fingerprints = {"bases": {part: {"fingerprint": base["fingerprint"]} for part, base in bases.items()}}
+    return json.loads(_json([readable, fingerprints]))
 
 
-def _compare(field: str, theirs: Any, ours: Any, run: str | Path) -> None:
-    """Raise on the first difference of two nested fields; what only one of them names is not known of the other.
+def _compare(field: str, saved: Any, current: Any, run: str | Path) -> None:
+    """Raise ValueError on the first difference of two nested fields; keys that only one of them has are ignored.
 
-    The arguments of a timm model are the user's own, and so known in full.
+    The arguments of a timm model come from the user alone, so all their keys are compared.
     """
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in {**theirs, **ours}:
-            if (key in theirs and key in ours) or field.endswith(".model_args"):
-                _compare(f"{field}.{key}", theirs.get(key), ours.get(key), run)
-    elif theirs != ours and not (field.endswith(".pretrained") and (_is_folder(theirs) or _is_folder(ours))):
-        raise ValueError(f"ckpt={run} was trained with {field} = {theirs}, here it is {ours}; use the same parts")
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in {**saved, **current}:
+            if (key in saved and key in current) or field.endswith(".model_args"):
+                _compare(f"{field}.{key}", saved.get(key), current.get(key), run)
+    elif saved != current and not (field.endswith(".pretrained") and (_is_folder(saved) or _is_folder(current))):
+        raise ValueError(f"ckpt={run} was trained with {field} = {saved}, here it is {current}; use the same parts")
 
 
 def _is_folder(pretrained: Any) -> bool:
-    """Whether it says where weights lie, not what they are; the facts and the fingerprint tell that."""
-    if isinstance(pretrained, list):  # of encoders side by side
+    """Whether `pretrained` is a local folder, which does not identify the weights; config and fingerprint do."""
+    if isinstance(pretrained, list):  # of joined encoders
         return any(map(_is_folder, pretrained))
     return isinstance(pretrained, str) and Path(pretrained).is_absolute()

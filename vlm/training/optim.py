@@ -1,4 +1,4 @@
-"""What a stage trains and how: trainable state per part, parameter groups, weight decay, schedule."""
+"""Trainable parameters of a stage, parameter groups, weight decay and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 from vlm.models.base import Model
-from vlm.options import known, mapping, parameters, shown, typed
+from vlm.options import check_keys, check_mapping, check_types, parameters, shown
 from vlm.ranges import LearningRate, Length, RatioAboveZero
 
 Schedule = Literal["cosine", "linear", "constant"]
-# Of a part; or of some of its modules by name, and of the `rest`; None: no rate.
+# One learning rate for a part; or rates for its modules by name, and for the `rest`; or None.
 Rate = LearningRate | Annotated[dict[str, LearningRate], Length(1)] | None
-STATE_WORDS = {"last_n": "{last_n: N}"}  # how a state is written in a config
+STATE_WORDS = {"last_n": "{last_n: N}"}  # notation of a state in a config
 
 
 def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
-    """Raise ValueError for a state that a part of the model cannot have, or where nothing is trained."""
+    """Raise ValueError for a state that a part of the model does not support, or if nothing is trained."""
     for part, allowed in model.parts.items():
         if part not in states:
             raise ValueError(f"stage.{part} is missing; set it to {_choices(allowed)}")
@@ -33,7 +33,7 @@ def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
     if all(states[part] == "frozen" for part in model.parts):
         example = next((part for part, allowed in model.parts.items() if allowed == ("frozen", "full")), None)
         example = example or next(iter(model.parts))
-        raise ValueError(f"the stage trains nothing: every part is frozen; set for example stage.{example}=full")
+        raise ValueError(f"every part is frozen, so the stage trains nothing; set for example stage.{example}=full")
 
 
 def _choices(allowed: Sequence[str]) -> str:
@@ -42,8 +42,8 @@ def _choices(allowed: Sequence[str]) -> str:
 
 
 def check_lora(lora: Any, part: Any) -> None:
-    """Raise ValueError for an option of the adapter that a part, a class with `add_lora`, cannot use."""
-    mapping("stage.lora", lora)
+    """Raise ValueError for an invalid LoRA option of `part`, a class with `add_lora`."""
+    check_mapping("stage.lora", lora)
     if isinstance(pattern := lora.get("target_modules"), str):
         try:
             re.compile(pattern)
@@ -52,40 +52,43 @@ def check_lora(lora: Any, part: Any) -> None:
                 f"stage.lora.target_modules={shown(pattern)} is not a regular expression ({error}); "
                 "give a list of names"
             ) from error
-    known("stage.lora", lora, parameters(part.add_lora).keys() - {"self"})
-    typed("stage.lora", lora, part.add_lora)
+    check_keys("stage.lora", lora, parameters(part.add_lora).keys() - {"self"})
+    check_types("stage.lora", lora, part.add_lora)
 
 
 def check_steps(trainer: Mapping[str, Any]) -> None:
-    """Raise ValueError where the length is not given in steps, of which warm-up and schedule are shares."""
+    """Raise ValueError if the length is given in epochs; warm-up and schedule need steps."""
     if trainer.get("max_epochs") is not None:
-        raise ValueError("trainer.max_epochs counts passes over data, which has no end here; set trainer.max_steps")
+        raise ValueError(
+            "trainer.max_epochs is not supported, because the training data has no end; set trainer.max_steps"
+        )
 
 
 def check_rates(
     states: Mapping[str, Any], model: type[Model], *, lr: Mapping[str, Rate], layer_decay: RatioAboveZero | None
 ) -> None:
-    """Raise ValueError where a part is trained and has no learning rate, or where its blocks would have odd ones."""
+    """Raise ValueError if a trained part has no learning rate, or several with `layer_decay`."""
     for part in model.parts:
         rate = lr.get(part)
         if states[part] != "frozen" and rate is None:
-            raise ValueError(f"the stage trains the {part} but gives it no learning rate; set stage.lr.{part}")
+            raise ValueError(f"the stage trains the {part} but it has no learning rate; set stage.lr.{part}")
         if isinstance(rate, Mapping) and "rest" not in rate:
-            raise ValueError(f"stage.lr.{part} has no rest: {rate}; set stage.lr.{part}.rest, the rate of the others")
+            raise ValueError(
+                f"stage.lr.{part} has no rest: {rate}; set stage.lr.{part}.rest, the learning rate of the other modules"
+            )
     decayed = model.layer_decay_part
     if layer_decay is not None and decayed is not None and isinstance(lr.get(decayed), dict):
         raise ValueError(
-            f"stage.layer_decay={layer_decay} starts from one rate, but stage.lr.{decayed}={lr[decayed]} has several; "
-            "set stage.layer_decay=null or one rate"
+            f"stage.layer_decay={layer_decay} needs one learning rate, but stage.lr.{decayed}={lr[decayed]} has "
+            "several; set stage.layer_decay=null or one rate"
         )
 
 
 def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, int]], lora: Mapping[str, Any]) -> None:
     """Freeze every parameter, then unfreeze those that the stage names for each part.
 
-    `frozen` and `full` speak for themselves; `lora` adds an adapter to the part, unless it has one from an earlier
-    stage, and trains that alone; `{last_n: N}` trains the last N blocks of the part. Raises ValueError for another
-    state, or more blocks than there are.
+    `lora` adds an adapter to the part, unless it has one from an earlier stage, and trains only the adapter;
+    `{last_n: N}` trains the last N blocks. Raises ValueError for another state, or if N exceeds the number of blocks.
     """
     check_states(states, type(model))
     model.requires_grad_(False)
@@ -102,27 +105,27 @@ def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, int]], l
             for block in last_blocks(model, part, state["last_n"]):
                 block.requires_grad_(True)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # a step of AdamW is lost in bfloat16's 8 bits: what is trained is float32
+        if parameter.requires_grad:  # in bfloat16 small updates of AdamW would be rounded away
             parameter.data = parameter.data.float()
     match_buffers(model)
 
 
 def last_blocks(model: Model, part: str, last_n: int) -> list[nn.Module]:
-    """The last blocks of a part. Raises ValueError where it has not so many."""
+    """The last blocks of a part. Raises ValueError if it has fewer."""
     blocks = model.blocks(part)
     if not 1 <= last_n <= len(blocks):
         raise ValueError(
-            f"stage.{part}.last_n={last_n} but the {part} has {len(blocks)} blocks; set 1 to {len(blocks)}"
+            f"stage.{part}.last_n={last_n} but the {part} has {len(blocks)} blocks; set it from 1 to {len(blocks)}"
         )
     return blocks[-last_n:]
 
 
-def round_frozen(model: Model, states: Mapping[str, Any]) -> None:
-    """Round to bfloat16 what a stage leaves frozen of the pretrained parts, in place.
+def cast_frozen(model: Model, states: Mapping[str, Any]) -> None:
+    """Cast the frozen parameters of the pretrained parts to bfloat16, in place.
 
-    What trains keeps the values of its file: rounded first and widened again, a weight would start up to 0.4 % off.
-    Running statistics are rounded with the weights beside them, as `match_buffers` wants them; tables that no weight
-    stands beside, such as rotary frequencies, stay exact.
+    Trainable parameters keep float32, because rounding would change them by up to 0.4 %. Buffers of a module with
+    parameters, such as running statistics, are cast too (see `match_buffers`); other buffers, such as rotary
+    frequencies, are not.
     """
     for part in model.pretrained:
         state, module = states[part], getattr(model, part)
@@ -138,7 +141,7 @@ def round_frozen(model: Model, states: Mapping[str, Any]) -> None:
 
 
 def match_buffers(model: nn.Module) -> None:
-    """Make buffers float32 beside float32 parameters: batch norm computes with both, and refuses two types."""
+    """Cast buffers of modules with float32 parameters to float32; batch norm needs the same type for both."""
     for module in model.modules():
         if any(parameter.dtype == torch.float32 for parameter in module.parameters(recurse=False)):
             for buffer in module.buffers(recurse=False):
@@ -146,7 +149,7 @@ def match_buffers(model: nn.Module) -> None:
 
 
 def lora_names(module: nn.Module) -> list[str]:
-    """Names of the adapter's parameters."""
+    """Names of the LoRA parameters."""
     return [name for name, _ in module.named_parameters() if re.search(r"\.lora_[A-Za-z_]+\.", name)]
 
 
@@ -158,23 +161,23 @@ def parameter_groups(
     layer_decay: float | None = None,
     objective: nn.Module | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups for each rate of a part, with and without weight decay; each carries its `name` and its peak rate.
+    """Two groups per learning rate of a part, with and without weight decay; each has a `name` and its peak rate.
 
-    What decays is a layer's matrix or kernel: the `weight`, of two axes or more, of anything but a table of embeddings.
-    Norms, biases, gates, queries, positions and learned tokens do not, as in BEiT (Bao et al., arXiv 2106.08254).
+    Weight decay applies to each `weight` with two or more axes, except embeddings. Norms, biases, gates, queries,
+    position embeddings and learned tokens have none, as in BEiT (Bao et al., arXiv 2106.08254).
 
-    With `layer_decay` the model's `layer_decay_part` has two groups a block. Of n blocks, block i (from 0) learns at
-    lr · layer_decay^(n-1-i), and what comes before them at lr · layer_decay^n. BEiT counts from its head, which learns
-    at lr; here the last block does, for the connector in the head's place has a rate of its own.
+    With `layer_decay` the model's `layer_decay_part` has two groups per block. Of n blocks, block i (from 0) has the
+    rate lr · layer_decay^(n-1-i), and modules before the blocks lr · layer_decay^n. In BEiT the head has the rate lr;
+    here the last block has, because the connector has its own rate.
 
-    The parameters of an objective, such as a temperature, are a part of their own, called `objective`.
+    The parameters of an objective, such as a temperature, form a part called `objective`.
 
     Raises ValueError for a trainable parameter that has no learning rate.
     """
     parts: dict[str, nn.Module] = {part: getattr(model, part) for part in model.parts}
     if objective is not None:
         parts["objective"] = objective
-    tables = {id(m.weight) for part in parts.values() for m in part.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for part in parts.values() for m in part.modules() if isinstance(m, nn.Embedding)}
     groups = []
     for part, module in parts.items():
         blocks = model.blocks(part) if layer_decay is not None and part == model.layer_decay_part else []
@@ -184,9 +187,9 @@ def parameter_groups(
                     f"{len(trained)} parameters of the {part} are trained but have no learning rate, first "
                     f"{next(iter(trained))}; set stage.lr.{part}"
                 )
-            matrices = {n for n, p in trained.items() if p.ndim > 1 and n.endswith("weight") and id(p) not in tables}
+            decayed = {n for n, p in trained.items() if p.ndim > 1 and n.endswith("weight") and id(p) not in embeddings}
             for kind, decay in (("decay", weight_decay), ("no_decay", 0.0)):
-                members = [p for name, p in trained.items() if (name in matrices) == (kind == "decay")]
+                members = [p for name, p in trained.items() if (name in decayed) == (kind == "decay")]
                 if members:
                     groups.append({"name": f"{label}/{kind}", "params": members, "lr": rate, "weight_decay": decay})
     return groups
@@ -195,7 +198,7 @@ def parameter_groups(
 def _rates(
     part: str, module: nn.Module, lr: Rate, layer_decay: float | None, blocks: Sequence[nn.Module]
 ) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
-    """A label, a peak learning rate and the parameters that it is for; with `blocks`, for each of them."""
+    """(label, peak learning rate, parameters) of a part; with `blocks`, of each block."""
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if isinstance(lr, dict):
         return _by_module(part, module, lr, trained)
@@ -215,11 +218,11 @@ def _rates(
 def _by_module(
     part: str, module: nn.Module, lr: dict[str, float], trained: dict[str, nn.Parameter]
 ) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
-    """As `_rates`, for each module that `lr` names and for the rest."""
+    """As `_rates`, for each module in `lr` and for the rest."""
     choices = [name for name, _ in module.named_children()]
-    if "rest" not in lr or (odd := lr.keys() - {"rest", *choices}):
-        what = f"has no rest: {lr}" if "rest" not in lr else f"names {min(odd)}"
-        raise ValueError(f"stage.lr.{part} {what}; give a rate to the rest and to any of {', '.join(choices)}")
+    if "rest" not in lr or (unknown := lr.keys() - {"rest", *choices}):
+        what = f"has no rest: {lr}" if "rest" not in lr else f"names {min(unknown)}"
+        raise ValueError(f"stage.lr.{part} {what}; give a learning rate to the rest and to any of {', '.join(choices)}")
     owner = {name: first if (first := name.partition(".")[0]) in lr else "rest" for name in trained}
     return [
         (f"{part}/{key}", rate, {name: parameter for name, parameter in trained.items() if owner[name] == key})
@@ -228,18 +231,18 @@ def _by_module(
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, *, kind: Schedule, warmup: int, steps: int, floor: float
+    optimizer: torch.optim.Optimizer, *, kind: Schedule, warmup: int, steps: int, min_ratio: float
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `warmup` steps to each group's peak, then a way down to `floor` times the peak.
+    """Linear warm-up over `warmup` steps to each group's peak rate, then decay to `min_ratio` times the peak.
 
-    `cosine` is half a cosine, `linear` a straight line; `constant` stays at the peak, whatever the floor.
+    The decay is half a cosine or linear; `constant` stays at the peak.
     """
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[kind]
-        return floor + (1 - floor) * left
+        decay = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[kind]
+        return min_ratio + (1 - min_ratio) * decay
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

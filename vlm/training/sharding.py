@@ -1,4 +1,4 @@
-"""Models that no single device holds: a slice of every parameter on each (FSDP, Zhao et al., arXiv 2304.11277)."""
+"""Fully sharded data parallel training (FSDP, Zhao et al., arXiv 2304.11277)."""
 
 from __future__ import annotations
 
@@ -15,29 +15,26 @@ from torch.distributed.tensor import DTensor
 
 
 class FullyShard(ModelParallelStrategy):
-    """Slices all parameters, frozen ones too, and their gradients and optimizer states evenly over all processes.
+    """PyTorch's FSDP2: shards parameters (also frozen ones), gradients and optimizer states over all processes.
 
-    The blocks of the encoder and the layers of the LLM are put together one at a time, when the computation comes to
-    them. What is left (the connector, embeddings, the output matrix) is put together by the model's forward pass and
-    sliced again by the backward pass, or the next one, so that all of the model can be used between the two. The
-    arithmetic is that of DDP. It is PyTorch's FSDP2, which also runs on CPUs.
-
-    A checkpoint is one file of whole tensors, as with every other strategy.
+    The blocks of the parts are gathered one at a time. All other parameters are gathered in the forward pass and
+    resharded in the backward pass or in the next forward pass, so that the whole model can be used in between. The
+    result equals DDP's. It also runs on CPUs. A checkpoint is one file of full tensors, as with other strategies.
     """
 
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
 
     def shard(self, model: Any, objective: nn.Module) -> None:
-        """Shard a model block by block, and the objective's own parameters, unless that is done.
+        """Shard a model block by block, and the objective, unless this is done already.
 
-        Raises ValueError for a parameter without an axis to slice.
+        Raises ValueError if a parameter of the objective is a scalar.
         """
         if isinstance(model, FSDPModule):
             return
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         for block in (block for part in model.parts for block in model.blocks(part)):
-            for module in block if isinstance(block, nn.ModuleList) else (block,):  # encoders side by side
+            for module in block if isinstance(block, nn.ModuleList) else (block,):  # of joined encoders
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for method in model.root_methods:
@@ -45,63 +42,63 @@ class FullyShard(ModelParallelStrategy):
         own = dict(objective.named_parameters())
         if scalar := next((name for name, parameter in own.items() if parameter.ndim == 0), None):
             raise ValueError(
-                f"parameter {scalar} of the objective {type(objective).__name__} is a single number, which "
-                "trainer=fsdp cannot slice; make it a vector of one, or use trainer=ddp"
+                f"parameter {scalar} of the objective {type(objective).__name__} is a scalar, which "
+                "trainer=fsdp cannot shard; make it a vector of length 1, or use trainer=ddp"
             )
         if own:
             fully_shard(objective, mesh=mesh)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains; Lightning's own would also put the frozen tensors together, for a checkpoint without them."""
+        """The trainable tensors; Lightning's method would also gather the frozen ones."""
         assert self.lightning_module is not None
-        self.lightning_module.model.reshard()  # type: ignore[operator,union-attr]  # the optimizer knows slices alone
+        self.lightning_module.model.reshard()  # type: ignore[operator,union-attr]  # the optimizer holds shards
         trained = [name for name, p in self.lightning_module.named_parameters() if p.requires_grad]
         return gather(self.lightning_module, trained)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Lightning's own, with the weights left in, at which the module looks."""
+        """As Lightning's, with the state dict kept, because `VLMModule.on_load_checkpoint` reads it."""
         path = Path(self.broadcast(checkpoint_path))
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
         return {**super().load_checkpoint(path, weights_only), "state_dict": weights}
 
 
 def gather(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Whole parameters on the CPU for rank 0, none for the others; all ranks must call this at the same time."""
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    """Full parameters on the CPU on rank 0, empty on other ranks; all ranks must call this together."""
+    rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     gathered = {}
     for name in names:
         parameter = module.get_parameter(name)
         tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if first:
+        if rank_zero:
             gathered[name] = tensor.detach().cpu().contiguous()
     return gathered
 
 
 def check_strategy(trainer: Mapping[str, Any], *, quantization: str, ema_decay: float | None) -> None:
-    """Raise ValueError for a strategy that cannot train this, or would not save it whole."""
+    """Raise ValueError for a strategy that cannot train this model or does not save it in full."""
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str):
         if strategy.startswith(("fsdp", "deepspeed")):
             raise ValueError(
-                f"trainer.strategy={strategy} slices the model in a way of Lightning's that is not saved whole; "
-                "choose trainer=fsdp"
+                f"trainer.strategy={strategy} shards the model and does not save it in full; choose trainer=fsdp"
             )
         if strategy.endswith(("_spawn", "_fork", "_notebook")):
             raise ValueError(
-                f"trainer.strategy={strategy} starts processes without the command line they need; choose trainer=ddp"
+                f"trainer.strategy={strategy} starts processes without the command line, which they "
+                "need; choose trainer=ddp"
             )
         return
     target = str(strategy.get("_target_"))
     if target.endswith((".FSDPStrategy", ".ModelParallelStrategy", ".DeepSpeedStrategy")):
-        raise ValueError(f"trainer.strategy._target_={target} does not save the model whole; choose trainer=fsdp")
+        raise ValueError(f"trainer.strategy._target_={target} does not save the model in full; choose trainer=fsdp")
     if not target.endswith(".FullyShard"):
         return
     if quantization != "none":
         raise ValueError(
-            f"llm.quantization={quantization} makes weights that cannot be sliced; set it to none or use trainer=ddp"
+            f"llm.quantization={quantization} makes weights that cannot be sharded; set it to none or use trainer=ddp"
         )
     if ema_decay is not None:
         raise ValueError(
-            f"stage.ema_decay={ema_decay} averages whole tensors, and this trainer slices them; set it to null or use "
+            f"stage.ema_decay={ema_decay} averages full tensors, but this trainer shards them; set it to null or use "
             "trainer=ddp"
         )
