@@ -60,7 +60,7 @@ def test_weights_that_lack_tensors_are_refused(part: str, tmp_path: Path) -> Non
     save_file(kept, file, metadata={"format": "pt"})
     num = len(whole) - len(kept)
     assert num > 8
-    with pytest.raises(ValueError, match=rf"lacks {num} of the {part_of(part)}'s tensors, the first '.*{layer}.*'; do"):
+    with pytest.raises(ValueError, match=rf"lacks {num} of the {part_of(part)}'s tensors, first '.*{layer}.*'; do"):
         read(part, tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_layers_that_would_be_left_unused_are_refused(part: str, more: list[str]
     save_file(load_file(file) | added, file, metadata={"format": "pt"})
     if num:
         first = min(LAYERS_OF[part] + name for name in more)
-        said = rf"holds {num} tensors that its configuration has no place for in the {part_of(part)}'s layers, the fir"
+        said = rf"holds {num} tensors of layers that the {part_of(part)}'s config does not have, fir"
         with pytest.raises(ValueError, match=rf"{said}st '.*{first}'; correct the number of layers"):
             read(part, tmp_path)
     else:
@@ -124,9 +124,9 @@ def test_weights_that_cannot_be_read_are_one_sentence(part: str, content: str, t
         cuts = {"cut header": whole[:40], "cut tensors": whole[:-100], "empty": b"", "text": b"<html>not found</html>"}
         file.write_bytes(cuts.get(content, POINTER.encode()))
         said = {
-            "pointer": r"model.safetensors' only points to the \w+'s file, .* git lfs pull",
-            "cut tensors": rf"model.safetensors' is cut: it has {len(whole) - 100:,} of {len(whole):,} bytes; download",
-            "cut header": r"model.safetensors' is cut: it has 40 of [\d,]+ bytes; download it again",
+            "pointer": r"model.safetensors' is a Git LFS pointer, not the \w+'s file itself; .* git lfs pull",
+            "cut tensors": rf"model.safetensors' is truncated: it has {len(whole) - 100:,} of {len(whole):,} bytes; download",
+            "cut header": r"model.safetensors' is truncated: it has 40 of [\d,]+ bytes; download it again",
         }.get(content, r"model.safetensors' is not a safetensors file; download it again")
     with pytest.raises(ValueError, match=said) as caught:
         read(part, tmp_path)
@@ -160,7 +160,9 @@ def test_a_hub_id_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pointer_in_the_place_of_the_configuration(part: str, tmp_path: Path) -> None:
     folder_of(part, tmp_path)
     (tmp_path / "config.json").write_text(POINTER)
-    with pytest.raises(ValueError, match=r"config.json' only points to the \w+'s file, .* git lfs pull"):
+    with pytest.raises(
+        ValueError, match=r"config.json' is a Git LFS pointer, not the \w+'s file itself; .* git lfs pull"
+    ):
         read(part, tmp_path)
 
 
@@ -243,7 +245,7 @@ def test_weights_that_are_not_finite_are_named(name: str, tmp_path: Path) -> Non
     with torch.no_grad():
         model.get_parameter(name).view(-1)[0] = torch.nan
     part = name.partition(".")[0]
-    said = rf"nan at step 1, because the weights {name} hold NaN or infinity since they were loaded; set {part}.pretr"
+    said = rf"nan at step 1, because the loaded weights {name} hold NaN or infinity; set {part}.pretr"
     with pytest.raises(NotFinite, match=said):
         make_trainer(tmp_path).fit(make_module(model), loader([WHOLE]))
 

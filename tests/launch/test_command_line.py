@@ -140,7 +140,7 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("recipe.stages=[1]", "there is no option recipe.stages; recipe has no options here"),
         ("stage.lr={}", "the options that are there (encoder, connector, llm); set them one by one, such as stage.lr"),
         ("+data.reading={}", "Error: data.reading={} changes nothing"),
-        ("ckpt=5", "ckpt=5 is no run directory: there is no such folder"),
+        ("ckpt=5", "ckpt=5 is not a run directory: there is no such folder"),
     ],
 )
 def test_a_sentence_in_place_of_hydras_grammar(typed: str, said: str, told: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, told: Any) -> None:
         ("connector.depth=3", "eval.py takes the connector that the run has, so leave out connector.depth=3"),
         ("trainer=null", "trainer=null is refused because a run cannot do without it; choose trainer= one of auto, "),
         ("ckpt=null", "ckpt=null must be a text that is not empty"),
-        ("ckpt=5", "/5 is no run directory: there is no such folder"),
+        ("ckpt=5", "/5 is not a run directory: there is no such folder"),
         ("batch_size=0", "batch_size=0 must be a whole number from 1 to 65,536"),
         ("max_new_tokens=nan", "max_new_tokens=nan must be a whole number from 1 to 65,536"),
         ("num_samples=1", "num_samples=1 must be a whole number from 2 to 100,000,000 or null"),
@@ -316,7 +316,7 @@ def test_a_job_that_fails_does_not_end_its_sweep(tmp_path: Path, capfd: pytest.C
     [
         (["llm.attention=flash_attention_2"], "is not installed: FlashAttention2 has been toggled on"),
         (["llm.config.model_type=clip"], " in all); correct it"),
-        (["llm.config.model_type=foo"], "llm.config.model_type=foo is not a name that Transformers knows"),
+        (["llm.config.model_type=foo"], "llm.config.model_type=foo is not a model type of Transformers"),
         (
             ["encoder.name=vit_tiny_patch16_224.foo"],
             "vit_tiny_patch16_224 has no weights 'foo'; the tags of encoder.name= are augreg",

@@ -336,7 +336,7 @@ def test_every_rank_validates_as_often() -> None:
 
 def test_what_sharding_cannot_do() -> None:
     sharded = {"strategy": {"_target_": "vlm.training.sharding.FullyShard"}}
-    with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sliced"):
+    with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sharded"):
         check_strategy(sharded, quantization="nf4", ema_decay=None)
     with pytest.raises(ValueError, match="averages whole tensors"):
         check_strategy(sharded, quantization="none", ema_decay=0.9)

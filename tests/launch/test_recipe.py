@@ -207,7 +207,9 @@ def test_a_stage_that_was_stopped_is_resumed_by_itself(
         assert train(*arguments) == 2
     assert run.status(root / "2-instruct") is None
     assert train(f"resume={root}") == 2
-    assert "holds a recipe; give its command again, or a stage in it, such as 2-instruct" in capfd.readouterr().err
+    assert (
+        "holds a recipe; run its command again, or give one of its stages, such as 2-instruct" in capfd.readouterr().err
+    )
     assert train(f"resume={root / '2-instruct'}") == 0
     assert run.status(root / "2-instruct") == "finished"
     seen = commands(lambda command: 7)
@@ -359,7 +361,7 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
         ([f"recipe={{stages:{STAGES % 'ckpt:x'}}}"], ["stage 2-instruct of", "ckpt cannot be set by a stage"]),
         (["recipe={stages:[{stage:alignn}]}"], ["stage 1-alignn of", "did you mean align?"]),
         (["recipe={stages:[{stage:align}]}", "stage=instruct"], ["runs the stages align; leave out stage="]),
-        (["recipe={stages:[{stage:align}]}", "resume=x"], ["x' is no run directory"]),
+        (["recipe={stages:[{stage:align}]}", "resume=x"], ["x' is not a run directory"]),
     ],
 )  # fmt: skip
 def test_a_slip(arguments: list[str], said: list[str], commands, told, tmp_path: Path) -> None:

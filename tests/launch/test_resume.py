@@ -261,7 +261,9 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
     assert "train/loss" in (again / "csv" / "from_step_4" / "metrics.csv").read_text()
     (tmp_path / "1.tar").unlink()
     assert train(f"resume={again}", "trainer.max_steps=8", "resume.allow=[trainer.max_steps]") == 2
-    assert "the rows of the train split are not those that this run was trained with (fingerprint" in (error := told())
+    assert "the rows of the train split differ from those that this run was trained on (fingerprint" in (
+        error := told()
+    )
     assert "restore them, or use 'resume.allow=[data]' or a new run with ckpt=" in error
 
 
@@ -391,9 +393,9 @@ def test_other_rows_are_refused_by_the_splits_name(edit: str, tmp_path: Path, to
     changed = [line.replace("color", "Color") for line in lines] if edit == "edited" else lines[::-1]
     file.write_text("\n".join(changed))
     assert train(f"resume={run}") == 2
-    assert "the rows of the train split are not those that this run was trained with" in told()
+    assert "the rows of the train split differ from those that this run was trained on" in told()
     options = [f"ckpt={run}", "trainer=cpu", "num_samples=2", "batch_size=2"]
     assert evaluate(*options) == 2
-    assert "the rows of the val split are not those that this run was trained with" in told()
+    assert "the rows of the val split differ from those that this run was trained on" in told()
     assert evaluate(*options, f"data.annotations={file}") == 0
     assert train(f"resume={run}", "resume.allow=[data]") == 0

@@ -92,7 +92,7 @@ def test_a_run_leaves_what_the_design_says(aligned) -> None:
     assert metrics["params/total"] > metrics["params/trainable"] > 0
     assert metrics["status"] == "finished"
     assert metrics["val/lm_loss"] == metrics["val/loss"], "the only loss of the objective"
-    for words in ("Trainable parameters", "Preflight", "val/visual_gain", "Held-out pictures"):
+    for words in ("Trainable parameters", "Preflight", "val/visual_gain", "Validation samples"):
         assert words in done.stdout
     assert "val/loss and val/visual_gain hold val/lm_loss" in done.stdout
     assert str(run) in done.stdout.splitlines()[-1]
@@ -220,7 +220,7 @@ def test_a_directory_holds_one_run(aligned, told) -> None:
 def test_a_checkpoint_that_is_no_run(tmp_path: Path, program, told) -> None:
     options = [*QUICK, f"run_dir={tmp_path / 'new'}"] if program is train else ["trainer=cpu"]
     assert program(*options, f"ckpt={tmp_path / 'none'}") == 2
-    assert f"ckpt={tmp_path / 'none'} is no run directory" in told()
+    assert f"ckpt={tmp_path / 'none'} is not a run directory" in told()
 
 
 def test_evaluation_needs_a_run(told) -> None:

@@ -273,9 +273,9 @@ def test_what_is_not_there_is_named(weights: Any, words: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        (None, r"\(that folder has no config\.json\); .*llm\.pretrained=<folder>"),
-        ({}, r"\(Transformers knows no model by its config\.json: Unrecognized model in [^.]*\); .*llm\.pretrained="),
-        ({"model_type": "nothing"}, r"\(Transformers knows no model by its config\.json: .*\); .*llm\.pretrained="),
+        (None, r"\(the folder has no config\.json\); .*llm\.pretrained=<folder>"),
+        ({}, r"\(Transformers does not support its config\.json: Unrecognized model in [^.]*\); .*llm\.pretrained="),
+        ({"model_type": "nothing"}, r"\(Transformers does not support its config\.json: .*\); .*llm\.pretrained="),
         (
             {"model_type": "clip_vision_model"},
             r"is a 'clip_vision_model', which .*CausalLM does not support; set llm\.pretr",

@@ -333,12 +333,12 @@ def test_rounded_weights_are_named_before_the_fingerprint_that_they_change(tmp_p
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"is no run directory: it has no artifact/manifest\.json"):
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no artifact/manifest\.json"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     align(tmp_path)
     path = tmp_path / "artifact" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99, this code reads 1 to 3; update the code"):
+    with pytest.raises(ValueError, match="format version 99, but this code reads 1 to 3; update the code"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     path.write_text("{")
     with pytest.raises(ValueError, match="is not a manifest"):

@@ -92,9 +92,9 @@ def test_killed_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("what", "steps", "text"),
     [
-        ("weights", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
-        ("manifest", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
-        ("late", (1, 1), "artifact of step 2 .*No space left on device.*; the artifact saved before is intact"),
+        ("weights", (1, 1), "artifact of step 2 .*No space left on device.*; the previous artifact is intact"),
+        ("manifest", (1, 1), "artifact of step 2 .*No space left on device.*; the previous artifact is intact"),
+        ("late", (1, 1), "artifact of step 2 .*No space left on device.*; the previous artifact is intact"),
         ("checkpoint", (2, 1), r"last\.ckpt at step 2: .*No space left on device; the artifact is saved"),
     ],
 )
@@ -166,7 +166,7 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "lockf", none)
     assert run.lock(tmp_path, resumed=False) is not None
-    assert "file system without locks (No locks available): start no second run" in capsys.readouterr().out
+    assert "file system without locks (No locks available); do not start a second run" in capsys.readouterr().out
 
 
 def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any) -> None:

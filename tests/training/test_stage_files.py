@@ -74,7 +74,7 @@ GROUPS = {  # peak learning rate and weight decay
 TABLE = {  # state and learning rate of encoder, connector, LLM
     "align": [("frozen", "-"), ("full", "0.003"), ("frozen", "-")],
     "instruct": [("frozen", "-"), ("full", "0.0002"), ("lora", "0.0002")],
-    "vision_tune": [("last 2", "1e-05, × 0.8 a block"), ("full", "0.0001"), ("frozen", "-")],
+    "vision_tune": [("last 2", "1e-05, × 0.8 per block"), ("full", "0.0001"), ("frozen", "-")],
     "full": [("full", "2e-06"), ("full", "2e-05"), ("full", "2e-05")],
 }
 
@@ -145,7 +145,7 @@ def test_a_stage_may_clip_otherwise_and_the_command_line_has_the_last_word() -> 
         ("stage.ema_decay=often", "stage.ema_decay='often' must be a number above 0 and below 1"),
         ("stage.ema_decay=1.0", "stage.ema_decay=1.0 must be a number above 0 and below 1"),
         ("stage.gradient_clip_val=hard", "stage.gradient_clip_val='hard' must be a number from 0 to 1,000,000"),
-        ("stage.llm=full", "the stage trains the llm but gives it no learning rate; set stage.lr.llm"),
+        ("stage.llm=full", "the stage trains the llm but it has no learning rate; set stage.lr.llm"),
     ],
 )
 def test_a_slip_is_told_before_anything_is_built(override: str, text: str) -> None:

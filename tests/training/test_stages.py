@@ -94,9 +94,12 @@ def test_what_trains_is_float32_on_a_bfloat16_base() -> None:
         ({"llm": "half"}, "stage.llm='half' is not a state of the llm; choose frozen, full, lora or \\{last_n: N\\}"),
         ({"encoder": "lora"}, "stage.encoder='lora' is not a state of the encoder"),
         ({"encoder": {"first_n": 1}}, r"stage.encoder=\{'first_n': 1\} is not a state of the encoder"),
-        ({"encoder": {"last_n": 3}}, "stage.encoder.last_n=3 but the encoder has 2 blocks; set 1 to 2"),
+        ({"encoder": {"last_n": 3}}, "stage.encoder.last_n=3 but the encoder has 2 blocks; set it from 1 to 2"),
         ({"llm": {"last_n": 0}}, "stage.llm.last_n=0 but the llm has 2 blocks"),
-        ({"connector": "frozen"}, "trains nothing: every part is frozen; set for example stage.connector=full"),
+        (
+            {"connector": "frozen"},
+            "every part is frozen, so the stage trains nothing; set for example stage.connector=full",
+        ),
         ({"connector": {"last_n": 1}}, r"stage.connector=\{'last_n': 1\} is not a state of the connector"),
     ],
 )
@@ -141,11 +144,17 @@ def test_a_module_may_have_a_rate_of_its_own() -> None:
         "connector/rest/no_decay": (1e-4, 3),
         "connector/norm/no_decay": (1e-2, 2),
     }
-    with pytest.raises(ValueError, match=r"stage.lr.connector names nrm; give a rate to the rest and to any of .*norm"):
+    with pytest.raises(
+        ValueError, match=r"stage.lr.connector names nrm; give a learning rate to the rest and to any of .*norm"
+    ):
         parameter_groups(model, lr={"connector": {"rest": 1e-4, "nrm": 1e-2}}, weight_decay=0.0)
-    with pytest.raises(ValueError, match=r"stage.lr.connector has no rest: {'norm': 0.01}; give a rate to the rest"):
+    with pytest.raises(
+        ValueError, match=r"stage.lr.connector has no rest: {'norm': 0.01}; give a learning rate to the rest"
+    ):
         parameter_groups(model, lr={"connector": {"norm": 1e-2}}, weight_decay=0.0)
-    with pytest.raises(ValueError, match=r"stage.layer_decay=0.8 starts from one rate, but stage.lr.encoder={'rest'"):
+    with pytest.raises(
+        ValueError, match=r"stage.layer_decay=0.8 needs one learning rate, but stage.lr.encoder={'rest'"
+    ):
         check_rates(STATES, Composed, lr={"connector": 1e-3, "encoder": {"rest": 1e-4}}, layer_decay=0.8)
 
 

@@ -68,7 +68,7 @@ def test_a_save_follows_no_link(name: str, tmp_path: Path, victim: Path) -> None
 def test_what_is_added_to_follows_no_link(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to(victim)
     trainer = make_trainer(tmp_path, logger=MetricsFile(run_dir=tmp_path))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is a link or a pipe, which is not written to; remove it"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is a link or a pipe and is not written to; remove it"):
         trainer.fit(make_module(), loader([WHOLE]))
     assert victim.read_text() == "mine"
 
@@ -151,7 +151,7 @@ def test_a_part_of_the_users_own_package(monkeypatch: pytest.MonkeyPatch) -> Non
         ValueError, match=r"torch\.nn\.Identity cannot be the connector: it has no attribute fusion; name"
     ):
         bind("connector", {"_target_": "torch.nn.Identity"})
-    with pytest.raises(ValueError, match=r"vlm\.llms\.base\.LanguageModel is abstract and cannot be made"):
+    with pytest.raises(ValueError, match=r"vlm\.llms\.base\.LanguageModel is abstract and cannot be created"):
         bind("llm", {"_target_": "vlm.llms.base.LanguageModel"})
 
 
@@ -232,7 +232,7 @@ def test_a_stored_config_reaches_nothing_beyond_this_code(
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert PROGRAMS[program](run_dir, tmp_path) == 2
     error = told()
-    assert "config.yaml was not written by your own programs here, or was changed since" in error
+    assert "config.yaml was not written by your programs here, or was changed since" in error
     assert named.replace("{home}", home) in error
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -296,11 +296,11 @@ def test_a_stored_expression_is_text(sent: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"connector": "mlp,linear"}, "the choice connector='mlp,linear', which names no option"),
-        ({"connector": "../../x"}, "the choice connector='../../x', which names no option"),
-        ({"llm": "${oc.env:HOME}"}, "the choice llm='${oc.env:HOME}', which names no option"),
-        ({"connector": "mlp hydra.run.dir=/x"}, "which names no option"),
-        ({"connector": 5}, "the choice connector=5, which names no option"),
+        ({"connector": "mlp,linear"}, "the choice connector='mlp,linear', which is not the name of an option"),
+        ({"connector": "../../x"}, "the choice connector='../../x', which is not the name of an option"),
+        ({"llm": "${oc.env:HOME}"}, "the choice llm='${oc.env:HOME}', which is not the name of an option"),
+        ({"connector": "mlp hydra.run.dir=/x"}, "which is not the name of an option"),
+        ({"connector": 5}, "the choice connector=5, which is not the name of an option"),
     ],
 )
 def test_a_stored_choice_is_an_options_name(
@@ -326,14 +326,14 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefghij")
 )
 BROKEN_CONFIGS = {
-    "empty": (b"", "holds nothing"),
-    "a list": (b"- a\n", "holds no settings"),
-    "binary": (bytes(range(256)), "is not a text in UTF-8 (invalid start byte)"),
+    "empty": (b"", "has no content"),
+    "a list": (b"- a\n", "has no settings"),
+    "binary": (bytes(range(256)), "is not UTF-8 text (invalid start byte)"),
     "zeros": (bytes(100), "is not YAML"),
-    "cut": (b"encoder:\n  name: x\nconnector:", "is not whole: its model is 'missing'"),
+    "cut": (b"encoder:\n  name: x\nconnector:", "is incomplete: its model is 'missing'"),
     "cut in a line": (b"encoder:\n  name: 'x", "is not YAML in line 2 (found unexpected end of stream)"),
     "nested": (b"[" * 100_000, "is not YAML"),
-    "alias bomb": (BOMB.encode(), "(it has an alias (*), which no config of a run has)"),
+    "alias bomb": (BOMB.encode(), "(it has an alias (*), which a run's config never has)"),
     "too large": (b"#" * (2**20 + 1), "has 1,048,577 bytes, more than the limit of 1,048,576"),
 }
 
@@ -359,14 +359,14 @@ def test_a_config_that_is_a_pipe(sent: Path, tmp_path: Path, told: Any) -> None:
 
 
 BROKEN_MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no stages": ({"stages": None}, "is not whole: its stages is None"),
-    "a stage without a run": ({"stages": [{"name": "a"}]}, "is not whole: it has no stages[0].run"),
-    "tensors": ({"tensors": ["connector.a", 5]}, "is not whole: its tensors[1] is 5"),
+    "no stages": ({"stages": None}, "is incomplete: its stages is None"),
+    "a stage without a run": ({"stages": [{"name": "a"}]}, "is incomplete: it has no stages[0].run"),
+    "tensors": ({"tensors": ["connector.a", 5]}, "is incomplete: its tensors[1] is 5"),
     "bases": ({"bases": {"encoder": {"fingerprint": None}, "llm": {}}}, "its bases.encoder.fingerprint is None"),
-    "parts": ({"parts": []}, "is not whole: its parts is []"),
-    "code": ({"code": {}}, "is not whole: it has no code.packages"),
+    "parts": ({"parts": []}, "is incomplete: its parts is []"),
+    "code": ({"code": {}}, "is incomplete: it has no code.packages"),
     "version": ({"format_version": "2"}, "is not a manifest: its format_version is '2'"),
-    "version 1": ({"format_version": 1, "parts": None}, "is not whole (TypeError: "),
+    "version 1": ({"format_version": 1, "parts": None}, "is incomplete (TypeError: "),
 }
 
 
@@ -408,7 +408,7 @@ def test_a_metrics_line_without_a_step(tmp_path: Path) -> None:
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
     for line in ("{}", "5", "[]", '{"step": null}', '{"step": "x"}'):
         file.write_text(f'{{"step": 1}}\n{line}\n')
-        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 names no step; remove that line"):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 has no step; remove that line"):
             run.truncate_metrics(tmp_path, step=2)
 
 

@@ -187,9 +187,12 @@ def test_one_bad_caption(images: Path, tmp_path: Path, name: str, content: Any, 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "only points to a file that Git LFS"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "is a Git LFS pointer, not the file itself",
+        ),
         (b"<!DOCTYPE html><html></html>", "is a web page; download the file itself"),
-        (b"\x1f\x8b\x08\x00", "is packed by gzip; unpack it"),
+        (b"\x1f\x8b\x08\x00", "is compressed with gzip; decompress it"),
         (b"PK\x03\x04xl/worksheets", "is a zip archive, as Excel's files are; unpack it, or save it as CSV"),
         (b"PAR1\x15\x04", "is a Parquet file; read it with data=huggingface"),
     ],

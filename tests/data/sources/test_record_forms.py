@@ -404,7 +404,7 @@ def test_json_lines_under_other_names(tmp_path: Path, name: str) -> None:
         ("data\\a.jsonl", r"\(it has backslashes; 'data/a\.jsonl' exists\); set data\.annotations="),
         ("here/data/a.jsonl", r"\(it begins with the folder 'here' a second time; 'data/a\.jsonl' exists\); set data"),
         ("gone.json", r"^there is no file 'gone\.json'; set data\.annotations="),
-        ("data/a.json.gz", r"a\.json\.gz' is packed by gzip; unpack it"),
+        ("data/a.json.gz", r"a\.json\.gz' is compressed with gzip; decompress it"),
     ],
 )
 def test_an_annotation_file_that_is_not_there(
