@@ -125,7 +125,7 @@ def test_weights_that_cannot_be_read_are_one_sentence(part: str, content: str, t
         file.write_bytes(cuts.get(content, POINTER.encode()))
         said = {
             "pointer": r"model.safetensors' is a Git LFS pointer, not the \w+'s file itself; .* git lfs pull",
-            "cut tensors": rf"model.safetensors' is truncated: it has {len(whole) - 100:,} of {len(whole):,} bytes; download",
+            "cut tensors": rf"model.safetensors' is truncated: it has {len(whole) - 100:,} of {len(whole):,} bytes;",
             "cut header": r"model.safetensors' is truncated: it has 40 of [\d,]+ bytes; download it again",
         }.get(content, r"model.safetensors' is not a safetensors file; download it again")
     with pytest.raises(ValueError, match=said) as caught:
