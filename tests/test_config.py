@@ -144,7 +144,7 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
         ("callbacks.stop=5", ["callbacks.stop=5 must be a mapping of options"]),
         ("callbacks.stop._target_=subprocess.run", ["callbacks.stop._target_=subprocess.run is not allowed"]),
         ("model._target_=subprocess.run", ["model._target_=subprocess.run is not allowed"]),
-        ("trainer.strategy=fsdp", ["trainer.strategy=fsdp slices", "choose trainer=fsdp"]),
+        ("trainer.strategy=fsdp", ["trainer.strategy=fsdp shards", "choose trainer=fsdp"]),
         # a section that has one class names none: a file's would take its place
         (
             "data.augment={_target_:vlm.launch.processes.wait_for}",

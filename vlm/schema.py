@@ -91,7 +91,7 @@ class StoredImage(NamedTuple):
 class Source(Protocol):
     """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read.
 
-    A source that can tell a sample's text without opening its images has `outline(index) -> Sample`, whose `images` are
+    A source that has the text of a sample without reading its images has `outline(index) -> Sample`, whose `images` are
     empty; one that does not read each sample once an epoch has `order(epoch, *, seed) -> Sequence[int]`, the indices of
     that epoch in the order to read them; one that passes over some of the data has `left_out: dict[str, int]`, how many
     of what; one whose images lie in files has `stored_images(indices) -> Iterator[StoredImage]`, those of these samples
