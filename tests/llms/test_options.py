@@ -153,7 +153,7 @@ def test_quantisation_needs_a_gpu_and_bitsandbytes(quantization: Any, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'vlm-template[quantization]'" in refusal(*words)
-    assert "llm.weights=random has none" in refusal(*words, "llm.weights=random")
+    assert "needs pretrained weights, but llm.weights=random" in refusal(*words, "llm.weights=random")
 
 
 def test_the_meta_device_needs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
