@@ -253,7 +253,7 @@ def test_the_command_line(told: Any) -> None:
         (["show"], "vlm-artifact show needs ckpt=<run dir>"),
         (["show", "a", "b"], "there is no option vlm-artifact show.b; choose one of ckpt"),
         (["merge", "ckpt=a", "out=b", "dtpe=float32"], "did you mean dtype?"),
-        (["merge", "a", "b", "dtype=int8"], "dtype=int8 is none of float32, bfloat16"),
+        (["merge", "a", "b", "dtype=int8"], "dtype=int8 is not a type to merge in; choose one of float32, bfloat16"),
         (["show", "none"], "ckpt=none is not a run directory"),
     ):
         assert artifact_program(*arguments) == 2
