@@ -9,10 +9,14 @@ Axes, everywhere in this project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, get_args, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
@@ -87,20 +91,58 @@ class StoredImage(NamedTuple):
     read: Callable[[int, int], bytes]  # (start, number of bytes)
 
 
-@runtime_checkable
-class Source(Protocol):
-    """One split of a dataset. `source[i]` raises `BadSample` where sample i cannot be read.
+class Source(ABC):
+    """One split of a dataset: `len(source)` samples, of which `source[index]` is one.
 
-    A source that has the text of a sample without reading its images has `outline(index) -> Sample`, whose `images` are
-    empty; one that does not read each sample once an epoch has `order(epoch, *, seed) -> Sequence[int]`, the indices of
-    that epoch in the order to read them; one that passes over some of the data has `left_out: dict[str, int]`, how many
-    of what; one whose images lie in files has `stored_images(indices) -> Iterator[StoredImage]`, those of these samples
-    (None: of all), each once. None of them is required.
+    A source of your own needs `__len__` and `__getitem__`; the rest has defaults.
     """
 
+    left_out: Mapping[str, int] = MappingProxyType({})  # how many items of the data are not samples, by their kind
+    names: Sequence[str] = ()  # of a mixture: the values of `Sample.meta["source"]`
+    num_hashed: int = 16  # samples that `fingerprint` reads
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Raises `BadSample` where the sample cannot be read."""
+
+    def outline(self, index: int) -> Sample:
+        """The sample without its images. Override it where the text can be read without opening them."""
+        return replace(self[index], images=[])
+
+    def order(self, epoch: int, *, seed: int) -> Sequence[int] | Int[np.ndarray, " n"] | None:
+        """The indices of an epoch in the order to read them; None: each sample once, shuffled by the reader."""
+        return None
+
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        """The stored images of these samples (None: of all samples), each once; none where images are not stored."""
+        return iter(())
+
+    def fingerprint(self) -> str:
+        """A hash of the samples' text in their order, by which a resumed run notices edited annotations.
+
+        It covers `num_hashed` samples, evenly spaced. Override it where hashing all of them is cheap.
+        """
+        num = min(len(self), self.num_hashed)
+        return hashed(len(self), *(self.outline_text(number * len(self) // num) for number in range(num)))
+
+    def outline_text(self, index: int) -> str:
+        """The sample without its images as text, or the error of one that cannot be read."""
+        try:
+            return repr(self.outline(index))
+        except BadSample as error:
+            return str(error)
+
+
+def hashed(*parts: Any) -> str:
+    """A hash of texts, numbers and bytes in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

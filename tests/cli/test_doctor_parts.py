@@ -7,7 +7,7 @@ import json
 import os
 from array import array
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from vlm.data.reading import Reading, applied
 from vlm.data.sources.captions import Captions
 from vlm.data.sources.instruct import Instruct
 from vlm.data.sources.stamps import Stamps
-from vlm.schema import BadSample, Batch, Sample, VisualSpec
+from vlm.schema import BadSample, Batch, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.language import identifier
 
@@ -128,10 +128,12 @@ def test_pictures_that_show_nothing(image: Image.Image, says: str) -> None:
 
 def test_contradictions_are_of_one_image_and_one_question() -> None:
     def told(*samples: tuple[int, str, str]) -> list[tuple[int, tuple[str, int] | None]]:
-        source = [Sample(str(n), [picture(image)], [say("user", None, question), say("assistant", answer)])
-                  for n, (image, question, answer) in enumerate(samples)]  # fmt: skip
+        source = Listed(
+            Sample(str(n), [picture(image)], [say("user", None, question), say("assistant", answer)])
+            for n, (image, question, answer) in enumerate(samples)
+        )
         splits = {"train": Checkup(reader(source)[n] for n in range(len(source))), "val": Checkup([])}
-        found = find(splits, {"train": source, "val": []}, None)  # type: ignore[dict-item,arg-type]
+        found = find(splits, {"train": source, "val": Listed([])}, None)
         return [(finding.index, finding.like) for finding in found if finding.kind == "contradiction"]
 
     first = (1, "Is it a dog?", "Yes.")
@@ -171,14 +173,14 @@ def sample(*turns: str, images: int = 0, marks: int = 0) -> Sample:
     return Sample("x", [picture(n) for n in range(images)], messages)
 
 
-def read(source: object, max_length: int = 999) -> Entry:
+def read(source: Source, max_length: int = 999) -> Entry:
     return reader(source, max_length)[0]
 
 
-def reader(source: object, max_length: int = 999) -> Reader:
+def reader(source: Source, max_length: int = 999) -> Reader:
     text = TextEncoder(tokenizer=byte_tokenizer(), num_image_tokens=2, max_length=max_length, chat_template="chatml")
     spec = VisualSpec(num_tokens=2, image_size=(2, 2), transform=lambda image: torch.zeros(3, 2, 2))
-    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)  # type: ignore[arg-type]
+    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +197,14 @@ def reader(source: object, max_length: int = 999) -> Reader:
     ],
 )
 def test_what_the_text_gives_away(made: Sample, kind: str) -> None:
-    entry = read([made])
+    entry = read(Listed([made]))
     assert entry.kind == kind
     assert bool(entry.message) == bool(kind)
     assert entry.id == "x"
 
 
 def test_a_sample_that_is_too_long_still_has_its_length() -> None:
-    entry = read([sample("q", "a" * 999, images=1, marks=1)], max_length=64)
+    entry = read(Listed([sample("q", "a" * 999, images=1, marks=1)]), max_length=64)
     assert entry.tokens > 999
     assert entry.visual_tokens == 2
     assert "data.max_length is 64" in entry.message
@@ -250,10 +252,10 @@ def test_answers_and_their_spelling() -> None:
 
 def told(answers: list[str]) -> set[int]:
     """The samples whose answer repeats."""
-    source = [sample("q", answer) for answer in answers]
+    source = Listed(sample("q", answer) for answer in answers)
     entries = [Entry(str(n), answers=(hash_answer(answer),)) for n, answer in enumerate(answers)]
     splits = {"train": Checkup(entries), "val": Checkup([])}
-    found = find(splits, {"train": source, "val": []}, None)  # type: ignore[dict-item,arg-type]
+    found = find(splits, {"train": source, "val": Listed([])}, None)
     return {finding.index for finding in found if finding.kind == "repeated_answer"}
 
 
@@ -282,31 +284,7 @@ def test_languages() -> None:
     assert identify("yes") == identify(" " * 99) == "short"
 
 
-class Ordered(list):
-    """A source with all that a source may have."""
-
-    names = ("one", "other")
-    left_out: ClassVar = {"drawings": 7}
-
-    def outline(self, index: int) -> Sample:
-        return Sample(f"outline of {self[index].id}", [], [])
-
-    def order(self, epoch: int, *, seed: int) -> list[int]:
-        return [4, 0, 1, 4, epoch, seed]
-
-
-def test_a_filtered_source_has_what_its_source_has() -> None:
-    source = Filtered(Ordered(Sample(name, [], []) for name in "abcde"), split="train", left_out=[0, 3])
-    assert source.left_out == {"drawings": 7, "samples by data.filter (40 % of train)": 2}
-    assert [source[index].id for index in range(len(source))] == ["b", "c", "e"]
-    assert source.names == ("one", "other")
-    assert source.outline(2).id == "outline of e"
-    assert source.order(1, seed=3) == [2, 0, 2, 0]
-    plain = Filtered(Named("a", "b"), split="train", left_out=[])
-    assert not any(hasattr(plain, name) for name in ("names", "outline", "order"))
-
-
-class Named:
+class Named(Source):
     def __init__(self, *ids: str) -> None:
         self.ids = ids
 
@@ -317,6 +295,32 @@ class Named:
         if self.ids[index] == "bad":
             raise BadSample("sample 'bad' is broken")
         return Sample(self.ids[index], [], [])
+
+
+class Ordered(Named):
+    """A source that overrides everything."""
+
+    names = ("one", "other")
+    left_out = MappingProxyType({"drawings": 7})
+
+    def outline(self, index: int) -> Sample:
+        return Sample(f"outline of {self[index].id}", [], [])
+
+    def order(self, epoch: int, *, seed: int) -> list[int]:
+        return [4, 0, 1, 4, epoch, seed]
+
+
+def test_a_filtered_source_has_what_its_source_has() -> None:
+    source = Filtered(Ordered(*"abcde"), split="train", left_out=[0, 3])
+    assert source.left_out == {"drawings": 7, "samples by data.filter (40 % of train)": 2}
+    assert [source[index].id for index in range(len(source))] == ["b", "c", "e"]
+    assert source.names == ("one", "other")
+    assert source.outline(2).id == "outline of e"
+    assert source.order(1, seed=3) == [2, 0, 2, 0]
+    plain = Filtered(Named("a", "b"), split="train", left_out=[])
+    assert plain.names == ()
+    assert plain.outline(1) == Sample("b", [], [])
+    assert plain.order(1, seed=3) is None
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,7 @@ def test_a_filter_is_a_regular_file_of_bounded_size(tmp_path: Path) -> None:
 
 def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script>"
-    source = [Sample(attack, [picture(0)], [say("user", None, attack), say("assistant", "\ud83d")])]
+    source = Listed([Sample(attack, [picture(0)], [say("user", None, attack), say("assistant", "\ud83d")])])
     finding = Finding("train", 0, attack, "duplicate", f"sample '{attack}' is one", like=("train", 0))
     lengths = spread([1.0, 2.0, float("nan")])
     assert (lengths["mean"], lengths["max"], sum(lengths["histogram"]["counts"])) == (1.5, 2.0, 2)
@@ -402,8 +406,10 @@ def test_scores_find_the_answer_of_another_image(tmp_path: Path) -> None:
     for number in range(8):
         Image.new("RGB", (32, 32), (number * 30, 0, 0)).save(tmp_path / f"{number}.png")
     told = letters[:6] + "hg"  # the last two have each other's
-    source = [Sample(str(n), [Image.open(tmp_path / f"{n}.png")], [say("user", None, "?"), say("assistant", told[n])])
-              for n in range(8)]  # fmt: skip
+    source = Listed(
+        Sample(str(n), [Image.open(tmp_path / f"{n}.png")], [say("user", None, "?"), say("assistant", told[n])])
+        for n in range(8)
+    )
 
     def transform(image: Image.Image) -> Tensor:
         return torch.full((3, 2, 2), float(image.getpixel((0, 0))[0] // 30))

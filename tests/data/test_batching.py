@@ -12,12 +12,12 @@ import pytest
 from tests.helpers.sources import K, Numbered, numbered
 from vlm.data import batching
 from vlm.data.batching import Batches, Rows, by_tokens, pack
-from vlm.schema import Batch
+from vlm.schema import Batch, Source
 
 LENGTHS = [3 + (7 * index) % 29 for index in range(100)]  # of 100 samples: 3 to 31 tokens
 
 
-class Sized:
+class Sized(Source):
     """A source of which only the size matters here."""
 
     def __init__(self, size: int = 100) -> None:

@@ -16,14 +16,14 @@ from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight, render
 from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
-from vlm.schema import BadSample, Message, Sample, Split, VisualSpec
+from vlm.schema import BadSample, Message, Sample, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.training.run import print_metrics
 
 GOOD = [say("user", None, "Hi"), say("assistant", "no")]  # with `plain`: <bos>, 3 visual, "Hi\n", "no<eos>"
 
 
-class Conversations:
+class Conversations(Source):
     """A split of given conversations, each with one image; None cannot be read."""
 
     def __init__(self, *conversations: list[Message] | None, num_images: int = 1) -> None:

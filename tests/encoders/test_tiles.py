@@ -23,7 +23,7 @@ from vlm.encoders.tiles import TiledTransform, Tiles
 from vlm.encoders.transform import Transform
 from vlm.launch.entry import CONF
 from vlm.models.composed import Composed
-from vlm.schema import Sample, VisualSpec
+from vlm.schema import Sample, Source, VisualSpec
 from vlm.text.row import Encoded
 
 NEXT = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]  # LLaVA-NeXT's
@@ -126,7 +126,7 @@ def test_rows_of_tiles_are_parted_by_line_breaks() -> None:
 MESSAGES = [say("user", None, "and", None, "?"), say("assistant", "no")]
 
 
-class Mixed:
+class Mixed(Source):
     """Rows with two pictures of unlike shapes, with none, with one; `side` is that of a tile."""
 
     def __init__(self, side: int) -> None:

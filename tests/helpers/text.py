@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm.schema import Message
+from vlm.schema import Message, Sample, Source
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
@@ -164,3 +165,16 @@ def special_ids(subject: TextEncoder, row: Encoded) -> list[int]:
 
 
 ONE_TURN = [say("user", None, "Hi"), say("assistant", "no")]
+
+
+class Listed(Source):
+    """A split of these samples."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self.samples = list(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]

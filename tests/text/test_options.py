@@ -23,7 +23,7 @@ TWO_TURNS = [
 
 def test_the_options_of_the_data_reach_the_encoder(bytes_only):
     options = {"train_on": "last_assistant", "system_prompt": "Be brief.", "too_long": "truncate_text"}
-    data = VLMDataModule(source=lambda split: ["a", "b"], **options)
+    data = VLMDataModule(source=lambda split: Listed([Sample("a", [], []), Sample("b", [], [])]), **options)
     spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
     data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
     assert {name: getattr(data.text, name) for name in options} == options
@@ -200,7 +200,7 @@ def test_what_is_asked_is_refused_as_the_row_is(bytes_only):
     assert asked.value.kind == row.value.kind == "too_long"
 
 
-class Held(list[Sample]):
+class Held(Listed):
     """A split of conversations whose last prompts do not fit, and one that no cut can save."""
 
     def __init__(self, split: str) -> None:

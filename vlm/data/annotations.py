@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm.data.fingerprint import hashed
 from vlm.data.paths import likely_path, no_path
 from vlm.file_kinds import HEAD, kind_of
 from vlm.quote import quoted
+from vlm.schema import hashed
 
 
 class Row(NamedTuple):

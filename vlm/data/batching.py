@@ -49,8 +49,7 @@ class Batches(Sampler[Rows]):
         num_ranks: int = 1,
         start: Mapping[str, Any] | None = None,
     ) -> None:
-        self.source: Any = source
-        self.length, self.batching, self.seed = length, batching, seed
+        self.source, self.length, self.batching, self.seed = source, length, batching, seed
         self.batch_size, self.batch_tokens, self.row_tokens = batch_size, batch_tokens, row_tokens
         self.rank, self.num_ranks = rank, num_ranks
         self.start = start or {"epoch": 0, "index": 0, "waiting": [], "number": 0, "batches": 0}
@@ -86,11 +85,11 @@ class Batches(Sampler[Rows]):
             epoch, index = (epoch, index + WINDOW) if index + WINDOW < len(order) else (epoch + 1, 0)
 
     def _order(self, epoch: int) -> Sequence[int] | np.ndarray:
-        if hasattr(self.source, "order"):
-            return self.source.order(epoch, seed=self.seed)
-        order = list(range(len(self.source)))
-        random.Random(f"{self.seed} {epoch}").shuffle(order)
-        return order
+        if (order := self.source.order(epoch, seed=self.seed)) is not None:
+            return order
+        shuffled = list(range(len(self.source)))
+        random.Random(f"{self.seed} {epoch}").shuffle(shuffled)
+        return shuffled
 
     def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random, first: int) -> tuple[list[Rows], Rows]:
         """The batches of some samples and of the rows that wait since the window before, and the rows left to wait.

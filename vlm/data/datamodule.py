@@ -15,7 +15,6 @@ from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import Row, collate
 from vlm.data.filter import filtered
-from vlm.data.fingerprint import fingerprint
 from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.reading import Reading, applied
@@ -157,7 +156,7 @@ class VLMDataModule(pl.LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each split's rows."""
-        return {split: fingerprint(source) for split, source in self.splits.items()}
+        return {split: source.fingerprint() for split, source in self.splits.items()}
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
         """Read some samples of each split as training will, and stop where it could not."""
@@ -282,9 +281,8 @@ class VLMDataModule(pl.LightningDataModule):
 
     def _collated(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         """What makes a batch of a split's rows."""
-        sources = getattr(self.splits[split], "names", ())
         side: Literal["left", "right"] = "left" if self.form == "prompt" else "right"
-        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=sources, side=side)
+        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=self.splits[split].names, side=side)
 
     @property
     def _val_size(self) -> int:

@@ -8,55 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.files import read_inside
-from vlm.data.fingerprint import fingerprint, hashed
 from vlm.data.judge import read
 from vlm.data.reading import current
-from vlm.data.shared import stored_images
-from vlm.schema import BadSample, Sample, Source, Split, StoredImage
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 CHECKED = 32  # samples whose ids are compared: each has to be read
 BYTES = 1024  # of the file, for each sample that it may name
 
 
-class Filtered:
-    """A source without some of its samples; the others keep their order.
-
-    It has `outline`, `order` and `names` where the source has them. `left_out` counts these samples too.
-    """
+class Filtered(Source):
+    """A source without some of its samples; the others keep their order. `left_out` counts the removed ones too."""
 
     def __init__(self, source: Source, *, split: Split, left_out: Sequence[int]) -> None:
-        self.source: Any = source
-        gone = set(left_out)
-        self.kept = [index for index in range(len(source)) if index not in gone]
-        share = f"{len(gone) / max(1, len(source)):.0%}".replace("%", " %")
-        self.left_out = {**getattr(source, "left_out", {}), f"samples by data.filter ({share} of {split})": len(gone)}
-        if hasattr(source, "names"):
-            self.names = source.names
-        if hasattr(source, "outline"):
-            self.outline = self._outline
-        if hasattr(source, "order"):
-            self.order = self._order
+        self.source, self.names = source, source.names
+        removed = set(left_out)
+        self.kept = [index for index in range(len(source)) if index not in removed]
+        ratio = f"{len(removed) / max(1, len(source)):.0%}".replace("%", " %")
+        self.left_out = {**source.left_out, f"samples by data.filter ({ratio} of {split})": len(removed)}
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def fingerprint(self) -> str:
-        """A hash of the source's, and of which of its samples these are."""
-        return hashed(fingerprint(self.source), *self.kept)
-
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.kept[index]]
 
-    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
-        """Those of the source, of these samples (None: of all that are left)."""
-        return stored_images(self.source, self.kept if indices is None else [self.kept[index] for index in indices])
-
-    def _outline(self, index: int) -> Sample:
+    def outline(self, index: int) -> Sample:
         return self.source.outline(self.kept[index])
 
-    def _order(self, epoch: int, *, seed: int) -> list[int]:
-        places = {index: place for place, index in enumerate(self.kept)}
-        return [places[index] for index in self.source.order(epoch, seed=seed) if index in places]
+    def order(self, epoch: int, *, seed: int) -> list[int] | None:
+        order = self.source.order(epoch, seed=seed)
+        if order is None:
+            return None
+        new = {index: number for number, index in enumerate(self.kept)}
+        return [new[index] for index in order if index in new]
+
+    def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
+        return self.source.stored_images(self.kept if indices is None else [self.kept[index] for index in indices])
+
+    def fingerprint(self) -> str:
+        """A hash of the source's fingerprint and of the indices that are kept."""
+        return hashed(self.source.fingerprint(), *self.kept)
 
 
 def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from PIL.Image import Image
 
@@ -34,9 +33,9 @@ class Judge:
         """The sample as its source gives it. Raises BadSample where that cannot read it."""
         return read(source, index, reading=self.reading)
 
-    def outline(self, source: Any, index: int) -> Sample:
-        """The sample without its images where the source can tell so, else with them."""
-        return read(source, index, reading=self.reading, outline=hasattr(source, "outline"))
+    def outline(self, source: Source, index: int) -> Sample:
+        """The sample without its images."""
+        return read(source, index, reading=self.reading, outline=True)
 
     def sample(self, source: Source, index: int) -> Sample:
         """A sample that keeps what `Sample` promises. Raises BadSample."""
@@ -105,7 +104,7 @@ class Judge:
                 raise BadSample(f"sample '{sample.id}': {error}", "unreadable_image") from error
 
 
-def read(source: Any, index: int, *, reading: Reading, outline: bool = False) -> Sample:
+def read(source: Source, index: int, *, reading: Reading, outline: bool = False) -> Sample:
     """The sample, its id fit to be printed and written. Raises BadSample, in such words too."""
     with applied(reading):
         try:

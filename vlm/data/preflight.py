@@ -66,7 +66,7 @@ def preflight(rows: Rows, *, num_samples: int, show: int) -> PreflightReport:
         num_visual_tokens=sum(sum(row.image_mask) for row in encoded),
         longest_row=max(len(row.input_ids) for row in encoded),
         shown=shown,
-        left_out={what: num for what, num in getattr(source, "left_out", {}).items() if num},
+        left_out={what: num for what, num in source.left_out.items() if num},
     )
 
 

@@ -25,10 +25,10 @@ def with_replay(source: Source, *, share: float, annotations: str | None) -> Mix
         texts = Instruct(split="train", annotations=file, images=None, val_fraction=0.0)
     except ValueError as error:
         raise ValueError(f"data.replay_annotations={file} takes conversations without images: {error}") from error
-    order = getattr(source, "order", None)
-    size = len(source) if order is None else len(order(0, seed=0))
+    order = source.order(0, seed=0)
+    size = len(source) if order is None else len(order)
     parts: dict[str, Any] = {"data": lambda split: source, "replay": lambda split: texts}
     weights = {"data": 1 - share, "replay": share}
     mixed = Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - share)))
-    mixed.left_out = getattr(source, "left_out", {})  # in the words of the validation split
+    mixed.left_out = source.left_out  # in the words of the validation split
     return mixed

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from multiprocessing.pool import ThreadPool
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vlm.data.split import content_key
 from vlm.schema import BadSample, Source, StoredImage
@@ -23,12 +23,6 @@ class Shared(NamedTuple):
     example: tuple[str, str] | None  # names in val and in train
 
 
-def stored_images(source: Any, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
-    """Where the images of these samples (None: of all) lie; none for a source that stores none."""
-    own = getattr(source, "stored_images", None)
-    return iter(()) if own is None else own(indices)
-
-
 def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
     """Compare the pictures of these validation samples with all of train.
 
@@ -36,9 +30,9 @@ def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
     kilobytes are read, unless they are equal too. A picture that cannot be read is equal to none.
     """
     with ThreadPool(THREADS) as pool:
-        sizes: dict[StoredImage, int] = dict(_sized(stored_images(val, indices), pool))
+        sizes: dict[StoredImage, int] = dict(_sized(val.stored_images(indices), pool))
         wanted = set(sizes.values())
-        candidates = [image for image, size in _sized(stored_images(train), pool) if size in wanted]
+        candidates = [image for image, size in _sized(train.stored_images(), pool) if size in wanted]
         by_key: dict[str, list[StoredImage]] = {}
         for image, key in zip(candidates, pool.map(_key, candidates), strict=True):
             by_key.setdefault(key, []).append(image)

@@ -19,13 +19,12 @@ from vlm.data.annotations import (
     text_of,
 )
 from vlm.data.conversations import Malformed, RecordReader, as_text, caption_messages, check_columns, renamed
-from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image, short_name, stored_image
 from vlm.data.split import check_split, image_key, in_split
 from vlm.data.tables import read_table
 from vlm.quote import named, quoted
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadKind, BadSample, Sample, Split, StoredImage
+from vlm.schema import BadKind, BadSample, Sample, Source, Split, StoredImage, hashed
 
 # How files name an image and what is said of it; the first of each is ours.
 IMAGE_KEYS = (
@@ -57,7 +56,7 @@ class Caption(NamedTuple):
     kind: BadKind = "other_defect"
 
 
-class CaptionedImages:
+class CaptionedImages(Source):
     """In train a sample per (image, caption); in val a sample per image, its first caption being the reference.
 
     All captions of a validation image are in `meta["references"]`, a JSON list. The split is by a hash of the image's

@@ -21,18 +21,17 @@ from vlm.data.conversations import (
     has_pair,
     turns_record,
 )
-from vlm.data.fingerprint import hashed
 from vlm.data.image_names import open_image, stored_image
 from vlm.data.images import BadImage, decode_image
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.quote import named, quoted
 from vlm.ranges import Name, RatioBelowOne
-from vlm.schema import BadSample, Sample, Split, StoredImage
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 BATCH = 256  # rows whose images are looked at together
 
 
-class HuggingFace:
+class HuggingFace(Source):
     """A sample per row: its caption in `text_column`, or its turns in `messages_column` where that is named.
 
     `image_column` holds an image or a list of them. Of a list of captions each is a sample of train, and the first one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,17 +13,16 @@ from jaxtyping import UInt64
 
 from vlm.data.annotations import Records, Row, existing_file, existing_folder
 from vlm.data.conversations import Malformed, RecordReader
-from vlm.data.fingerprint import hashed, hashed_file
 from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadSample, Sample, Split, StoredImage
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 LONGEST_ID = 200  # characters
 
 
-class Instruct:
+class Instruct(Source):
     """One sample per conversation, with any number of images, none included.
 
     A record is LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`, or chat
@@ -83,7 +83,9 @@ class Instruct:
 
     def fingerprint(self) -> str:
         """A hash of the whole file, and of which of its records these are."""
-        return hashed(hashed_file(self._records.file), self._rows.tobytes())
+        with self._records.file.open("rb") as file:
+            of_file = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashed(of_file, self._rows.tobytes())
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""

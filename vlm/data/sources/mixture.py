@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from vlm.data.fingerprint import fingerprint, hashed
-from vlm.data.shared import stored_images
 from vlm.ranges import Length, Number, Range, Samples
-from vlm.schema import BadSample, Sample, Source, Split, StoredImage
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 
-class Mixture:
+class Mixture(Source):
     """The sources' samples one after another, and an order that draws each source by its share.
 
     A source's share is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, more
@@ -57,12 +55,10 @@ class Mixture:
             raise ValueError(f"data.num_samples={num_samples} is no length of an epoch; choose 1 or more, or null")
         self.sources = {name: _made(make, name, split) for name, make in sources.items()}
         self._sources = list(self.sources.values())
-        names = (getattr(source, "names", [name]) for name, source in self.sources.items())
-        self.names = list(dict.fromkeys(chain.from_iterable(names)))  # what `meta["source"]` can be
+        names = (source.names or [name] for name, source in self.sources.items())
+        self.names = list(dict.fromkeys(chain.from_iterable(names)))
         self.left_out = {
-            f"{what} of {name}": num
-            for name, source in self.sources.items()
-            for what, num in getattr(source, "left_out", {}).items()
+            f"{what} of {name}": num for name, source in self.sources.items() for what, num in source.left_out.items()
         }
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
@@ -75,21 +71,21 @@ class Mixture:
 
     def fingerprint(self) -> str:
         """A hash of the sources'."""
-        return hashed(*(f"{name} {fingerprint(source)}" for name, source in self.sources.items()))
+        return hashed(*(f"{name} {source.fingerprint()}" for name, source in self.sources.items()))
 
     def __getitem__(self, index: int) -> Sample:
         return self._read(index, lambda source, inside: source[inside])
 
     def outline(self, index: int) -> Sample:
-        """The sample without its images; a source without outlines opens them."""
-        return self._read(index, _outline)
+        """The sample without its images; some sources open them all the same."""
+        return self._read(index, lambda source, inside: source.outline(inside))
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image files of these samples (None: of all), each once in a source."""
         start = 0
         for (name, source), end in zip(self.sources.items(), self._ends.tolist(), strict=True):
             inside = None if indices is None else [index - start for index in indices if start <= index < end]
-            for image in stored_images(source, inside):
+            for image in source.stored_images(inside):
                 yield image._replace(name=f"{name}/{image.name}")
             start = end
 
@@ -104,7 +100,7 @@ class Mixture:
             order[turns == place] = first + self._drawn(place, int(past[place]), int(counts[place]), seed)
         return order.tolist()
 
-    def _read(self, index: int, read: Callable[[Any, int], Sample]) -> Sample:
+    def _read(self, index: int, read: Callable[[Source, int], Sample]) -> Sample:
         index = range(len(self))[index]
         place = int(np.searchsorted(self._ends, index, side="right"))
         name, source = list(self.sources.items())[place]
@@ -112,7 +108,7 @@ class Mixture:
             sample = read(source, index - int(self._ends[place]) + len(source))
         except BadSample as error:
             raise BadSample(f"source '{name}': {error}", error.kind) from error
-        inner = {} if hasattr(source, "names") else {"source": name}
+        inner = {} if source.names else {"source": name}
         return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, **inner})
 
     def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
@@ -127,9 +123,9 @@ class Mixture:
 
     def _drawn(self, place: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
         """`count` samples of a source, `start` having been drawn before, as its rounds follow on each other."""
-        source: Any = self._sources[place]
+        source = self._sources[place]
         number = 0
-        if not hasattr(source, "order"):  # which may give rounds of unlike lengths, to be counted through
+        if source.order(0, seed=seed) is None:  # else rounds may differ in length and are counted one by one
             number, start = divmod(start, len(source))
         drawn, missing = [np.empty(0, np.int64)], start + count
         while missing > 0:
@@ -145,14 +141,7 @@ def _made(make: Callable[..., Source], name: str, split: Split) -> Source:
         raise ValueError(f"source '{name}': {error}") from error
 
 
-def _outline(source: Any, index: int) -> Sample:
-    outline = getattr(source, "outline", None)
-    return outline(index) if outline is not None else replace(source[index], images=[])
-
-
-def _round(source: Any, number: int, seed: int, place: int) -> Sequence[int] | Int[np.ndarray, " n"]:
-    """A source once through: in the order that it gives, else shuffled."""
-    order = getattr(source, "order", None)
-    if order is not None:
-        return order(number, seed=seed)
-    return np.random.default_rng((seed, number, 2, place)).permutation(len(source))
+def _round(source: Source, number: int, seed: int, place: int) -> Sequence[int] | Int[np.ndarray, " n"]:
+    """The indices of one pass over a source, in its own order or shuffled."""
+    order = source.order(number, seed=seed)
+    return np.random.default_rng((seed, number, 2, place)).permutation(len(source)) if order is None else order

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from vlm.data.sources.shapes_text import CAPTIONS, PROMPTS, QUESTIONS
 from vlm.ranges import Range, Samples, Seed
-from vlm.schema import Message, Sample, Split
+from vlm.schema import Message, Sample, Source, Split
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS = {
@@ -45,7 +45,7 @@ class Thing:
     color: str
 
 
-class Shapes:
+class Shapes(Source):
     """Scenes of 1 to `max_objects` things in distinct cells, `num_train` of them for training and `num_val` held out.
 
     `task` chooses a caption of every object in reading order, questions with short answers, or one of the two at

@@ -13,7 +13,7 @@ from vlm.data.conversations import caption_messages
 from vlm.data.images import load_image, pad_to_square
 from vlm.data.split import check_split, in_split
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadSample, Sample, Split
+from vlm.schema import BadSample, Sample, Source, Split
 
 PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
 
@@ -21,12 +21,14 @@ _TRANSLATION = re.compile(r"(?P<code>[\w@-]+)\.utf8=(?P<text>.*)")
 _VARIANT = re.compile(r"(_mirror|_flip)+$")  # what Tux Paint shows when it turns a stamp: no picture of its own
 
 
-class Stamps:
+class Stamps(Source):
     """`NAME.png` with `NAME.txt`, whose first line is the English caption and whose lines `ja.utf8=...` translate it.
 
     The split is by a hash of the path under `root`, the same in every language; byte-identical files (there are some)
     stay together. `left_out` counts over both splits; a mirrored copy has no text of its own.
     """
+
+    num_hashed = 256  # of which no image is opened
 
     def __init__(
         self,

@@ -29,13 +29,12 @@ from vlm.data.conversations import (
     turns_record,
 )
 from vlm.data.files import check_bytes
-from vlm.data.fingerprint import SAMPLES, hashed, row_text
 from vlm.data.images import decode_image
 from vlm.data.reading import current
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.quote import quoted
 from vlm.ranges import RatioBelowOne
-from vlm.schema import BadSample, Sample, Split, StoredImage
+from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
 KINDS = ("image", "txt", "json")
@@ -45,7 +44,7 @@ WINDOW = 4  # shards whose samples are shuffled together
 BLOCK = 512  # bytes of a tar header, and of the zeros that end an archive
 
 
-class WebDataset:
+class WebDataset(Source):
     """A sample per key: members `KEY.jpg` with `KEY.txt` (its caption) or `KEY.json` make one.
 
     A key is a member's path up to the first dot of its name. The json is a LLaVA record, chat messages or a
@@ -57,6 +56,8 @@ class WebDataset:
     and key where there are none; with it, each set of shards is taken as it is. An archive that
     is cut or not a plain tar raises ValueError; a sample without text or image is bad.
     """
+
+    num_hashed = 256
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class WebDataset:
 
     def fingerprint(self) -> str:
         """A hash of all keys and where their members lie, and of some texts."""
-        texts = (row_text(self.outline, index) for index in range(0, len(self), -(-len(self) // SAMPLES)))
+        texts = map(self.outline_text, range(0, len(self), -(-len(self) // self.num_hashed)))
         return hashed(self._keys.fingerprint(), self._shard.tobytes(), self._members.tobytes(), *texts)
 
     def __getitem__(self, index: int) -> Sample:
