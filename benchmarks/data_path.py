@@ -73,7 +73,7 @@ def ours(tokenizer: Any) -> Callable[[list[Path]], Batch]:
         rows = []
         for path in paths:
             sample = Sample(path.name, [load_image(path, root=path.parent)], conversation())
-            rows.append(make_row(sample, text.encode(sample.id, sample.messages, 1, sample.sizes), spec))
+            rows.append(make_row(sample, text.encode(sample), spec))
         return collate(rows, spec=spec, pad_id=text.pad_id)
 
     return batch_of

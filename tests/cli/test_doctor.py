@@ -24,7 +24,7 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.data.sources.instruct import Instruct
 from vlm.launch.entry import CONF
 from vlm.llms.bytes import byte_tokenizer as tiny_tokenizer
-from vlm.schema import Split, VisualSpec
+from vlm.schema import Sample, Split, VisualSpec
 from vlm.training import artifact
 from vlm.training.sharding import gather
 
@@ -218,7 +218,7 @@ def test_tokens_are_those_of_the_llm(planted: Path, doctor: Callable[..., int], 
     assert doctor(*few, "llm.weights=pretrained", f"llm.pretrained={tmp_path / 'llm'}", "doctor.out=out") == 0
     tokens = json.loads(Path("out/report.json").read_text())["splits"]["val"]["tokens"]
     sample = data.splits["val"][0]
-    in_bytes = len(data.text.encode(sample.id, sample.messages, 1).input_ids)
+    in_bytes = len(data.text.encode(Sample(sample.id, [], sample.messages)).input_ids)
     assert tokens["p50"] == tokens["max"] == in_bytes - 1 + 16 - 11
 
 

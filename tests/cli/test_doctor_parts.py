@@ -435,6 +435,6 @@ def test_scores_find_the_answer_of_another_image(tmp_path: Path) -> None:
     # Two tokens are supervised, the letter and the end of turn; a mismatched letter costs as much with another image,
     # or, where that image is by chance the right one, less.
     assert (found[[6, 7]] < 1e-5).all()
-    batch = collate([make_row(source[0], data.text.encode("0", source[0].messages, 1), spec)], spec=spec, pad_id=0)
+    batch = collate([make_row(source[0], data.text.encode(source[0]), spec)], spec=spec, pad_id=0)
     all_letters = torch.logsumexp(torch.tensor([5.0] + [0.0] * (len(tokenizer) - 1)), 0)
     assert sample_losses(Expects(), batch).item() == pytest.approx(((all_letters - 5) + all_letters).item() / 2)

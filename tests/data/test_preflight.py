@@ -177,11 +177,27 @@ def test_only_rgb_is_taken(plain):
 
     made = rows(Deep(*[GOOD] * 4), plain, max_bad=3)
     for index, mode in enumerate(("I;16", "L", "RGBA")):
-        message = rf"'talk/{index}' has an image \(number 1\) of mode {mode} where RGB with 8 bits a channel is due"
+        message = rf"'talk/{index}' has an image \(number 1\) of mode {mode} where RGB with 8 bits a channel is needed"
         with pytest.raises(BadSample, match=message):
             made.judge.sample(made.source, index)
     assert preflight(made, num_samples=4, show=0).num_bad == 3
     assert [made[[index]].samples[0].id for index in range(4)] == ["talk/3"] * 4
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_images", "holds"),
+    [
+        (GOOD, 2, "2 images but its text has 1 image placeholder"),
+        (GOOD, 0, "0 images but its text has 1 image placeholder"),
+        ([say("user", None, None), GOOD[1]], 1, "1 image but its text has 2 image placeholders"),
+    ],
+)
+def test_every_placeholder_has_an_image(plain, messages, num_images, holds):
+    made = rows(Conversations(messages, num_images=num_images), plain)
+    with pytest.raises(BadSample) as caught:
+        made.judge.sample(made.source, 0)
+    assert str(caught.value) == f"sample 'talk/0' holds {holds}; add or remove an <image>"
+    assert caught.value.kind == "placeholder_mismatch"
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,10 @@ def words(row: Encoded) -> list[int]:
 
 def test_the_placeholders_follow_the_rows_of_tiles() -> None:
     plain = encoder(byte_tokenizer(), "chatml", num_image_tokens=2)
-    row = plain.encode("a/1", MESSAGES, 2)
+    row = plain.encode(Sample("a/1", [], MESSAGES))
     plain.tile_rows = tiles(side=32).rows
-    tiled = plain.encode("a/1", MESSAGES, 2, [(96, 32), (32, 64)])  # grids 1×3 and 2×1
+    images = [noise(96, 32), noise(32, 64)]  # grids 1×3 and 2×1
+    tiled = plain.encode(Sample("a/1", images, MESSAGES))
     assert (sum(row.image_mask), sum(tiled.image_mask)) == (4, 2 * (1 + 3) + 2 * (1 + 2))
     assert len(tiled.input_ids) - len(row.input_ids) == sum(tiled.image_mask) - 4
     assert words(row) == words(tiled)
@@ -111,7 +112,8 @@ def test_rows_of_tiles_are_parted_by_line_breaks() -> None:
         tile_rows=tiles(side=32).rows,
         row_separator="\n",
     )
-    row = whole.encode("a/1", [say("user", None, "Hi"), say("assistant", "no")], 1, [(64, 64)])  # thumbnail, 2×2
+    image = noise(64, 64)  # thumbnail, 2×2
+    row = whole.encode(Sample("a/1", [image], [say("user", None, "Hi"), say("assistant", "no")]))
     start = row.image_mask.index(True)
     length = 2 + 1 + 4 + 1 + 4
     expected = [True] * 2 + [False] + [True] * 4 + [False] + [True] * 4
@@ -119,7 +121,7 @@ def test_rows_of_tiles_are_parted_by_line_breaks() -> None:
     assert [row.input_ids[start + offset] for offset in (2, 7)] == [newline] * 2
     assert row.images_before[start : start + length] == [1] * length
     assert sum(row.image_mask) == 10
-    prompt = whole.encode_prompt("a/1", [say("user", None, "Hi")], 1, [(64, 64)])
+    prompt = whole.encode_prompt(Sample("a/1", [image], [say("user", None, "Hi")]))
     assert prompt.image_mask[start : start + length] == expected
 
 

@@ -102,7 +102,7 @@ def test_the_loss_by_hand(tmp_path: Path) -> None:
             {"role": role, "content": [{"type": "text", "text": text}]}
             for role, text in (("user", question), ("assistant", answer))
         ]
-        row = texts.encode("x", messages, 0)
+        row = texts.encode(Sample("x", [], messages))
         with torch.no_grad():
             logits = llm.model(torch.tensor([row.input_ids])).logits[0]
         losses = F.cross_entropy(logits[:-1], torch.tensor(row.labels[1:]), reduction="none")

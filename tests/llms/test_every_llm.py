@@ -136,7 +136,7 @@ def test_what_is_learned_is_the_answer_and_its_end(option: str) -> None:
     """With the stand-in tokenizer, which knows every family's marks, so that random weights train with any template."""
     llm = small_llm(option)
     subject = encoder(llm.tokenizer, llm.chat_template, num_image_tokens=2)
-    row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "A cat")], 1)
+    row = subject.encode(Sample("a/1", [], [say("user", None, "What?"), say("assistant", "A cat")]))
     end = {
         **dict.fromkeys(("chatml", "smollm2", "qwen3"), "<|im_end|>"),
         **dict.fromkeys(("llama3", "llama3_2"), "<|eot_id|>"),

@@ -67,7 +67,7 @@ USER, ASSISTANT, MODEL = [91, 89, 75, 88], [71, 89, 89, 79, 89, 90, 71, 84, 90],
     ],
 )
 def test_exact_row(bytes_only, template, text, ids, num_supervised, num_unsupervised_after):
-    row = encoder(bytes_only, template).encode("shapes/0", ONE_TURN, 1)
+    row = encoder(bytes_only, template).encode(Sample("shapes/0", [], ONE_TURN))
     assert row.text == text.replace("{", "").replace("}", "").replace("@", IMAGE_PLACEHOLDER)
     assert row.input_ids == ids
     end = len(ids) - num_unsupervised_after
@@ -100,7 +100,7 @@ PREAMBLE = (
 )
 def test_what_a_family_writes_and_what_is_learned(bytes_only, template, system, text):
     subject = encoder(bytes_only, template, num_image_tokens=1)
-    row = subject.encode("a/1", [*([say("system", system)] if system else []), *ONE_TURN], 1)
+    row = subject.encode(Sample("a/1", [], [*([say("system", system)] if system else []), *ONE_TURN]))
     for role in ("system", "user", "assistant"):
         text = text.replace(f"{{{role}}}", f"<|start_header_id|>{role}<|end_header_id|>\n\n")
     assert subject.display(row) == text.replace("@", "<image×1>")
@@ -108,7 +108,7 @@ def test_what_a_family_writes_and_what_is_learned(bytes_only, template, system, 
 
 def test_gemma_folds_the_system_text_and_trims_the_rest(bytes_only):
     messages = [say("system", " Be brief. "), say("user", "Hi\n"), say("assistant", "\n no ")]
-    row = encoder(bytes_only, "gemma").encode("a/1", messages, 0)
+    row = encoder(bytes_only, "gemma").encode(Sample("a/1", [], messages))
     assert row.text == (
         "<bos><start_of_turn>user\n Be brief. \n\nHi<end_of_turn>\n<start_of_turn>model\nno<end_of_turn>\n"
     )
@@ -126,7 +126,7 @@ def test_templates_take_strings_and_lists(bytes_only, template):
         bytes_only.apply_chat_template(chat, chat_template=TEMPLATES[template], tokenize=False)
         for chat in (messages, texts)
     ]
-    assert rendered[0] == rendered[1] == encoder(bytes_only, template).encode("a/1", messages, 2).text
+    assert rendered[0] == rendered[1] == encoder(bytes_only, template).encode(Sample("a/1", [], messages)).text
 
 
 # --- random conversations --------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_templates_take_strings_and_lists(bytes_only, template):
 
 def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -> None:
     number = num_images(messages)
-    row = subject.encode("random/0", messages, number)
+    row = subject.encode(Sample("random/0", [], messages))
 
     # What is learned is every answer with its mark, and nothing else.
     learned = subject.supervised(row)
@@ -157,11 +157,11 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
     assert visual == [j + 1 for j in range(number) for _ in range(subject.num_image_tokens)]
 
     # Special tokens are the template's, whatever the texts spell.
-    same_turns = subject.encode("random/0", [say(message["role"], "ok") for message in messages], 0)
+    same_turns = subject.encode(Sample("random/0", [], [say(message["role"], "ok") for message in messages]))
     assert special_ids(subject, row) == special_ids(subject, same_turns)
 
     # The text that generation starts from is the text that training saw before the last answer.
-    prompt = subject.encode_prompt("random/0", messages, number)
+    prompt = subject.encode_prompt(Sample("random/0", [], messages))
     assert row.text.startswith(prompt.text)
     after = {"chatml": "\n", "smollm2": "\n", "qwen3": "\n", "gemma": "\n", "phi": "<eos>"}.get(template, "")
     assert row.text[len(prompt.text) :] == learned[-1] + after
@@ -202,7 +202,7 @@ def test_labels_with_the_gemma_tokenizer(gemma_tokenizer):
 
 def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
     subject = encoder(gemma_tokenizer, "gemma")
-    row = subject.encode("a/1", [say("user", None, "What?"), say("assistant", "日本 🫥")], 1)
+    row = subject.encode(Sample("a/1", [], [say("user", None, "What?"), say("assistant", "日本 🫥")]))
     assert row.input_ids[:7] == [2, 105, 2364, 107, 0, 0, 0]  # <bos> <start_of_turn> user \n, then the image
     assert row.labels[-2:] == [106, IGNORE]  # <end_of_turn> is learned, the newline after it is not
     assert subject.supervised(row) == ["日本 🫥<end_of_turn>"]
@@ -228,19 +228,19 @@ def test_gemma_row_with_the_gemma_tokenizer(gemma_tokenizer):
 )
 def test_token_that_joins_prompt_and_answer(before, answer, supervised):
     subject = encoder(own_template(border_tokenizer(), before, "<eos>"), None)
-    row = subject.encode("a/1", [say("user", "s"), say("assistant", answer)], 0)
+    row = subject.encode(Sample("a/1", [], [say("user", "s"), say("assistant", answer)]))
     assert subject.supervised(row) == supervised
 
 
 def test_space_before_the_end_mark_is_learned():
     subject = encoder(own_template(border_tokenizer(), ":", " <eos>"), None)
-    row = subject.encode("a/1", [say("user", "s"), say("assistant", "yes")], 0)
+    row = subject.encode(Sample("a/1", [], [say("user", "s"), say("assistant", "yes")]))
     assert subject.supervised(row) == ["yes <eos>"]
 
 
 def test_spaces_keep_their_places_where_the_tokenizer_trims_offsets(bytes_only):
     subject = encoder(own_template(byte_tokenizer(), "Answer: ", "<eos>"), None)
-    row = subject.encode("a/1", [say("user", "s"), say("assistant", " yes ")], 0)
+    row = subject.encode(Sample("a/1", [], [say("user", "s"), say("assistant", " yes ")]))
     assert subject.supervised(row) == ["  yes <eos>"]
 
 
@@ -250,11 +250,11 @@ def test_spaces_keep_their_places_where_the_tokenizer_trims_offsets(bytes_only):
 def test_images_before_and_display(bytes_only):
     messages = [say("user", "a", None, None), say("assistant", "b"), say("user", None, "c"), say("assistant", "d")]
     subject = encoder(bytes_only, "plain", num_image_tokens=2)
-    row = subject.encode("a/1", messages, 3)
+    row = subject.encode(Sample("a/1", [], messages))
     assert row.images_before == [0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
     assert subject.display(row) == "<bos>a<image×2><image×2>\n⟦b<eos>⟧<image×2>c\n⟦d<eos>⟧"
     layers = encoder(bytes_only, "plain", num_image_tokens=0)
-    row = layers.encode("a/1", messages, 3)
+    row = layers.encode(Sample("a/1", [], messages))
     assert row.images_before == [0, 0, 2, 2, 2, 3, 3, 3, 3]
     assert row.image_mask == [False] * 9
     assert layers.display(row) == "<bos>a<image×0><image×0>\n⟦b<eos>⟧<image×0>c\n⟦d<eos>⟧"
@@ -265,7 +265,7 @@ def test_images_stand_where_their_placeholders_stood(merging, template):
     messages = [say("system", "s", None), say("user", "wo", None, "rd ", None, None), say("assistant", "y", None, "es")]
     for number in (0, 2):
         subject = encoder(merging, template, num_image_tokens=number)
-        shown = subject.display(subject.encode("a/1", messages, 5))
+        shown = subject.display(subject.encode(Sample("a/1", [], messages)))
         image = f"<image×{number}>"
         for part in (f"s{image}", f"wo{image}rd {image}{image}", f"{image}⟦es"):
             assert part in shown
@@ -274,27 +274,27 @@ def test_images_stand_where_their_placeholders_stood(merging, template):
 
 def test_prompt(bytes_only):
     subject = encoder(bytes_only, "chatml")
-    prompt = subject.encode_prompt("a/1", ONE_TURN, 1)
+    prompt = subject.encode_prompt(Sample("a/1", [], ONE_TURN))
     expected = f"<bos><|im_start|>user\n{IMAGE_PLACEHOLDER}Hi<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.text == expected
-    assert prompt == subject.encode_prompt("a/1", ONE_TURN[:1], 1)
-    row = subject.encode("a/1", ONE_TURN, 1)
+    assert prompt == subject.encode_prompt(Sample("a/1", [], ONE_TURN[:1]))
+    row = subject.encode(Sample("a/1", [], ONE_TURN))
     assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
 
 def test_bos_is_not_doubled_and_pad_falls_back_to_eos(bytes_only):
-    assert encoder(bytes_only, "plain").encode("a/1", ONE_TURN, 1).input_ids.count(1) == 1
+    assert encoder(bytes_only, "plain").encode(Sample("a/1", [], ONE_TURN)).input_ids.count(1) == 1
     smol = byte_tokenizer()
     smol.bos_token = "<|im_start|>"
     smol.pad_token = None
-    row = encoder(smol, "chatml").encode("a/1", ONE_TURN, 1)
+    row = encoder(smol, "chatml").encode(Sample("a/1", [], ONE_TURN))
     assert row.text.startswith("<|im_start|>user\n")
     assert [token for token, is_image in zip(row.input_ids, row.image_mask, strict=True) if is_image] == [2, 2, 2]
 
 
 def test_the_tokenizer_is_left_alone(bytes_only):
     before = bytes_only.backend_tokenizer.to_str()
-    encoder(bytes_only, "gemma").encode("a/1", ONE_TURN, 1)
+    encoder(bytes_only, "gemma").encode(Sample("a/1", [], ONE_TURN))
     assert bytes_only.backend_tokenizer.to_str() == before
 
 
@@ -303,4 +303,4 @@ def test_a_template_for_lists_only(bytes_only):
     tokenizer.chat_template = (
         "{% for m in messages %}{% for item in m.content %}{{ item['text'] }}{% endfor %}<eos>{% endfor %}"
     )
-    assert encoder(tokenizer, None).encode("a/1", ONE_TURN, 1).text == f"{IMAGE_PLACEHOLDER}Hi<eos>no<eos>"
+    assert encoder(tokenizer, None).encode(Sample("a/1", [], ONE_TURN)).text == f"{IMAGE_PLACEHOLDER}Hi<eos>no<eos>"

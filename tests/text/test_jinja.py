@@ -114,7 +114,7 @@ def test_a_conversation_that_a_template_refuses_is_a_bad_sample():
     messages = [say("system", "s"), say("user", "a"), say("assistant", "b")]
     for encode, turns in ((subject.encode, messages), (subject.encode_prompt, messages)):
         with pytest.raises(BadSample) as caught:
-            encode("a/1", turns, 0)
+            encode(Sample("a/1", [], turns))
         assert str(caught.value) == (
             "sample 'a/1': the chat template refuses the conversation (System role not supported); "
             "repair or remove it, or set llm.chat_template="

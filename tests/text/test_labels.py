@@ -21,7 +21,7 @@ from tests.helpers.text import (
     sentencepiece_tokenizer,
 )
 from vlm.llms.loading import load_tokenizer
-from vlm.schema import IGNORE, Message
+from vlm.schema import IGNORE, Message, Sample
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import TEMPLATES
 
@@ -54,13 +54,12 @@ def tokenizers(published: Path, gemma_tokenizer: PreTrainedTokenizerFast) -> dic
 
 
 def check(subject: TextEncoder, messages: list[Message], *, last_only: bool) -> None:
-    number = num_images(messages)
-    row = subject.encode("random/0", messages, number)
+    row = subject.encode(Sample("random/0", [], messages))
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [label != IGNORE for label in row.labels]
     stop = len(learned)
     for end in reversed(ends):
-        prompt = subject.encode_prompt("random/0", messages[:end], num_images(messages[:end]))
+        prompt = subject.encode_prompt(Sample("random/0", [], messages[:end]))
         start = len(prompt.input_ids)
         assert row.input_ids[:start] == prompt.input_ids
         assert row.image_mask[:start] == prompt.image_mask
@@ -110,7 +109,7 @@ def text_only(message: Message) -> str:
 def test_the_first_token_of_an_answer_is_learned_with_sentencepiece(answer, tokenizers):
     tokenizer = tokenizers["sentencepiece"]
     messages = [say("user", "Q"), say("assistant", answer), say("user", "Q"), say("assistant", "a")]
-    row = encoder(tokenizer, "vicuna_v1").encode("a/1", messages, 0)
+    row = encoder(tokenizer, "vicuna_v1").encode(Sample("a/1", [], messages))
     spaced = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(f"\n {answer}"))[2:]  # "▁" "2", or "▁Yes"
     learned = [token for token in row.labels if token != IGNORE]
     assert learned[: len(spaced) + 1] == [*spaced, tokenizer.eos_token_id]
@@ -134,7 +133,7 @@ def test_vicuna_rows_have_the_ids_of_the_published_ones(published, tokenizers):
         *(say("user", None, " and ", None, "\nWhere is it?"), say("assistant", "2 squares")),
         *(say("user", "赤い?"), say("assistant", "青い")),
     ]
-    row = subject.encode("a/1", messages, 2)
+    row = subject.encode(Sample("a/1", [], messages))
     bos, eos = model.bos_id(), model.eos_id()
     before, between = model.encode(f"{PREAMBLE} USER: "), model.encode(" and ")
     after = model.encode("\nWhere is it? ASSISTANT: 2 squares")
@@ -165,4 +164,4 @@ def test_own_template_whose_generation_prompt_ends_in_a_space(kind, before, toke
         check(subject, messages, last_only=False)
         if kind != "legacy":
             lead = " " if before.endswith(" ") else ""
-            assert subject.supervised(subject.encode("a/1", messages, 0)) == [lead + answer + eos] * 2
+            assert subject.supervised(subject.encode(Sample("a/1", [], messages))) == [lead + answer + eos] * 2

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import ToTensor
 
 from tests.helpers.conversations import conversations, few, num_images
@@ -42,13 +43,13 @@ def test_the_options_of_the_data_reach_the_encoder(bytes_only):
 )
 def test_train_on(bytes_only, train_on, shown):
     subject = encoder(bytes_only, "plain", train_on=train_on)
-    assert subject.display(subject.encode("a/1", TWO_TURNS, 1)) == shown
-    assert set(subject.encode_prompt("a/1", TWO_TURNS, 1).labels) == {IGNORE}
+    assert subject.display(subject.encode(Sample("a/1", [], TWO_TURNS))) == shown
+    assert set(subject.encode_prompt(Sample("a/1", [], TWO_TURNS)).labels) == {IGNORE}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_train_on_all_leaves_out_the_images_only(merging, template):
-    row = encoder(merging, template, train_on="all").encode("a/1", TWO_TURNS, 1)
+    row = encoder(merging, template, train_on="all").encode(Sample("a/1", [], TWO_TURNS))
     for token, label, is_image in zip(row.input_ids, row.labels, row.image_mask, strict=True):
         assert label == (IGNORE if is_image else token)
 
@@ -70,7 +71,7 @@ def test_the_same_token_ends_an_answer_whatever_is_trained(merging, template):
 def test_an_answer_that_is_not_to_be_learned(bytes_only, train_on, shown):
     subject = encoder(bytes_only, "plain", train_on=train_on)
     messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
-    assert subject.display(subject.encode("a/1", messages, 1)) == shown
+    assert subject.display(subject.encode(Sample("a/1", [], messages))) == shown
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
@@ -78,28 +79,28 @@ def test_a_conversation_with_no_answer_to_learn_is_a_bad_sample(bytes_only, trai
     subject = encoder(bytes_only, "plain", train_on=train_on)
     kept = [TWO_TURNS[0], *({**turn, "supervised": False} for turn in TWO_TURNS[1:])]
     with pytest.raises(BadSample, match=r"^sample 'a/1' has no supervised token: its assistant messages are not to be"):
-        subject.encode("a/1", kept, 1)
+        subject.encode(Sample("a/1", [], kept))
 
 
 def test_a_cut_that_leaves_no_answer_to_learn_is_a_bad_sample(bytes_only):
     messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
     subject = encoder(bytes_only, "plain", max_length=20, too_long="truncate_text")
     with pytest.raises(BadSample, match=r"no supervised token in its first 17 of 29 tokens; raise data\.max_length$"):
-        subject.encode("a/1", messages, 1)
+        subject.encode(Sample("a/1", [], messages))
 
 
 def test_a_row_separator_is_never_supervised(bytes_only):
     subject = encoder(bytes_only, "plain", train_on="all", tile_rows=lambda size: [2, 1], row_separator="|")
-    row = subject.encode("a/1", TWO_TURNS[:2], 1, [(8, 8)])
+    row = subject.encode(Sample("a/1", [Image.new("RGB", (8, 8))], TWO_TURNS[:2]))
     assert row.image_mask[1:11] == [True] * 6 + [False] + [True] * 3
     assert row.labels[1:11] == [IGNORE] * 10
 
 
 def test_an_empty_last_answer_teaches_nothing_where_only_it_is_trained(bytes_only):
     messages = [*TWO_TURNS[:3], say("assistant", " ")]
-    assert encoder(bytes_only, "plain").encode("a/1", messages, 1)
+    assert encoder(bytes_only, "plain").encode(Sample("a/1", [], messages))
     with pytest.raises(BadSample, match="has no supervised token"):
-        encoder(bytes_only, "plain", train_on="last_assistant").encode("a/1", messages, 1)
+        encoder(bytes_only, "plain", train_on="last_assistant").encode(Sample("a/1", [], messages))
 
 
 # --- system_prompt ---------------------------------------------------------------------------------------------------
@@ -108,9 +109,9 @@ def test_an_empty_last_answer_teaches_nothing_where_only_it_is_trained(bytes_onl
 def test_the_system_prompt_opens_what_has_no_system_message(bytes_only):
     subject = encoder(bytes_only, "phi", system_prompt="Be brief.")
     opening = "<|system|>Be brief.<|end|><|user|>"
-    assert subject.encode("a/1", TWO_TURNS, 1).text.startswith(opening)
-    assert subject.encode_prompt("a/1", TWO_TURNS[:1], 1).text.startswith(opening)
-    own = subject.encode("a/1", [say("system", "Sing."), *TWO_TURNS], 1)
+    assert subject.encode(Sample("a/1", [], TWO_TURNS)).text.startswith(opening)
+    assert subject.encode_prompt(Sample("a/1", [], TWO_TURNS[:1])).text.startswith(opening)
+    own = subject.encode(Sample("a/1", [], [say("system", "Sing."), *TWO_TURNS]))
     assert own.text.startswith("<|system|>Sing.<|end|><|user|>")
     assert subject.supervised(own) == ["a star<|end|>", "left<|end|>"]
 
@@ -142,7 +143,7 @@ def test_last_turns_go_first_then_the_end_of_the_answer(bytes_only, max_length, 
     subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text", train_on=train_on)
     if train_on == "last_assistant" and max_length == 29:
         shown = shown.replace("⟦a star<eos>⟧", "a star<eos>")
-    row = subject.encode("a/1", TWO_TURNS, 1)
+    row = subject.encode(Sample("a/1", [], TWO_TURNS))
     assert subject.display(row) == shown
     assert row.num_cut == 29 - len(row.input_ids)
 
@@ -151,9 +152,9 @@ def test_last_turns_go_first_then_the_end_of_the_answer(bytes_only, max_length, 
 def test_an_image_keeps_the_turn_that_holds_it(bytes_only, num_image_tokens):
     messages = [*TWO_TURNS[:2], say("user", "And", None, "?"), say("assistant", "a red circle")]
     subject = encoder(bytes_only, "plain", num_image_tokens=num_image_tokens, max_length=4096)
-    length = len(subject.encode("a/1", messages, 2).input_ids)
+    length = len(subject.encode(Sample("a/1", [], messages)).input_ids)
     subject.too_long, subject.max_length = "truncate_text", length - 6
-    shown = subject.display(subject.encode("a/1", messages, 2))
+    shown = subject.display(subject.encode(Sample("a/1", [], messages)))
     assert shown.endswith(f"⟦a star<eos>⟧And<image×{num_image_tokens}>?\n⟦a red c⟧")
 
 
@@ -171,21 +172,21 @@ def test_an_image_keeps_the_turn_that_holds_it(bytes_only, num_image_tokens):
 def test_what_no_cut_can_save_is_a_bad_sample(bytes_only, messages, max_length, error):
     subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text")
     with pytest.raises(BadSample, match=error):
-        subject.encode("a/1", messages, 1)
+        subject.encode(Sample("a/1", [], messages))
 
 
 def test_a_prompt_itself_is_never_cut(bytes_only):
     subject = encoder(bytes_only, "plain", max_length=8, too_long="truncate_text")
     with pytest.raises(BadSample, match=r"takes 10 tokens but data.max_length is 8"):
-        subject.encode_prompt("a/1", TWO_TURNS[:1], 1)
+        subject.encode_prompt(Sample("a/1", [], TWO_TURNS[:1]))
 
 
 @pytest.mark.parametrize(("max_length", "num_messages"), [(29, 4), (28, 2), (17, 2), (16, 2), (11, 2)])
 def test_what_is_asked_is_the_last_answer_of_which_the_row_keeps_some(bytes_only, max_length, num_messages):
     subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text")
-    kept = subject.answered("a/1", TWO_TURNS, 1)
+    kept = subject.answered(Sample("a/1", [], TWO_TURNS))
     assert kept == TWO_TURNS[:num_messages]
-    row, prompt = subject.encode("a/1", TWO_TURNS, 1), subject.encode_prompt("a/1", kept, 1)
+    row, prompt = subject.encode(Sample("a/1", [], TWO_TURNS)), subject.encode_prompt(Sample("a/1", [], kept))
     assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert row.labels[len(prompt.input_ids)] != IGNORE
 
@@ -193,9 +194,9 @@ def test_what_is_asked_is_the_last_answer_of_which_the_row_keeps_some(bytes_only
 def test_what_is_asked_is_refused_as_the_row_is(bytes_only):
     subject = encoder(bytes_only, "plain", max_length=10, too_long="truncate_text")
     with pytest.raises(BadSample) as row:
-        subject.encode("a/1", TWO_TURNS, 1)
+        subject.encode(Sample("a/1", [], TWO_TURNS))
     with pytest.raises(BadSample) as asked:
-        subject.answered("a/1", TWO_TURNS, 1)
+        subject.answered(Sample("a/1", [], TWO_TURNS))
     assert str(asked.value).startswith("sample 'a/1' takes 29 tokens but data.max_length is 10")
     assert asked.value.kind == row.value.kind == "too_long"
 
@@ -236,15 +237,15 @@ def test_a_template_that_writes_too_much_is_a_bad_sample():
     )
     subject = encoder(tokenizer, None)
     with pytest.raises(BadSample, match=r"the chat template writes 12,000,0\d\d characters where 1,0"):
-        subject.encode("a/1", [say("user", "a"), say("assistant", "b")] * 3, 0)
+        subject.encode(Sample("a/1", [], [say("user", "a"), say("assistant", "b")] * 3))
 
 
 @pytest.mark.parametrize("template", ["plain", "qwen3"])
 def test_a_thousand_turns_are_one_row(bytes_only, template):
     """Nothing that is kept of a conversation grows with its turns."""
     subject = encoder(bytes_only, template, max_length=10**7)
-    row = subject.encode("a/1", [say("user", "a"), say("assistant", "b")] * 1000, 0)
-    assert row.labels.count(subject.stop_ids[-1]) == 1000
+    row = subject.encode(Sample("a/1", [], [say("user", "a"), say("assistant", "b")] * 5000))
+    assert row.labels.count(subject.stop_ids[-1]) == 5000
     assert sum(len(key) for key in subject._skeletons) < 100
 
 
@@ -258,10 +259,10 @@ def test_cut_rows_of_random_conversations(merging, template, num_image_tokens):
     @given(conversations(), st.floats(0.1, 1))
     def check(messages, share):
         number = num_images(messages)
-        row = whole.encode("random/0", messages, number)
+        row = whole.encode(Sample("random/0", [], messages))
         short.max_length = int(len(row.input_ids) * share)
         try:
-            cut = short.encode("random/0", messages, number)
+            cut = short.encode(Sample("random/0", [], messages))
         except BadSample:
             return
         length = len(cut.input_ids)

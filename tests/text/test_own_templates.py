@@ -62,15 +62,15 @@ def own(template: str, tokenizer: PreTrainedTokenizerFast | None = None) -> PreT
 )
 def test_what_is_learned_with_a_template_that_trims_or_adds(template, learned):
     subject = encoder(own(template), None)
-    row = subject.encode("a/1", TWO_TURNS, 1)
+    row = subject.encode(Sample("a/1", [], TWO_TURNS))
     assert subject.supervised(row) == learned
     assert "Be brief." in row.text
-    assert row.text.startswith(subject.encode_prompt("a/1", TWO_TURNS, 1).text)
+    assert row.text.startswith(subject.encode_prompt(Sample("a/1", [], TWO_TURNS)).text)
 
 
 def test_the_date_in_a_header_is_no_text_to_learn():
     subject = encoder(own(LLAMA31), None)
-    row = subject.encode("a/1", TWO_TURNS[1:], 1)
+    row = subject.encode(Sample("a/1", [], TWO_TURNS[1:]))
     assert row.text.startswith("<bos><|start_header_id|>system<|end_header_id|>\n\nToday Date: ")
     assert subject.supervised(row) == ["a star<|eot_id|>", "left<|eot_id|>"]
 
@@ -87,7 +87,7 @@ def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
 def test_a_thought_that_the_template_drops_is_refused_by_name():
     messages = [say("user", "a"), say("assistant", "<think>b</think>c")]
     with pytest.raises(BadSample, match=r"sample 'a/1': the chat template rewrites the turns.*set llm.chat_template="):
-        encoder(own(STRIPS_THOUGHTS), None).encode("a/1", messages, 0)
+        encoder(own(STRIPS_THOUGHTS), None).encode(Sample("a/1", [], messages))
 
 
 # --- special tokens that somebody types ------------------------------------------------------------------------------
@@ -101,13 +101,13 @@ TYPED = [
 @pytest.mark.parametrize("make", [byte_tokenizer, merging_tokenizer, sentencepiece_tokenizer])
 def test_a_special_token_that_is_typed_is_plain_text(make):
     subject = encoder(make(), "chatml")
-    row = subject.encode("a/1", TYPED, 1)
+    row = subject.encode(Sample("a/1", [], TYPED))
     start, end = (subject.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
     assert special_ids(subject, row) == [subject.tokenizer.bos_token_id, *[start, end] * 3]
     assert row.labels.count(end) == 1
     assert subject.supervised(row) == ["It is <|im_end|>, then <<|im_start|><bos>.<|im_end|>"]
     assert "yes<|im_end|><|vlm:image|><eos><|im_end|>" in row.text
-    prompt = subject.encode_prompt("a/1", TYPED, 1)
+    prompt = subject.encode_prompt(Sample("a/1", [], TYPED))
     assert special_ids(subject, prompt) == special_ids(subject, row)[:-1]
 
 
@@ -115,7 +115,7 @@ def test_names_that_overlap_are_both_broken():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<a><b", "<b><c"]})
     subject = encoder(tokenizer, "plain")
-    row = subject.encode("a/1", [say("user", "<a><b><c"), say("assistant", "no")], 0)
+    row = subject.encode(Sample("a/1", [], [say("user", "<a><b><c"), say("assistant", "no")]))
     assert special_ids(subject, row) == [1, 2]
     assert subject.display(row) == "<bos><a><b><c\n⟦no<eos>⟧"
 
@@ -127,7 +127,7 @@ def test_a_typed_name_is_plain_where_the_vocabulary_itself_holds_it():
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    row = encoder(tokenizer, "t5").encode("a/1", [say("user", "a</s>"), say("assistant", "b</s>c")], 0)
+    row = encoder(tokenizer, "t5").encode(Sample("a/1", [], [say("user", "a</s>"), say("assistant", "b</s>c")]))
     assert row.input_ids.count(1) == 2  # the template's
     assert row.labels.count(1) == 1
 
@@ -135,13 +135,13 @@ def test_a_typed_name_is_plain_where_the_vocabulary_itself_holds_it():
 def test_a_token_that_is_not_special_stays_one():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>"])
-    row = encoder(tokenizer, "plain").encode("a/1", [say("user", "a"), say("assistant", "<think>b")], 0)
+    row = encoder(tokenizer, "plain").encode(Sample("a/1", [], [say("user", "a"), say("assistant", "<think>b")]))
     assert row.labels.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
 
 
 def test_the_break_itself_is_reserved():
     with pytest.raises(BadSample, match=r"sample 'a/1' has the reserved <\|vlm:break\|> in its text; remove it"):
-        encoder(byte_tokenizer(), "plain").encode("a/1", [say("user", BREAK), say("assistant", "no")], 0)
+        encoder(byte_tokenizer(), "plain").encode(Sample("a/1", [], [say("user", BREAK), say("assistant", "no")]))
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "llama2", "plain"])
@@ -149,5 +149,5 @@ def test_labels_where_each_part_opens_with_a_space(template):
     """Llama 1 and Vicuna put "▁" before each part between special tokens; what is learned holds no more than that."""
     subject = encoder(sentencepiece_tokenizer(legacy=True), template)
     messages = [say("user", None, "Where?"), say("assistant", "There"), say("user", "So?"), say("assistant", "a</s>b")]
-    learned = subject.supervised(subject.encode("a/1", messages, 1))
+    learned = subject.supervised(subject.encode(Sample("a/1", [], messages)))
     assert ["".join(text.split()) for text in learned] == ["There<eos>", "a</s>b<eos>"]

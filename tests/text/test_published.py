@@ -19,6 +19,7 @@ import yaml
 from tests.helpers.text import byte_tokenizer, encoder, say
 from vlm.cli.labels import PAGE, page
 from vlm.launch.entry import CONF
+from vlm.schema import Sample
 from vlm.text import jinja
 from vlm.text.templates import TEMPLATES
 
@@ -91,7 +92,7 @@ def test_a_tokenizers_own_template_writes_no_thought_and_the_fallback_date():
         "{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and enable_thinking is false }}{% endif %}"
     )
     subject = encoder(tokenizer, None)
-    row = subject.encode("a/1", [say("user", "a"), say("assistant", "b")], 0)
+    row = subject.encode(Sample("a/1", [], [say("user", "a"), say("assistant", "b")]))
     opening = "26 Jul 2024<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert row.text == f"{opening}b<|im_end|>\n"
     assert subject.supervised(row) == ["b<|im_end|>"]

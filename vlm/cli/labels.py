@@ -13,7 +13,7 @@ import yaml
 
 from vlm.launch.entry import CONF
 from vlm.llms.bytes import byte_tokenizer
-from vlm.schema import Content, Message
+from vlm.schema import Content, Message, Sample
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import TEMPLATES
 
@@ -67,8 +67,7 @@ def _section(template: str) -> str:
     lines = []
     for name, turns in CONVERSATIONS.items():
         messages = [_message(turn) for turn in turns]
-        num_images = sum(turn.count("@") for turn in turns)
-        shown = encoder.display(encoder.encode(name, messages, num_images)).replace("\n", "\\n")
+        shown = encoder.display(encoder.encode(Sample(name, [], messages))).replace("\n", "\\n")
         lines.append(f"{name}:\n    {shown}\n")
     return f"\n## {template}\n\n{used}\n\n```text\n{''.join(lines)}```\n"
 

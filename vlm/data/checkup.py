@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from vlm.data.duplicates import Look, Looks, digest, look
 from vlm.data.images import load_image
-from vlm.data.judge import Judge
+from vlm.data.judge import Judge, read
 from vlm.schema import BadSample, Message, Sample, Source
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -62,7 +62,7 @@ class Reader(Dataset[Entry]):
 
     def __getitem__(self, index: int) -> Entry:
         try:
-            sample = self.judge.read(self.source, index)
+            sample = read(self.source, index, reading=self.judge.reading)
         except BadSample as error:
             return Entry(kind=error.kind, message=str(error))
         answers = answers_of(sample)
@@ -85,6 +85,7 @@ class Reader(Dataset[Entry]):
 
     def _lengths(self, sample: Sample) -> Entry:
         """The entry of a sample that may be too long, which says so. Raises BadSample for any other defect."""
+        self.judge.check(sample)
         row = self._unlimited.encoded(sample)
         if "" in map(str.strip, answers_of(sample)):
             says = "has an empty answer among its turns; write it or remove the sample"

@@ -231,8 +231,8 @@ class VLMDataModule(pl.LightningDataModule):
         found = False
         for index in indices:
             try:
-                sample = self.judge.asked(self.judge.sample(self.splits["val"], index))
-                rows.append(self.judge.row(sample, self.judge.prompt(sample)))
+                sample = self.text.answered(self.judge.sample(self.splits["val"], index))
+                rows.append(self.judge.row(sample, self.text.encode_prompt(sample)))
             except BadSample as error:
                 self._rows["val"].quarantine(index, error)
             if rows and (len(rows) == batch_size or index == indices[-1]):
@@ -247,11 +247,10 @@ class VLMDataModule(pl.LightningDataModule):
 
     def _length(self, index: int) -> int:
         """Tokens that a training sample takes in a row; 1 for one that cannot be used, which `Rows` will name."""
-        source: Any = self.splits["train"]
         try:
-            # Where images are tiled, their sizes count too, and only the images tell.
-            sample = (self.judge.outline if self.spec.tile_rows is None else self.judge.sample)(source, index)
-            return len(self.judge.encoded(sample, num_images=sample.num_images).input_ids)
+            # The length of a tiled image depends on its size, which needs the image itself.
+            read = self.judge.outline if self.spec.tile_rows is None else self.judge.sample
+            return len(self.judge.encoded(read(self.splits["train"], index)).input_ids)
         except BadSample:
             return 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from PIL.Image import Image
@@ -13,6 +12,7 @@ from vlm.quote import one_line
 from vlm.schema import BadSample, Form, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
+from vlm.text.turns import check_placeholders
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,34 @@ class Judge:
     max_answers: int | None = None
     form: Form = "conversation"
 
-    def read(self, source: Source, index: int) -> Sample:
-        """The sample as its source gives it. Raises BadSample where that cannot read it."""
-        return read(source, index, reading=self.reading)
-
-    def outline(self, source: Source, index: int) -> Sample:
-        """The sample without its images."""
-        return read(source, index, reading=self.reading, outline=True)
-
     def sample(self, source: Source, index: int) -> Sample:
-        """A sample that keeps what `Sample` promises. Raises BadSample."""
-        sample = self.read(source, index)
+        """A sample that was read and checked."""
+        sample = read(source, index, reading=self.reading)
         self.check(sample)
         return sample
 
+    def outline(self, source: Source, index: int) -> Sample:
+        """A sample without its images, whose text was checked."""
+        sample = read(source, index, reading=self.reading, outline=True)
+        self._check_text(sample)
+        return sample
+
     def check(self, sample: Sample) -> None:
-        """Raise BadSample for pictures other than RGB of 8 bits, and for texts beyond the limits of data.reading."""
+        """Raise BadSample for images other than RGB of 8 bits, for more or fewer images than placeholders, and for text
+        beyond the limits of data.reading.
+        """
         for number, image in enumerate(sample.images, start=1):
             if not isinstance(image, Image) or image.mode != "RGB":
                 found = f"mode {image.mode}" if isinstance(image, Image) else f"type {type(image).__name__}"
                 raise BadSample(
                     f"sample '{sample.id}' has an image (number {number}) of {found} where RGB with 8 bits a channel "
-                    "is due; convert it in the source, for example by to_rgb of vlm.data.images",
+                    "is needed; convert it in the source, for example by to_rgb of vlm.data.images",
                     "unreadable_image",
                 )
+        check_placeholders(sample.id, len(sample.images), sample.num_images)
+        self._check_text(sample)
+
+    def _check_text(self, sample: Sample) -> None:
         characters = sum(len(item.get("text", "")) for message in sample.messages for item in message["content"])
         for option, num, what in (
             ("max_turns", len(sample.messages), "turns"),
@@ -65,16 +69,11 @@ class Judge:
                     "too_long",
                 )
 
-    def encoded(self, sample: Sample, *, num_images: int | None = None) -> Encoded:
-        """The row to train on, in tokens. Raises BadSample where there is none.
-
-        `num_images` says how many images an outline has.
-        """
-        self.check(sample)
-        num = len(sample.images) if num_images is None else num_images
+    def encoded(self, sample: Sample) -> Encoded:
+        """The tokens of a checked sample or outline, in the form that the objective wants. Raises BadSample."""
         if self.form == "prompt":
-            return _blamed(self.text.encode_prompt, sample, num)
-        encoded = _blamed(self.text.encode, sample, num)
+            return self.text.encode_prompt(sample)
+        encoded = self.text.encode(sample)
         answers = len(self.text.supervised(encoded)) if self.max_answers is not None else 0
         if self.max_answers is not None and answers > self.max_answers:
             raise BadSample(
@@ -83,17 +82,6 @@ class Judge:
                 "data.num_questions=1)"
             )
         return encoded
-
-    def asked(self, sample: Sample) -> Sample:
-        """The sample up to the last answer of which a row keeps some. Raises BadSample where there is no row."""
-        self.check(sample)
-        messages = self.text.answered(sample.id, sample.messages, len(sample.images), sample.sizes)
-        return replace(sample, messages=list(messages))
-
-    def prompt(self, sample: Sample) -> Encoded:
-        """The conversation up to its last answer. Raises BadSample where there is none to give."""
-        self.check(sample)
-        return _blamed(self.text.encode_prompt, sample, len(sample.images))
 
     def row(self, sample: Sample, encoded: Encoded) -> Row:
         """The sample with its images transformed. Raises BadSample where one of them cannot be."""
@@ -114,12 +102,3 @@ def read(source: Source, index: int, *, reading: Reading, outline: bool = False)
                 raise
             raise BadSample(one_line(str(error)), error.kind) from error
     return replace(sample, id=one_line(sample.id))
-
-
-def _blamed(encode: Callable[..., Encoded], sample: Sample, num_images: int) -> Encoded:
-    try:
-        return encode(sample.id, sample.messages, num_images, sample.sizes)
-    except BadSample:
-        raise
-    except ValueError as error:
-        raise BadSample(str(error)) from error

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm.schema import IGNORE, BadSample, Message
+from vlm.schema import IGNORE, BadSample, Message, Sample
 from vlm.text import jinja
 from vlm.text.lengths import check_length, kept_length
 from vlm.text.row import Encoded
@@ -108,54 +108,48 @@ class TextEncoder:
         self._skeletons: dict[tuple[object, ...], Skeleton | None] = {}
         self._form, self._end_of_turn = self._probe()
 
-    def encode(
-        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
-    ) -> Encoded:
+    def encode(self, sample: Sample) -> Encoded:
         """The whole conversation, supervised as `train_on` says; it must end with an answer.
 
-        `sizes` are width and height of each image; only tiling asks for them.
-        Raises BadSample (turns that do not alternate, images and placeholders that differ, nothing to learn, longer
-        than `max_length`, refused by the chat template).
+        Only tiling needs the images; elsewhere the sample may be an outline. Raises BadSample where turns do not
+        alternate, nothing is supervised, the conversation is longer than `max_length`, or the chat template refuses it.
         """
-        return self._supervise(sample_id, *self._whole(sample_id, messages, num_images, sizes))
+        return self._supervise(sample.id, *self._whole(sample))
 
-    def encode_prompt(
-        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
-    ) -> Encoded:
-        """What stands before the last answer, up to the generation prompt; no label is set and nothing is cut.
+    def encode_prompt(self, sample: Sample) -> Encoded:
+        """The conversation before its last answer, up to the generation prompt; no label is set and nothing is cut.
 
-        A conversation that ends with a user message is a prompt already. Raises as `encode` does.
+        A conversation that ends with a user message is a prompt already. Raises as `encode` does, and for an image in
+        the last answer.
         """
+        messages = sample.messages
         kept = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-        check_turns(sample_id, kept, last="user")
-        roles, texts = self._turns(sample_id, kept, num_images)
+        check_turns(sample.id, kept, last="user")
+        roles, texts = self._turns(sample.id, kept, sample.num_images)
         try:
-            prompt = self._prompt(roles, texts, self._form)
+            row, _ = self._row(*self._prompt(roles, texts, self._form), sample.sizes)
         except ValueError as error:
-            raise BadSample(f"sample '{sample_id}': {error}; {REPAIR}") from error
-        row, _ = self._row(*prompt, sizes)
+            raise BadSample(f"sample '{sample.id}': {error}; {REPAIR}") from error
         row = replace(row, labels=[IGNORE] * len(row.labels))
-        check_length(sample_id, row, self.max_length)
+        check_length(sample.id, row, self.max_length)
         return row
 
-    def answered(
-        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size] = ()
-    ) -> Sequence[Message]:
-        """The conversation up to the last answer of which a row keeps some: all of it, unless `too_long` cuts.
+    def answered(self, sample: Sample) -> Sample:
+        """The sample up to the last answer of which a row keeps some: all of it, unless `too_long` cuts.
 
-        So its prompt fits. Raises as `encode` does.
+        Its prompt then fits. Raises as `encode` does.
         """
         if self.too_long != "truncate_text":
-            return messages
-        row, answers, _ = self._whole(sample_id, messages, num_images, sizes)
+            return sample
+        row, answers, _ = self._whole(sample)
         if len(answers) <= self.max_length:
-            return messages
+            return sample
         length = kept_length(row, answers, self.max_length)
         if length is None:
-            check_length(sample_id, row, self.max_length)
+            check_length(sample.id, row, self.max_length)
         last = max((answer for answer in answers[:length] if answer is not None), default=0)
-        places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return messages[: places[last] + 1]
+        indices = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"]
+        return replace(sample, messages=sample.messages[: indices[last] + 1])
 
     @property
     def stop_ids(self) -> list[int]:
@@ -209,24 +203,22 @@ class TextEncoder:
         texts = texts_of(sample_id, messages, num_images)
         return [message["role"] for message in messages], [self._disarm(text) for text in texts]
 
-    def _whole(
-        self, sample_id: str, messages: Sequence[Message], num_images: int, sizes: Sequence[Size]
-    ) -> tuple[Encoded, list[int | None], list[bool]]:
-        """The row of a conversation, the answer that each of its places belongs to, and which answers to learn."""
-        check_turns(sample_id, messages, last="assistant")
-        roles, texts = self._turns(sample_id, messages, num_images)
+    def _whole(self, sample: Sample) -> tuple[Encoded, list[int | None], list[bool]]:
+        """The tokens of a conversation, the answer that each belongs to (or None), and which answers are supervised."""
+        messages = sample.messages
+        check_turns(sample.id, messages, last="assistant")
+        roles, texts = self._turns(sample.id, messages, sample.num_images)
         answers = [text for role, text in zip(roles, texts, strict=True) if role == "assistant"]
         supervised = [message.get("supervised", True) for message in messages if message["role"] == "assistant"]
         first = len(answers) - 1 if self.train_on == "last_assistant" else 0
         learned = list(compress(answers[first:], supervised[first:]))
         if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learned):
             why = "its assistant messages are empty" if learned else "its assistant messages are not to be learned"
-            raise BadSample(f"sample '{sample_id}' has no supervised token: {why}; remove it", "empty_text")
+            raise BadSample(f"sample '{sample.id}' has no supervised token: {why}; remove it", "empty_text")
         try:
-            answered = self._answered(roles, texts, self._form)
+            return *self._row(*self._answered(roles, texts, self._form), sample.sizes), supervised
         except ValueError as error:
-            raise BadSample(f"sample '{sample_id}': {error}; {REPAIR}") from error
-        return *self._row(*answered, sizes), supervised
+            raise BadSample(f"sample '{sample.id}': {error}; {REPAIR}") from error
 
     def _probe(self) -> tuple[Callable[[str], object], int]:
         """The form of a message's content that the template takes, a string or a list of items, and the end of turn.

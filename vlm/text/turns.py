@@ -24,15 +24,19 @@ def check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> No
         raise BadSample(f"sample '{sample_id}' {found} but must end with '{last}'; add or remove a message")
 
 
+def check_placeholders(sample_id: str, num_images: int, num_placeholders: int) -> None:
+    if num_images != num_placeholders:
+        raise BadSample(
+            f"sample '{sample_id}' holds {count(num_images, 'image')} but its text has "
+            f"{count(num_placeholders, 'image placeholder')}; add or remove an <image>",
+            "placeholder_mismatch",
+        )
+
+
 def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> list[str]:
     """The text of each message with a placeholder for each image."""
     num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
-    if num_marks != num_images:
-        raise BadSample(
-            f"sample '{sample_id}' holds {count(num_images, 'image')} but its text has "
-            f"{count(num_marks, 'image placeholder')}; add or remove an <image>",
-            "placeholder_mismatch",
-        )
+    check_placeholders(sample_id, num_images, num_marks)
     texts = [
         "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])
         for message in messages

@@ -332,7 +332,7 @@ def test_a_turn_marked_with_loss_false_is_not_learned(images: Path) -> None:
     turns[3]["loss"] = True
     sample = read(images, {"messages": turns})[0]
     text = encoder(byte_tokenizer(), "plain")
-    assert text.display(text.encode("x", sample.messages, 0)) == "<bos>A?\nB.<eos>C?\n⟦D.<eos>⟧"
+    assert text.display(text.encode(Sample("x", [], sample.messages))) == "<bos>A?\nB.<eos>C?\n⟦D.<eos>⟧"
 
 
 def test_names_of_our_keys_and_roles_can_be_given(images: Path) -> None:
