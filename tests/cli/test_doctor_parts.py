@@ -1,4 +1,4 @@
-"""The doctor's parts: looks and their neighbours, kinds of refusals, the filter, the page, the scores."""
+"""The doctor's parts: hashes and their neighbours, kinds of refusals, the filter, the page, the scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlm.cli.doctor_score import sample_losses, scores
 from vlm.data.checkup import Checkup, Entry, Reader, hash_answer, plainness
 from vlm.data.collate import collate, make_row
 from vlm.data.datamodule import VLMDataModule
-from vlm.data.duplicates import Look, Looks, closest, look
+from vlm.data.duplicates import ImageHash, ImageHashes, closest, hash_image
 from vlm.data.filter import Filtered, filtered
 from vlm.data.findings import Finding, find
 from vlm.data.judge import Judge
@@ -41,10 +41,10 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(cells).resize((90, 80), Image.Resampling.BICUBIC)
 
 
-def looks(steps: list[int], colors: list[int] | None = None) -> Looks:
-    made = Looks()
+def hashes(steps: list[int], colors: list[int] | None = None) -> ImageHashes:
+    made = ImageHashes()
     for number, each in enumerate(steps):
-        made.append(Look(number, each, bytes([colors[number] if colors else 0] * 48), bytes(288)))
+        made.append(ImageHash(number, each, bytes([colors[number] if colors else 0] * 48), bytes(288)))
     return made
 
 
@@ -64,30 +64,30 @@ def test_the_closest_is_that_of_all_pairs() -> None:
         best = min(distances, default=(64, 0))
         return best[1] if best[0] <= 3 else -1
 
-    found = closest(looks(wanted), looks(known))
+    found = closest(hashes(wanted), hashes(known))
     assert found.tolist() == [expected(value, known) for value in wanted]
     assert {-1} < set(found.tolist())
-    earlier = closest(looks(known), looks(known), before=np.arange(100))
+    earlier = closest(hashes(known), hashes(known), before=np.arange(100))
     assert earlier.tolist() == [expected(value, known[:place]) for place, value in enumerate(known)]
-    assert closest(looks([]), looks(known)).tolist() == []
-    assert closest(looks([1]), looks([])).tolist() == [-1]
+    assert closest(hashes([]), hashes(known)).tolist() == []
+    assert closest(hashes([1]), hashes([])).tolist() == [-1]
 
 
 def test_other_colors_are_another_picture() -> None:
-    assert closest(looks([5, 5], [16, 17]), looks([5])).tolist() == [0, -1]
+    assert closest(hashes([5, 5], [16, 17]), hashes([5])).tolist() == [0, -1]
 
 
 def test_a_copy_of_another_size_and_format_is_near_and_another_picture_is_not() -> None:
-    originals, copies = Looks(), Looks()
+    originals, copies = ImageHashes(), ImageHashes()
     for seed in range(20):
         image, data = picture(seed), io.BytesIO()
         image.resize((60, 53)).save(data, "JPEG", quality=70)
-        originals.append(look(image))
-        copies.append(look(Image.open(data).convert("RGB")))
+        originals.append(hash_image(image))
+        copies.append(hash_image(Image.open(data).convert("RGB")))
     assert closest(copies, originals).tolist() == list(range(20))
     assert (closest(originals, originals, before=np.arange(20)) == -1).all()
     assert not set(copies.pixels.tolist()) & set(originals.pixels.tolist())
-    assert look(picture(3)) == look(picture(3))
+    assert hash_image(picture(3)) == hash_image(picture(3))
 
 
 def xray(number: int) -> Image.Image:
@@ -99,12 +99,12 @@ def xray(number: int) -> Image.Image:
 
 
 def test_pictures_of_one_layout_take_a_second_look() -> None:
-    originals, copies = Looks(), Looks()
+    originals, copies = ImageHashes(), ImageHashes()
     for number in range(40):
         data = io.BytesIO()
         xray(number).resize((120, 107)).save(data, "JPEG", quality=90)
-        originals.append(look(xray(number)))
-        copies.append(look(Image.open(data).convert("RGB")))
+        originals.append(hash_image(xray(number)))
+        copies.append(hash_image(Image.open(data).convert("RGB")))
     by_hash = closest(originals, originals, before=np.arange(40), similarity=-1.0)
     assert (by_hash >= 0).sum() > 5
     assert (closest(originals, originals, before=np.arange(40)) >= 0).sum() == 0
@@ -154,12 +154,12 @@ def test_one_long_text_does_not_spoil_a_histogram() -> None:
 
 
 def test_the_memory_holds_hashes_alone() -> None:
-    entries = (Entry(f"s{n}", looks=(look(picture(n)),), answers=(n,), tokens=n) for n in range(8))
+    entries = (Entry(f"s{n}", hashes=(hash_image(picture(n)),), answers=(n,), tokens=n) for n in range(8))
     checkup = Checkup(entries)
-    kept = {**vars(checkup), **vars(checkup.looks)}
+    kept = {**vars(checkup), **vars(checkup.hashes)}
     kinds = {name: type(value) for name, value in kept.items()}
-    assert {kinds.pop(name) for name in ("ids", "problems", "plain", "languages", "looks")} == {
-        list, dict, type(checkup.languages), Looks
+    assert {kinds.pop(name) for name in ("ids", "problems", "plain", "languages", "hashes")} == {
+        list, dict, type(checkup.languages), ImageHashes
     }  # fmt: skip
     assert set(kinds.values()) == {array}
     assert sum(value.itemsize * len(value) for value in kept.values() if isinstance(value, array)) == 8 * (

@@ -1,4 +1,4 @@
-"""Annotation files to rows, each with the place it came from, and a compact store for what is kept of them."""
+"""Annotation files to records, each with its position in the file, and a compact store for JSON values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vlm.quote import quoted
 from vlm.schema import hashed
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """One record of a file. `problem` says why it cannot be used; it is empty where nothing speaks against it."""
 
     place: str  # "file.jsonl:12", or "file.json[3]" in a JSON list
-    record: dict[str, Any]
+    fields: dict[str, Any]
     problem: str = ""
 
 
-class Records:
+class PackedJson:
     """JSON values in one block of bytes.
 
     A list of a million dictionaries costs gigabytes, and again in every worker process: counting references writes to
@@ -93,8 +93,8 @@ def _hint(path: str) -> str:
     return f" (it {found[1]}; '{found[0]}' exists)" if found else ""
 
 
-def read_json(file: Path) -> dict[str, Any] | list[Row]:
-    """A `.json` file: its one object, or the rows of its list. JSON lines under this name are read as such.
+def read_json(file: Path) -> dict[str, Any] | list[Record]:
+    """A `.json` file: its one object, or the records of its list. JSON lines under this name are read as such.
 
     Raises `ValueError` naming file and line where the text is not JSON.
     """
@@ -111,10 +111,10 @@ def read_json(file: Path) -> dict[str, Any] | list[Row]:
         return document
     if not isinstance(document, list):
         raise ValueError(f"'{file}' holds {_kind(document)}; give a list of samples or an object that holds them")
-    return [to_row(f"{file.name}[{index}]", record) for index, record in enumerate(document)]
+    return [to_record(f"{file.name}[{index}]", record) for index, record in enumerate(document)]
 
 
-def read_jsonl(file: Path) -> Iterator[Row]:
+def read_jsonl(file: Path) -> Iterator[Record]:
     """One JSON value a line, empty lines left out. Raises `ValueError` naming file and line where one is not JSON."""
     for number, line in enumerate(text_of(file).split("\n"), start=1):
         if not line.strip():
@@ -125,14 +125,14 @@ def read_jsonl(file: Path) -> Iterator[Row]:
             raise not_json(file, number, error) from error
         except (RecursionError, ValueError) as error:
             raise ValueError(f"'{file}' line {number} is JSON that cannot be read ({error}); simplify it") from error
-        yield to_row(f"{file.name}:{number}", record)
+        yield to_record(f"{file.name}:{number}", record)
 
 
-def to_row(place: str, record: Any) -> Row:
-    """The record as a row, which has a problem where it is no object."""
-    if isinstance(record, dict):
-        return Row(place, record)
-    return Row(place, {}, f"is {_kind(record)} where an object is needed; write it as {{...}}")
+def to_record(place: str, value: Any) -> Record:
+    """A JSON value as a record; one that is not an object has a problem."""
+    if isinstance(value, dict):
+        return Record(place, value)
+    return Record(place, {}, f"is {_kind(value)} where an object is needed; write it as {{...}}")
 
 
 def not_json(file: Path, line: int, error: Exception) -> ValueError:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vlm.data.duplicates import Look, Looks, digest, look
+from vlm.data.duplicates import ImageHash, ImageHashes, digest, hash_image
 from vlm.data.images import load_image
 from vlm.data.judge import Judge, read
 from vlm.schema import BadSample, Message, Sample, Source
@@ -35,7 +35,7 @@ class Entry(NamedTuple):
     id: str | None = None
     kind: str = ""  # of what is wrong, or empty
     message: str = ""
-    looks: tuple[Look, ...] = ()
+    hashes: tuple[ImageHash, ...] = ()
     picture: int = 0  # hash of all images; 0 without one
     name: int = 0  # hash of what the source calls the images
     text: int = 0  # hash of the conversation
@@ -70,12 +70,12 @@ class Reader(Dataset[Entry]):
             entry = self._lengths(sample)
         except BadSample as error:
             return Entry(id=sample.id, kind=error.kind, message=str(error))
-        looks = tuple(look(image) for image in sample.images)
-        picture = digest(repr([each.pixels for each in looks]).encode()) if looks else 0
+        hashes = tuple(hash_image(image) for image in sample.images)
+        picture = digest(repr([each.pixels for each in hashes]).encode()) if hashes else 0
         return entry._replace(
-            looks=looks,
+            hashes=hashes,
             picture=picture,
-            claims=tuple(_claims(sample, picture)) if looks else (),
+            claims=tuple(_claims(sample, picture)) if hashes else (),
             plain=next(filter(None, map(plainness, sample.images)), ""),
             name=digest(sample.meta.get("image", sample.id).encode("utf-8", "replace")),
             text=digest(repr(sample.messages).encode()),
@@ -104,10 +104,10 @@ class Reader(Dataset[Entry]):
         return entry
 
 
-class Folder(Dataset[Look | None]):
-    """A folder's image files, those in its subfolders included, as looks; None for one that cannot be read.
+class Folder(Dataset[ImageHash | None]):
+    """A folder's image files, those in its subfolders included, as hashes; None for one that cannot be read.
 
-    `keep` takes them in order; then `looks` holds what could be read and `kept` the names of these files.
+    `keep` takes them in order; then `hashes` holds what could be read and `kept` the names of these files.
     """
 
     def __init__(self, folder: str) -> None:
@@ -116,21 +116,21 @@ class Folder(Dataset[Look | None]):
         self.names = sorted(str(path.relative_to(self.root)) for path in files)
         if not self.names:
             raise ValueError(f"doctor.against={folder} holds 0 image files; set it to a folder of a benchmark's images")
-        self.looks, self.kept = Looks(), list[str]()
+        self.hashes, self.kept = ImageHashes(), list[str]()
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Look | None:
+    def __getitem__(self, index: int) -> ImageHash | None:
         try:
-            return look(load_image(self.names[index], root=self.root))
+            return hash_image(load_image(self.names[index], root=self.root))
         except BadSample:
             return None
 
-    def keep(self, looks: Iterable[Look | None]) -> None:
-        for name, each in zip(self.names, looks, strict=True):
+    def keep(self, hashes: Iterable[ImageHash | None]) -> None:
+        for name, each in zip(self.names, hashes, strict=True):
             if each is not None:
-                self.looks.append(each)
+                self.hashes.append(each)
                 self.kept.append(name)
 
     @property
@@ -141,15 +141,15 @@ class Folder(Dataset[Look | None]):
 class Checkup:
     """What is kept of the samples of one split: hashes and lengths in arrays, never a picture or a text.
 
-    It is made from the entries in the order of the split. `owners[n]` is the sample that look n belongs to,
+    It is made from the entries in the order of the split. `owners[n]` is the sample that hash n belongs to,
     `answerers[n]` the one that gives answer n, and `claimants[n]` the one that gives answer `claims[n]` to
-    `questions[n]` about its images. Looks and answers are of sound samples alone.
+    `questions[n]` about its images. ImageHashes and answers are of sound samples alone.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.ids: list[str | None] = []
         self.problems: dict[int, tuple[str, str]] = {}  # kind and message
-        self.looks, self.owners = Looks(), array("Q")
+        self.hashes, self.owners = ImageHashes(), array("Q")
         self.pictures, self.names, self.texts = array("Q"), array("Q"), array("Q")
         self.answers, self.answerers = array("Q"), array("Q")
         self.questions, self.claims, self.claimants = array("Q"), array("Q"), array("Q")
@@ -179,8 +179,8 @@ class Checkup:
         if entry.kind:
             self.problems[index] = (entry.kind, entry.message)
             return
-        for each in entry.looks:
-            self.looks.append(each)
+        for each in entry.hashes:
+            self.hashes.append(each)
             self.owners.append(index)
         for answer in entry.answers:
             self.answers.append(answer)

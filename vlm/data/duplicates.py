@@ -19,7 +19,7 @@ MARGIN = 2  # gray levels that count as a step: plain areas of a photograph diff
 BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # of 4 bands, 3 changed bits leave one as it is
 
 
-class Look(NamedTuple):
+class ImageHash(NamedTuple):
     """What is kept of a picture."""
 
     pixels: int  # hash of its size and pixels, 64 bits
@@ -28,7 +28,7 @@ class Look(NamedTuple):
     content: bytes  # 16 x 18 gray cells, int8, their mean 0 and their standard deviation 32: X-rays share much else
 
 
-class Looks:
+class ImageHashes:
     """The looks of many pictures, 352 bytes each."""
 
     def __init__(self) -> None:
@@ -37,15 +37,15 @@ class Looks:
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def append(self, look: Look) -> None:
+    def append(self, look: ImageHash) -> None:
         self._pixels.append(look.pixels)
         self._steps.append(look.steps)
         self._colors.frombytes(look.colors)
         self._content.frombytes(look.content)
 
-    def take(self, indices: NDArray[np.int64]) -> Looks:
+    def take(self, indices: NDArray[np.int64]) -> ImageHashes:
         """The looks at these indices."""
-        taken = Looks()
+        taken = ImageHashes()
         taken._pixels.extend(self.pixels[indices].tolist())
         taken._steps.extend(self.steps[indices].tolist())
         taken._colors.extend(self.colors[indices].flatten().tolist())
@@ -69,7 +69,7 @@ class Looks:
         return np.array(self._content, dtype=np.int8).reshape(len(self), CONTENT[0] * CONTENT[1])
 
 
-def look(image: Image.Image) -> Look:
+def hash_image(image: Image.Image) -> ImageHash:
     """The look of an RGB picture."""
     gray = np.asarray(image.resize((72, 64), Image.Resampling.BOX).convert("L"), dtype=np.float32)  # 64 72
     margin = MARGIN * min(1.0, max(0.125, float(gray.std()) / CONTRAST))
@@ -77,7 +77,7 @@ def look(image: Image.Image) -> Look:
     content = _cells(gray, *CONTENT)
     content = (content - content.mean()) * (32 / max(0.5, float(content.std())))
     colors = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
-    return Look(
+    return ImageHash(
         digest(f"{image.size}".encode() + image.tobytes()),
         int.from_bytes(steps.tobytes(), "big"),
         colors,
@@ -97,7 +97,11 @@ def digest(data: bytes) -> int:
 
 
 def closest(
-    queries: Looks, references: Looks, before: NDArray[np.int64] | None = None, *, similarity: float = SIMILARITY
+    queries: ImageHashes,
+    references: ImageHashes,
+    before: NDArray[np.int64] | None = None,
+    *,
+    similarity: float = SIMILARITY,
 ) -> NDArray[np.int64]:
     """For each query the reference that differs from it in the fewest bits, the earliest of them; -1 if none is near.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
-from vlm.data.duplicates import SIMILARITY, Looks, closest
+from vlm.data.duplicates import SIMILARITY, ImageHashes, closest
 from vlm.schema import Source, Split
 
 # What each kind says; those of the first five are refused by training too.
@@ -124,10 +124,10 @@ def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity: float) -> Iterator[Finding]:
     """Of each picture its first place only, compared with the pictures of earlier samples."""
-    first = np.sort(np.unique(checkup.looks.pixels, return_index=True)[1])
+    first = np.sort(np.unique(checkup.hashes.pixels, return_index=True)[1])
     owners = np.array(checkup.owners, dtype=np.int64)[first]
-    looks = checkup.looks.take(first)
-    near = closest(looks, looks, before=np.searchsorted(owners, owners), similarity=similarity)
+    hashes = checkup.hashes.take(first)
+    near = closest(hashes, hashes, before=np.searchsorted(owners, owners), similarity=similarity)
     told = set(leave)
     for owner, match in zip(owners.tolist(), near.tolist(), strict=True):
         if match >= 0 and owner not in told:
@@ -138,22 +138,22 @@ def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity
 
 
 def _shared(train: Checkup, val: Checkup, similarity: float) -> Iterator[Finding]:
-    for index, match, word in _matches(train, val.looks, similarity):
+    for index, match, word in _matches(train, val.hashes, similarity):
         other = val.owners[match]
         says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learned"
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 
 def _in_benchmark(train: Checkup, benchmark: Folder, similarity: float) -> Iterator[Finding]:
-    for index, match, word in _matches(train, benchmark.looks, similarity):
+    for index, match, word in _matches(train, benchmark.hashes, similarity):
         says = f"has {word} image of '{benchmark.kept[match]}' in the benchmark; remove it"
         yield _finding("train", train, index, "in_benchmark", says)
 
 
-def _matches(checkup: Checkup, references: Looks, similarity: float) -> Iterator[tuple[int, int, str]]:
+def _matches(checkup: Checkup, references: ImageHashes, similarity: float) -> Iterator[tuple[int, int, str]]:
     """Samples with an image among the references: index, the first such reference, and whether it is the same."""
-    pixels, first, inverse = np.unique(checkup.looks.pixels, return_index=True, return_inverse=True)
-    near = closest(checkup.looks.take(first), references, similarity=similarity)
+    pixels, first, inverse = np.unique(checkup.hashes.pixels, return_index=True, return_inverse=True)
+    near = closest(checkup.hashes.take(first), references, similarity=similarity)
     known = references.pixels
     last = -1
     for owner, place in zip(checkup.owners, inverse.tolist(), strict=True):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vlm.data.annotations import Row, check_suffix, not_json, to_row
+from vlm.data.annotations import Record, check_suffix, not_json, to_record
 
 BOM = codecs.BOM_UTF8
 CHUNK = 2**20  # bytes read together
@@ -37,22 +37,23 @@ class Item(NamedTuple):
 
 
 class RecordFile:
-    """`file[i]` is the row of record i of a JSON list, or of JSON lines; in memory are three numbers a record.
+    """`file[i]` is record i of a JSON list, or of JSON lines; in memory are three numbers a record.
 
-    `visit` sees every row once, in turn. Raises `ValueError` where the file is neither, naming the line of a slip.
+    `visit` is called with every record, in order. Raises `ValueError` where the file is neither, naming the line of the
+    error.
     """
 
-    def __init__(self, file: Path, visit: Callable[[Row], None]) -> None:
+    def __init__(self, file: Path, visit: Callable[[Record], None]) -> None:
         check_suffix(file, SUFFIXES)
         self.file, self._name = file, file.name
         self._is_lines = file.suffix.lower() in LINES or _is_lines(file)
         places = array("q")
         num_wrong = 0
         for item in _lines(file) if self._is_lines else _items(file):
-            row = self._row(item.number, item.value)
-            num_wrong += bool(row.problem)
+            record = self._record(item.number, item.value)
+            num_wrong += bool(record.problem)
             places.extend(item[:3])
-            visit(row)
+            visit(record)
         self._places = np.array(places).reshape(-1, 3)
         if num_wrong and not self._is_lines:
             raise ValueError(f"'{file}' has {num_wrong} of {len(self)} items that are no objects; remove them")
@@ -60,18 +61,18 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Record:
         start, end, number = self._places[index].tolist()
         with self.file.open("rb") as handle:
             handle.seek(start)
             data = handle.read(end - start)
         try:
-            return self._row(number, json.loads(data))
+            return self._record(number, json.loads(data))
         except (ValueError, RecursionError) as error:
-            return self._row(number, {})._replace(problem=f"is not what it was at the start ({error}); start anew")
+            return self._record(number, {})._replace(problem=f"is not what it was at the start ({error}); start anew")
 
-    def _row(self, number: int, value: Any) -> Row:
-        return to_row(f"{self._name}:{number}" if self._is_lines else f"{self._name}[{number}]", value)
+    def _record(self, number: int, value: Any) -> Record:
+        return to_record(f"{self._name}:{number}" if self._is_lines else f"{self._name}[{number}]", value)
 
 
 def _is_lines(file: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Tables in text files to rows: separated by commas, semicolons, tabs or bars, with a header or as Flickr30k's."""
+"""Tables in text files to records: separated by commas, semicolons, tabs or bars, with a header or as Flickr30k's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
-from vlm.data.annotations import Row
+from vlm.data.annotations import Record
 from vlm.quote import named
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -18,8 +18,8 @@ _NUMBERED = re.compile(r"(.+\.(?:jpe?g|png|webp|gif|bmp|tiff?))(?:#\d+)?", re.IG
 
 def read_table(
     file: Path, text: str, *, names: Sequence[Sequence[str]], columns: Mapping[str, str | None]
-) -> Iterator[Row]:
-    """The rows of a table under its header, which has a column of each kind in `names`: its name, or another for it.
+) -> Iterator[Record]:
+    """The records of a table under its header, which has a column of each kind in `names`.
 
     The separator is the one with which it has; `columns` renames columns. Without a header, a table of two columns
     separated by tabs is of images, perhaps numbered (`a.jpg#0`), and captions. Quotes are CSV's, except that between
@@ -30,10 +30,10 @@ def read_table(
     for separator in SEPARATORS:
         header = [columns.get(name, name) or "" for name in _fields(first, separator)]
         if all(any(name in header for name in kind) for kind in names):
-            return _rows(file, text, separator, header)
+            return _records(file, text, separator, header)
     fields = _fields(first, "\t")
     if len(fields) == len(names) == 2 and _NUMBERED.fullmatch(fields[0]):
-        return _rows(file, text, "\t", [kind[0] for kind in names], skip=0)
+        return _records(file, text, "\t", [kind[0] for kind in names], skip=0)
     header = max((_fields(first, separator) for separator in SEPARATORS), key=len)
     missing = next(kind[0] for kind in names if not any(name in header for name in kind))
     raise ValueError(
@@ -46,7 +46,7 @@ def _fields(line: str, separator: str) -> list[str]:
     return [field.strip().strip('"') for field in line.split(separator)]
 
 
-def _rows(file: Path, text: str, separator: str, header: Sequence[str], skip: int = 1) -> Iterator[Row]:
+def _records(file: Path, text: str, separator: str, header: Sequence[str], skip: int = 1) -> Iterator[Record]:
     is_csv = separator in ",;"
     reader = csv.reader(
         StringIO(text, newline=""),
@@ -74,7 +74,7 @@ def _rows(file: Path, text: str, separator: str, header: Sequence[str], skip: in
                     else f"has {len(values)} fields where there should be {len(header)}, separated by "
                     f"{SEPARATORS[separator]}; correct that line"
                 )
-            yield Row(place, dict(zip(header, values, strict=False)), problem)
+            yield Record(place, dict(zip(header, values, strict=False)), problem)
     except csv.Error as error:
         raise ValueError(f"'{file}' line {line} is not CSV ({error}); correct that line") from error
 

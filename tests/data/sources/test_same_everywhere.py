@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.helpers.sources import refusal, samples, shard, write
 from vlm.data import record_file
+from vlm.data.annotations import Record
 from vlm.data.record_file import RecordFile
 from vlm.data.sources.huggingface import HuggingFace
 from vlm.data.sources.instruct import Instruct
@@ -102,9 +103,9 @@ def test_outlines_of_every_format(images: Path) -> None:
 # -- large files ------------------------------------------------------------------------------------------------------
 
 
-def rows(file: Path) -> list[Row]:
-    """The rows of a file: seen once in turn, and read again by number."""
-    seen: list[Row] = []
+def records_of(file: Path) -> list[Record]:
+    """The records of a file: seen once in order, and read again by index."""
+    seen: list[Record] = []
     records = RecordFile(file, seen.append)
     assert [records[index] for index in range(len(records))] == seen
     return seen
@@ -115,15 +116,15 @@ def test_records_are_found_wherever_a_chunk_ends(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(record_file, "CHUNK", chunk)
     odd = [{"a": '\\"}'}, {"b": ["\\", {"c": "]["}]}, {"image": 'x\\\\"'}, {}, {"é": "青"}, {"n": -1.5e3}]
     for name in ("a.json", "b.jsonl"):
-        assert [row.record for row in rows(write(tmp_path / name, odd))] == odd
+        assert [record.fields for record in records_of(write(tmp_path / name, odd))] == odd
     plain = json.dumps(odd, ensure_ascii=False, indent="\t")
     spaced = plain.replace("\n\t}", "\n\t} ").replace("\n", "\r\n")
     for text in (plain, spaced, f"\ufeff \n{spaced}\n\n"):
-        assert [row.record for row in rows(write(tmp_path / "c.json", text))] == odd
+        assert [record.fields for record in records_of(write(tmp_path / "c.json", text))] == odd
     lines = "\ufeff" + "\n\n".join(json.dumps(record, ensure_ascii=False) for record in odd)
     for name in ("d.json", "d.jsonl"):
-        made = rows(write(tmp_path / name, lines))
-        assert [row.record for row in made] == odd
+        made = records_of(write(tmp_path / name, lines))
+        assert [record.fields for record in made] == odd
         assert [row.place for row in made] == [f"{name}:{line}" for line in (1, 3, 5, 7, 9, 11)]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlm.data.annotations import (
-    Records,
-    Row,
+    PackedJson,
+    Record,
     check_suffix,
     existing_file,
     existing_folder,
@@ -91,7 +91,7 @@ class CaptionedImages(Source):
             )
         chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
         self._with_references = split == "val"
-        self._records = Records([[c if c.problem else c[:3] for c in captions] for captions in chosen])
+        self._records = PackedJson([[c if c.problem else c[:3] for c in captions] for captions in chosen])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -174,11 +174,11 @@ def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[
     check_suffix(file, (".json", *LINES, *TABLES))
     suffix, left_out = file.suffix.lower(), {"images without a caption": 0}
     if suffix in TABLES and (text := text_of(file)).lstrip()[:1] not in ("{", "["):
-        rows = read_table(file, text, names=(IMAGE_KEYS, CAPTION_KEYS), columns=columns)
-        return [caption for row in rows for caption in _of_row(row, {})], left_out, False
+        records = read_table(file, text, names=(IMAGE_KEYS, CAPTION_KEYS), columns=columns)
+        return [caption for record in records for caption in _of_record(record, {})], left_out, False
     document = list(read_jsonl(file)) if suffix in LINES else read_json(file)
     if isinstance(document, list):
-        return [caption for row in document for caption in _of_row(row, columns)], left_out, False
+        return [caption for record in document for caption in _of_record(record, columns)], left_out, False
     entries = document.get("images")
     if isinstance(entries, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in entries):
         splits = [KARPATHY.get(str(entry.get("split"))) if isinstance(entry, dict) else split for entry in entries]
@@ -196,19 +196,19 @@ def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[
     return list(_of_coco(document, file)), {"images without a caption": num_without}, False
 
 
-def _of_row(row: Row, columns: Mapping[str, str | None]) -> Iterator[Caption]:
-    """The captions of one row: a text or a list of them, or the answer of a conversation of two turns."""
+def _of_record(record: Record, columns: Mapping[str, str | None]) -> Iterator[Caption]:
+    """The captions of one record: a text or a list of them, or the answer of a conversation of two turns."""
     try:
-        record = renamed(row.record, columns)
-        if not row.problem and ("conversations" in record or "messages" in record):
-            yield _of_conversation(row.place, record)
+        fields = renamed(record.fields, columns)
+        if not record.problem and ("conversations" in fields or "messages" in fields):
+            yield _of_conversation(record.place, fields)
             return
-        image_key, caption_key = _key(record, IMAGE_KEYS), _key(record, CAPTION_KEYS)
+        image_key, caption_key = _key(fields, IMAGE_KEYS), _key(fields, CAPTION_KEYS)
     except Malformed as error:
-        yield Caption(row.place, "", "", str(error), error.kind)
+        yield Caption(record.place, "", "", str(error), error.kind)
         return
-    image, problem = _image_name(record, image_key, row.problem)
-    yield from _of_texts(row.place, image, record.get(caption_key), problem)
+    image, problem = _image_name(fields, image_key, record.problem)
+    yield from _of_texts(record.place, image, fields.get(caption_key), problem)
 
 
 def _of_texts(place: str, image: str, texts: Any, problem: str = "") -> Iterator[Caption]:

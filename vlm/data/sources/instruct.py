@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt64
 
-from vlm.data.annotations import Records, Row, existing_file, existing_folder
+from vlm.data.annotations import PackedJson, Record, existing_file, existing_folder
 from vlm.data.conversations import Malformed, RecordReader
 from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
@@ -62,17 +62,17 @@ class Instruct(Source):
                 f"{num_with_files} of {len(digests)} conversations in '{file}' have images and data.images is null; "
                 "set data.images= to the folder that holds them"
             )
-        self._rows = np.arange(len(digests))
+        self._indices = np.arange(len(digests))
         if val_annotations is None:
-            self._rows = np.flatnonzero(held_out(digests, val_fraction=val_fraction) == (split == "val"))
-        if not len(self._rows):
+            self._indices = np.flatnonzero(held_out(digests, val_fraction=val_fraction) == (split == "val"))
+        if not len(self._indices):
             raise ValueError(
                 f"none of the {len(digests)} conversations in '{file}' falls into {split} with val_fraction "
                 f"{val_fraction}; set data.val_fraction= to another share, or data.val_annotations= to a file"
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
         sample, names = self._read(index)
@@ -85,7 +85,7 @@ class Instruct(Source):
         """A hash of the whole file, and of which of its records these are."""
         with self._records.file.open("rb") as file:
             of_file = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return hashed(of_file, self._rows.tobytes())
+        return hashed(of_file, self._indices.tobytes())
 
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""
@@ -93,17 +93,17 @@ class Instruct(Source):
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image files of these samples (None: of all), each once."""
-        rows = self._rows if indices is None else self._rows[np.asarray(indices, dtype=np.int64)]
-        names = {name: None for row in rows.tolist() for name in self._names[row]}
+        chosen = self._indices if indices is None else self._indices[np.asarray(indices, dtype=np.int64)]
+        names = {name: None for index in chosen.tolist() for name in self._names[index]}
         return (stored_image(name, root=self.images or Path()) for name in names)
 
     def _read(self, index: int) -> tuple[Sample, list[str]]:
-        row = self._records[int(self._rows[index])]
-        name, record = _id(row), row.record
-        if row.problem:
-            raise BadSample(f"sample '{name}' {row.problem}")
+        record = self._records[int(self._indices[index])]
+        name = _id(record)
+        if record.problem:
+            raise BadSample(f"sample '{name}' {record.problem}")
         try:
-            messages, names = self.reader.conversation(record)
+            messages, names = self.reader.conversation(record.fields)
         except Malformed as error:
             raise BadSample(f"sample '{name}' {error}", error.kind) from error
         meta = {"image": ", ".join(map(short_name, names))} if names else {}
@@ -113,16 +113,16 @@ class Instruct(Source):
 @lru_cache(maxsize=2)  # the train and the val split of a file look through it once
 def _index(
     file: Path, root: Path, reader: RecordReader, changed: int, size: int
-) -> tuple[RecordFile, Records, UInt64[np.ndarray, " n"], int]:
+) -> tuple[RecordFile, PackedJson, UInt64[np.ndarray, " n"], int]:
     """The records of a file as it is now, the images each names, what it is split by, and how many name image files."""
     names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
     images: list[list[str]] = []
     num_with_files = 0
 
-    def visit(row: Row) -> None:
+    def visit(record: Record) -> None:
         nonlocal num_with_files
         try:
-            paths = reader.images(row.record)
+            paths = reader.images(record.fields)
         except Malformed:  # a bad sample: it is refused when read, in whichever split
             paths = []
         short = [short_name(path) for path in paths]
@@ -131,17 +131,17 @@ def _index(
             num_with_files += not all(map(is_data_url, paths))
             names.append(tuple([image_key(name, root=root) for name in short]))
         else:
-            names.append((f"id:{_id(row)}",))
+            names.append((f"id:{_id(record)}",))
 
     records = RecordFile(file, visit)
     if not len(records):
         raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
-    return records, Records(images), digests, num_with_files
+    return records, PackedJson(images), digests, num_with_files
 
 
-def _id(row: Row) -> str:
+def _id(record: Record) -> str:
     """The record's own id, or its place in the file where that is none that an error could name."""
-    given = row.record.get("id")
+    given = record.fields.get("id")
     is_name = isinstance(given, str | int) and 0 < len(str(given)) <= LONGEST_ID
-    return str(given) if is_name else row.place
+    return str(given) if is_name else record.place

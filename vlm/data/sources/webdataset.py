@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from vlm.data.annotations import Records
+from vlm.data.annotations import PackedJson
 from vlm.data.conversations import (
     RECORD_KEYS,
     Malformed,
@@ -91,7 +91,7 @@ class WebDataset(Source):
                 f"val_fraction {val_fraction}; set data.val_fraction= to another share, or data.{option}= to others"
             )
         # Arrays and one block of bytes: a list would be copied into every worker.
-        self._keys = Records(key for _, key, _ in samples)
+        self._keys = PackedJson(key for _, key, _ in samples)
         self._shard = np.array([number for number, _, _ in samples], dtype=np.int32)
         self._first = np.cumsum([0, *(len(members) for _, _, members in samples)])
         self._members = np.array([member for _, _, members in samples for member in members], dtype=np.int64)
