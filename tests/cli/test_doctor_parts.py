@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers.text import byte_tokenizer, say
+from tests.helpers.text import Listed, byte_tokenizer, say
 from vlm.cli.doctor_report import spread, write
 from vlm.cli.doctor_score import sample_losses, scores
 from vlm.data.checkup import Checkup, Entry, Reader, hash_answer, plainness

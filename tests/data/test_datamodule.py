@@ -148,7 +148,7 @@ def test_a_run_that_goes_on_knows_the_bad_samples_it_has_named(tmp_path: Path) -
 
 
 def test_rows_that_were_left_out_or_cut_are_counted(tmp_path: Path) -> None:
-    longest = len(numbered().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
+    longest = len(numbered().text.encode(Sample("a", [], Numbered("train")[11].messages)).input_ids)
     for too_long, kind in (("drop", "too_long"), ("truncate_text", "truncated")):
         data = numbered(max_length=longest - 1, max_bad_ratio=0.1, too_long=too_long)
         data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
@@ -216,7 +216,7 @@ def test_limits_hold_where_sources_are_made_and_read(tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_too_long_is_a_bad_sample(tmp_path: Path) -> None:
-    whole = len(numbered().text.encode("a", Numbered("train")[11].messages, 2).input_ids)
+    whole = len(numbered().text.encode(Sample("a", [], Numbered("train")[11].messages)).input_ids)
     data = numbered(tmp_path, max_length=whole - 1, max_bad_ratio=0.1)
     assert "train/11" not in [name for b in epoch(data) for name in b.ids]
     error = json.loads((tmp_path / "bad_samples.jsonl").read_text())["error"]

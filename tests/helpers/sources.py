@@ -95,7 +95,7 @@ def url(red: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-class Numbers:
+class Numbers(Source):
     """Ten times fewer samples in val; every seventh cannot be read."""
 
     def __init__(self, *, split: str, size: int) -> None:
@@ -118,7 +118,7 @@ def mixture(*, kind: Any = Numbers, split: str = "train", a: int = 30, b: int = 
 K = 3
 
 
-class Numbered:
+class Numbered(Source):
     """Sample i has i % 3 images and an answer of i + 1 letters; those in `bad` cannot be read."""
 
     def __init__(self, split: str, size: int = 12, bad: tuple[int, ...] = ()) -> None:

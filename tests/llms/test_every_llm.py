@@ -13,6 +13,7 @@ from tests.helpers.llms import composed, facts, small_llm
 from tests.helpers.parts import IMAGE, NUM_TOKENS, make_batch, tiny_model
 from tests.helpers.text import encoder, say
 from vlm.launch.entry import CONF
+from vlm.schema import Sample
 from vlm.text.templates import TEMPLATES
 from vlm.training.optim import lora_names
 

@@ -17,7 +17,7 @@ from tests.helpers.text import (
     special_ids,
     text_of,
 )
-from vlm.schema import IGNORE, Message
+from vlm.schema import IGNORE, Message, Sample
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
 

@@ -6,7 +6,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.helpers.text import byte_tokenizer, encoder, say
-from vlm.schema import BadSample
+from vlm.schema import BadSample, Sample
 from vlm.text import jinja
 from vlm.text.templates import TEMPLATES
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers.conversations import conversations, few, num_images
+from tests.helpers.conversations import conversations, few
 from tests.helpers.text import (
     MORE_SPECIAL,
     SPECIAL,

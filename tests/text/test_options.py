@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import ToTensor
 
 from tests.helpers.conversations import conversations, few, num_images
-from tests.helpers.text import byte_tokenizer, encoder, say
+from tests.helpers.text import Listed, byte_tokenizer, encoder, say
 from vlm.data.datamodule import VLMDataModule
 from vlm.schema import IGNORE, BadSample, Sample, VisualSpec
 from vlm.text.templates import TEMPLATES

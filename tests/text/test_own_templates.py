@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.text import byte_tokenizer, encoder, merging_tokenizer, say, sentencepiece_tokenizer, special_ids
-from vlm.schema import BadSample
+from vlm.schema import BadSample, Sample
 from vlm.text.tokenizer import BREAK
 
 # The ways of the families' own templates, in short: what they add, drop and trim.

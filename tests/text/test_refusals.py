@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.text import ONE_TURN, byte_tokenizer, encoder, say
-from vlm.schema import IGNORE, BadSample
+from tests.helpers.text import byte_tokenizer, encoder, say
+from vlm.schema import IGNORE, BadSample, Sample
 from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
 
