@@ -68,10 +68,10 @@ def test_each_epoch_shows_other_pictures_and_validation_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"crop": 0.0}, r"data.augment.crop=0.0 is no share"),
-        ({"color": 1.0}, r"data.augment.color=1.0 is no change"),
+        ({"crop": 0.0}, r"data.augment.crop=0.0 must be in \(0, 1\]"),
+        ({"color": 1.0}, r"data.augment.color=1.0 must be in"),
     ],
 )
-def test_what_is_no_share_is_refused(options: dict[str, float], text: str) -> None:
+def test_a_ratio_out_of_range_is_refused(options: dict[str, float], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Augment(**options)

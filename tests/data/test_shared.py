@@ -54,12 +54,12 @@ def test_a_copy_under_another_name_is_counted_and_named(tmp_path: Path) -> None:
     said = VLMDataModule(source=source).check_shared()
     assert said is not None
     assert said.startswith(
-        f"1 of 3 validation pictures is also in the training split, namely '{val[1]}', in train '{train[2]}': figures"
+        f"1 of 3 validation images is also in the training split, namely '{val[1]}', in train '{train[2]}': metrics"
     )
     folder(tmp_path, {val[2]: 0, val[0]: 2})
     said = VLMDataModule(source=source).check_shared()
     assert said is not None
-    assert said.startswith("3 of 3 validation pictures are also in the training split, the first one '")
+    assert said.startswith("3 of 3 validation images are also in the training split, the first one '")
 
 
 def test_the_filter_that_is_advised_helps(tmp_path: Path) -> None:

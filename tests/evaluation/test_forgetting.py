@@ -231,7 +231,7 @@ def epochs(source: Any, num: int) -> list[list[Sample]]:
 
 
 def test_the_share_of_replay_is_exact() -> None:
-    source = with_replay(Numbered("train", 90), share=0.1, annotations=None)
+    source = with_replay(Numbered("train", 90), ratio=0.1, annotations=None)
     for samples in epochs(source, 3):
         kinds = Counter(sample.meta["source"] for sample in samples)
         assert kinds == {"data": 90, "replay": 10}
@@ -258,20 +258,20 @@ def test_replay_comes_into_training_alone() -> None:
 def test_replay_leaves_the_account_of_what_was_left_out_as_it_was() -> None:
     inner = mixture(weights={"a": 1, "b": 1}, num_samples=20)
     inner.left_out = {"symbols of a": 3}
-    assert with_replay(inner, share=0.2, annotations=None).left_out == {"symbols of a": 3}
+    assert with_replay(inner, ratio=0.2, annotations=None).left_out == {"symbols of a": 3}
 
 
 def test_replay_beside_a_mixture_keeps_the_names_of_its_sources() -> None:
     """Also where a filter makes the epochs of the mixture unlike in length."""
     inner = mixture(weights={"a": 1, "b": 1}, num_samples=20)
-    source = with_replay(inner, share=0.2, annotations=None)
+    source = with_replay(inner, ratio=0.2, annotations=None)
     assert source.names == ["a", "b", "replay"]
     readable = [index for index in source.order(0, seed=0) if int(index) % 7 != 6 and not 30 <= int(index) < 40]
     assert {source[int(index)].meta["source"] for index in readable} == {"a", "replay"}
     filtered = Filtered(inner, split="train", left_out=range(5, 20))
     lengths = [len(filtered.order(epoch, seed=0)) for epoch in range(9)]
     assert len(set(lengths)) > 1
-    source = with_replay(filtered, share=0.2, annotations=None)
+    source = with_replay(filtered, ratio=0.2, annotations=None)
     drawn = [int(index) for epoch in range(6) for index in source.order(epoch, seed=0)]
     assert [index for index in drawn if index < len(filtered)] == [
         index for epoch in range(9) for index in filtered.order(epoch, seed=0)
@@ -279,17 +279,17 @@ def test_replay_beside_a_mixture_keeps_the_names_of_its_sources() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "lines", "said"),
+    ("ratio", "lines", "said"),
     [
-        (1.0, None, r"data\.text_replay=1\.0 is no share; choose a number from 0 up to, and without, 1"),
-        (-0.1, None, r"data\.text_replay=-0\.1 is no share"),
+        (1.0, None, r"data\.text_replay=1\.0 must be in \(0, 1\); set data\.text_replay=0\.1"),
+        (-0.1, None, r"data\.text_replay=-0\.1 must be in"),
         (0.1, None, r"there is no file '.*own\.jsonl'; set data\.replay_annotations= to the annotation file"),
         (0.1, '{"image": "a.jpg", "messages": []}', r"own\.jsonl takes conversations without images: 1 of 1 conversat"),
     ],
 )
-def test_what_cannot_be_replayed(tmp_path: Path, share: float, lines: str | None, said: str) -> None:
+def test_what_cannot_be_replayed(tmp_path: Path, ratio: float, lines: str | None, said: str) -> None:
     file = tmp_path / "own.jsonl"
     if lines is not None:
         file.write_text(lines)
     with pytest.raises(ValueError, match=said):
-        with_replay(Numbered("train"), share=share, annotations=str(file))
+        with_replay(Numbered("train"), ratio=ratio, annotations=str(file))

@@ -285,7 +285,7 @@ def test_a_bad_sample_is_named_and_the_run_goes_on(
     assert line["index"] == 3
     assert "3.png" in line["error"]
     assert files(run) - FILES == {"bad_samples.jsonl", "csv/metrics.csv", "csv/hparams.yaml"}
-    shared = "6 of 6 validation pictures are also in the training split, the first one '4.png', in train '4.png'"
+    shared = "6 of 6 validation images are also in the training split, the first one '4.png', in train '4.png'"
     assert shared in capfd.readouterr().out
 
 

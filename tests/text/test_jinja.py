@@ -91,7 +91,7 @@ def test_what_a_template_may_not_do(monkeypatch, template, error):
 
 def test_the_limits_leave_room_for_every_conversation_that_may_be():
     """A million rounds are a second or so; each message of a conversation adds a hundred."""
-    assert (jinja.MAX_STEPS, jinja.STEPS_A_MESSAGE) == (1_000_000, 100)
+    assert (jinja.MAX_STEPS, jinja.STEPS_PER_MESSAGE) == (1_000_000, 100)
     assert jinja.render(TEMPLATES["qwen3"], MESSAGES * 1001, add_generation_prompt=True).count("<|im_start|>") == 3004
 
 

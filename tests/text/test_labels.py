@@ -79,7 +79,7 @@ def check(subject: TextEncoder, messages: list[Message], *, last_only: bool) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_and_learned_ids_are_the_row(kind, template, tokenizers):
     if kind == "gemma" and template not in ("plain", "gemma", "llama2", "mistral", "vicuna_v1", "t5"):
-        with pytest.raises(ValueError, match="which is no special token of this tokenizer"):
+        with pytest.raises(ValueError, match="which is not a special token of this tokenizer"):
             encoder(tokenizers[kind], template)
         return
     subject = encoder(tokenizers[kind], template)

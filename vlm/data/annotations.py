@@ -16,7 +16,7 @@ from vlm.schema import hashed
 
 
 class Record(NamedTuple):
-    """One record of a file. `problem` says why it cannot be used; it is empty where nothing speaks against it."""
+    """One record of a file. `problem` says why it cannot be used; it is empty for a good record."""
 
     place: str  # "file.jsonl:12", or "file.json[3]" in a JSON list
     fields: dict[str, Any]
@@ -51,7 +51,7 @@ class PackedJson:
 
 
 def existing_file(path: str | Path, *, option: str) -> Path:
-    """The path, once it is known to be a file that is not empty; else a `ValueError` that names the option to set."""
+    """The path of a file that exists and is not empty; else a `ValueError` that names the option to set."""
     file = Path(path).expanduser()
     remedy = f"set data.{option}= to the annotation file"
     if not file.is_file():
@@ -67,7 +67,7 @@ def existing_file(path: str | Path, *, option: str) -> Path:
 
 
 def existing_folder(path: str | Path, *, option: str, holds: str = "the images") -> Path:
-    """The path, once it is known to be a folder; else a `ValueError` that names the option to set."""
+    """The path of a folder that exists; else a `ValueError` that names the option to set."""
     folder = Path(path).expanduser()
     remedy = f"set data.{option}= to the folder that holds {holds}"
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def check_suffix(file: Path, suffixes: Sequence[str]) -> None:
 
 
 def _hint(path: str) -> str:
-    """What an option's path is instead of a path on this machine."""
+    """Why an option's path does not exist on this machine, as far as known."""
     if cause := no_path(path):
         return f" ({quoted(path)} {cause})"
     found = likely_path(path, root=Path.cwd())
@@ -136,7 +136,7 @@ def to_record(place: str, value: Any) -> Record:
 
 
 def not_json(file: Path, line: int, error: Exception) -> ValueError:
-    """What tells the user where a file goes wrong."""
+    """The error for a line that is not JSON or not UTF-8."""
     if isinstance(error, UnicodeDecodeError):
         return ValueError(f"'{file}' line {line} is not UTF-8 ({error.reason}); save the file as UTF-8")
     return ValueError(f"'{file}' line {line} is not JSON ({getattr(error, 'msg', error)}); correct that line")

@@ -1,4 +1,4 @@
-"""Pictures a little different each epoch: a part of them, and other light. What a caption says of them stays true."""
+"""Image augmentation: random crops and color changes that keep captions true."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from vlm.ranges import RatioAboveZero, RatioBelowOne
 
 @dataclass(frozen=True)
 class Augment:
-    """PIL image -> PIL image of the same size; the same seed gives the same picture.
+    """PIL image -> PIL image of the same size; the same seed gives the same image.
 
-    Nothing is mirrored or turned: captions say left and right, and pictures hold text.
+    Images are never flipped or rotated: captions say left and right, and images contain text.
 
     Args:
-        crop: the least share of the area that is kept, at a random place, the proportions as they were; 1 keeps all.
-        color: the most by which brightness, contrast and saturation change, each by a factor of its own within
-            [1 - color, 1 + color]; 0 changes none.
+        crop: minimum ratio of the area that a crop keeps; its position is random, its aspect ratio that of the image. 1
+            crops nothing.
+        color: maximum change of brightness, contrast and saturation, each multiplied by its own factor in
+            [1 - color, 1 + color]; 0 changes nothing.
 
-    Raises ValueError for a share outside (0, 1] or a change outside [0, 1).
+    Raises ValueError for a crop outside (0, 1] or a color outside [0, 1).
     """
 
     crop: RatioAboveZero = 0.8
@@ -29,9 +30,13 @@ class Augment:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
-            raise ValueError(f"data.augment.crop={self.crop} is no share of a picture; choose a number from 0 to 1")
+            raise ValueError(
+                f"data.augment.crop={self.crop} must be in (0, 1]; set data.augment.crop=1 to keep whole images"
+            )
         if not 0 <= self.color < 1:
-            raise ValueError(f"data.augment.color={self.color} is no change of light; choose 0 or more, below 1")
+            raise ValueError(
+                f"data.augment.color={self.color} must be in [0, 1); set data.augment.color=0 to keep colors"
+            )
 
     def __call__(self, image: Image.Image, seed: str) -> Image.Image:
         rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Which samples make a batch: in what order, packed into rows or not, of so many rows or so many tokens."""
+"""Batch samplers: the order of samples, packing into rows, and batches of a number of rows or of tokens."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.utils.data import Sampler
 
 from vlm.schema import Source
 
-WINDOW = 512  # samples whose lengths are looked at together
+WINDOW = 512  # samples that are packed, or sorted by length, together
 
 Rows = list[list[int]]  # a batch: rows, each the indices of the samples in it
 
 
 class Batches(Sampler[Rows]):
-    """The training batches of one rank, without end: epoch follows epoch, each in an order of its own.
+    """The training batches of one rank, without end: each epoch has its own order.
 
-    All ranks work out the same batches and take turns at them, so that R ranks with batches of a size read what one
-    rank with batches R times as large would. A batch may hold the end of one epoch and the start of the next. Sample i
-    of a source of n is called i in the first epoch, n + i in the second, and so on.
+    All ranks compute the same batches and take turns at them, so that R ranks read what one rank with batches R times
+    as large would. A batch may hold the end of one epoch and the start of the next. Sample i of a source of n is called
+    i in the first epoch, n + i in the second, and so on.
 
     Args:
-        source: whose indices to hand out; in its own `order`, if it has one.
-        length: tokens that a sample takes in a row; asked only for packing and for batches of tokens, when the sample's
-            turn has come.
+        source: the split to read; its `order` is followed, or it is shuffled.
+        length: tokens of a sample; called only for packing and for batches of tokens, window by window.
         batch_size: rows a batch, with batching by samples.
-        batch_tokens: the most tokens a batch may have, padding included, with batching by tokens: rows of like length.
-        row_tokens: the most tokens a row of several samples may have, with packing (first fit, longest first); None
-            packs nothing.
-        start: where to go on, from `position`; None is the beginning.
+        batch_tokens: maximum tokens of a batch, padding included, with batching by tokens; its rows are of similar
+            length.
+        row_tokens: maximum tokens of a row of several samples, with packing (first fit, longest first); None packs
+            nothing.
+        start: the `position` to resume from; None starts at the beginning.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Batches(Sampler[Rows]):
         self.start = start or {"epoch": 0, "index": 0, "waiting": [], "number": 0, "batches": 0}
         if (before := self.start.get("num_samples", len(source))) != len(source):
             raise ValueError(
-                f"the training data has {len(source)} samples, and had {before} when this run was saved; put them "
-                "back, or start a new run with ckpt="
+                f"the training data has {len(source)} samples and had {before} when this run was saved; restore them, "
+                "or start a new run with ckpt="
             )
 
     def __iter__(self) -> Iterator[Rows]:
         return itertools.islice(self._batches(), self.rank, None, self.num_ranks)
 
     def position(self, num_batches: int) -> dict[str, Any]:
-        """Where a run stands after `num_batches` batches of each rank: all that `start` needs to go on from there."""
+        """The position after `num_batches` batches of each rank, to resume from by `start`."""
         batches = num_batches * self.num_ranks
         while len(self._windows) > 1 and self._windows[1]["number"] <= batches:  # loaders read windows ahead
             self._windows.pop(0)
@@ -92,9 +92,9 @@ class Batches(Sampler[Rows]):
         return shuffled
 
     def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random, first: int) -> tuple[list[Rows], Rows]:
-        """The batches of some samples and of the rows that wait since the window before, and the rows left to wait.
+        """The batches of a window and of the rows left over from the one before, and the rows that are left over now.
 
-        `first` is what the epoch calls sample 0.
+        `first` is the number of the epoch's sample 0.
         """
         if self.batching == "samples" and self.row_tokens is None:
             rows = [[first + index] for index in indices]
@@ -116,7 +116,7 @@ class Batches(Sampler[Rows]):
 class EvenBatches(Sampler[Rows]):
     """The validation batches of one rank, of one sample a row.
 
-    Their sizes differ by one at most, so that the last never holds a lonely image, and every rank has as many.
+    Sizes differ by at most one, so that the last batch never has a single image; every rank has as many batches.
     """
 
     def __init__(self, indices: Sequence[int], *, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
@@ -138,24 +138,24 @@ class EvenBatches(Sampler[Rows]):
 
 
 def pack(lengths: Sequence[tuple[int, int]], capacity: int) -> list[list[tuple[int, int]]]:
-    """Pairs (sample, tokens) in rows of at most `capacity` tokens: the longest first, each into the first with room."""
+    """Pairs (sample, tokens) in rows of at most `capacity` tokens: longest first, each into the first that it fits."""
     rows: list[list[tuple[int, int]]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens left in each row
     for pair in sorted(lengths, key=lambda pair: -pair[1]):
-        place = next((i for i, left in enumerate(room) if left >= pair[1]), len(rows))
-        if place == len(rows):
+        row = next((i for i, left in enumerate(free) if left >= pair[1]), len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(capacity)
-        rows[place].append(pair)
-        room[place] -= pair[1]
+            free.append(capacity)
+        rows[row].append(pair)
+        free[row] -= pair[1]
     return rows
 
 
 def by_tokens(rows: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
-    """Batches of rows of like length, each of at most `budget` tokens once padded; a longer row stands alone."""
+    """Batches of rows of similar length with at most `budget` tokens, padding included; a longer row is alone."""
     batches: list[Rows] = []
     for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0]):
-        # Rows come in rising length, so the newest is what the batch is padded to.
+        # Rows come in increasing length, so the batch is padded to this one.
         if not batches or (len(batches[-1]) + 1) * length > budget:
             batches.append([])
         batches[-1].append(row)

@@ -1,4 +1,4 @@
-"""Every sample of a split is read as training would, and a little of it is kept: hashes, lengths, what is wrong."""
+"""Reads every sample of a split as training would, and keeps its hashes, its lengths and its defect."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from vlm.data.judge import Judge, read
 from vlm.schema import BadSample, Message, Sample, Source
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-DARK = 24  # of 255: values of 12 bits in a file of 16 come out as 15 at most
-ONE_COLOR = 8  # levels of 256 between the darkest and the brightest of a channel, 0.1 % of the pixels aside
-SHORT_ANSWER = 3  # words: of longer texts, two that differ may both be right
+DARK = 24  # of 255: 12-bit values in a 16-bit file become at most 15
+ONE_COLOR = 8  # levels of 256 between the darkest and the brightest of a channel, without 0.1 % at each end
+SHORT_ANSWER = 3  # words; two longer answers may differ and both be right
 # A word is a run of letters or digits, or two characters of a script that puts no space between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{1,2}|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class Entry(NamedTuple):
-    """What is kept of a sample; of one that the source could not read, only `kind` and `message`."""
+    """The facts of one sample; only `kind` and `message` for one that the source cannot read."""
 
     id: str | None = None
-    kind: str = ""  # of what is wrong, or empty
+    kind: str = ""  # of defect; empty for a good sample
     message: str = ""
     hashes: tuple[ImageHash, ...] = ()
-    picture: int = 0  # hash of all images; 0 without one
-    name: int = 0  # hash of what the source calls the images
+    picture: int = 0  # hash of all images; 0 without images
+    name: int = 0  # hash of the images' names
     text: int = 0  # hash of the conversation
     characters: int = 0
     answers: tuple[int, ...] = ()  # hashes of the answers
     claims: tuple[tuple[int, int], ...] = ()  # of short answers: hash of images and question, hash of the answer
-    plain: str = ""  # what is odd about a picture that shows next to nothing
+    plain: str = ""  # the defect of an image that shows almost nothing
     language: str | None = None
-    tokens: int = 0  # visual ones included
+    tokens: int = 0  # including visual tokens
     visual_tokens: int = 0
 
 
 class Reader(Dataset[Entry]):
-    """A split as entries; reading, decoding and tokenising happen here, in the loader's workers."""
+    """A split as entries; the loader's workers read, decode and tokenize here."""
 
     def __init__(self, *, source: Source, judge: Judge, language: Callable[[str], str] | None) -> None:
         self.source, self.judge, self.language = source, judge, language
@@ -84,7 +84,7 @@ class Reader(Dataset[Entry]):
         )
 
     def _lengths(self, sample: Sample) -> Entry:
-        """The entry of a sample that may be too long, which says so. Raises BadSample for any other defect."""
+        """The entry of a sample with its lengths, which may be too long. Raises BadSample for any other defect."""
         self.judge.check(sample)
         row = self._unlimited.encoded(sample)
         if "" in map(str.strip, answers_of(sample)):
@@ -139,11 +139,11 @@ class Folder(Dataset[ImageHash | None]):
 
 
 class Checkup:
-    """What is kept of the samples of one split: hashes and lengths in arrays, never a picture or a text.
+    """Hashes, lengths and defects of a split's samples, in arrays; images and texts are not kept.
 
-    It is made from the entries in the order of the split. `owners[n]` is the sample that hash n belongs to,
+    The entries come in the order of the split. `owners[n]` is the sample that hash n belongs to,
     `answerers[n]` the one that gives answer n, and `claimants[n]` the one that gives answer `claims[n]` to
-    `questions[n]` about its images. ImageHashes and answers are of sound samples alone.
+    `questions[n]` about its images. ImageHashes and answers are of good samples only.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -153,7 +153,7 @@ class Checkup:
         self.pictures, self.names, self.texts = array("Q"), array("Q"), array("Q")
         self.answers, self.answerers = array("Q"), array("Q")
         self.questions, self.claims, self.claimants = array("Q"), array("Q"), array("Q")
-        self.plain: dict[int, str] = {}  # what is odd about a sample's picture
+        self.plain: dict[int, str] = {}  # the defect of a sample's image
         self.characters, self.tokens, self.visual_tokens = array("Q"), array("Q"), array("Q")
         self.languages: Counter[str] = Counter()
         for entry in entries:
@@ -164,7 +164,7 @@ class Checkup:
 
     @property
     def sound(self) -> list[int]:
-        """The samples that training can use."""
+        """The indices of good samples."""
         return [index for index in range(len(self)) if index not in self.problems]
 
     def _add(self, entry: Entry) -> None:
@@ -196,7 +196,7 @@ class Checkup:
 
 
 def plainness(image: Image.Image) -> str:
-    """What a picture lacks that shows next to nothing; empty where it shows something."""
+    """The defect of an image that shows almost nothing; empty for others."""
     histogram = np.array(image.histogram()).reshape(3, 256).cumsum(1) / (image.width * image.height)
     darkest, brightest = ([int(np.searchsorted(channel, at)) for channel in histogram] for at in (0.001, 0.999))
     if max(brightest) < DARK:
@@ -207,7 +207,7 @@ def plainness(image: Image.Image) -> str:
 
 
 def _claims(sample: Sample, picture: int) -> Iterator[tuple[int, int]]:
-    """Of each short answer the hash of the images and its question, and that of the answer."""
+    """For each short answer the hash of the images with its question, and the hash of the answer."""
     question = ""
     for message in sample.messages:
         text = text_of(message)
@@ -226,7 +226,7 @@ def answers_of(sample: Sample) -> list[str]:
 
 
 def hash_answer(answer: str) -> int:
-    """Equal for answers that differ in case and punctuation alone."""
+    """The same for answers that differ only in case and punctuation."""
     return digest((" ".join(words(answer)) or answer.strip()).encode())
 
 

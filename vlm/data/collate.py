@@ -1,4 +1,4 @@
-"""Samples that were tokenised -> Batch."""
+"""Tokenized samples and their images -> Row -> Batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlm.text.row import Encoded
 
 @dataclass(frozen=True)
 class Row:
-    """Samples as the model will read them, side by side, their images transformed. Mostly a row is one sample."""
+    """One row of a batch: a tokenized sample with its images transformed, or several packed side by side."""
 
-    samples: list[Sample]  # without their pictures
+    samples: list[Sample]  # without their images
     encoded: list[Encoded]
     pixel_values: list[Tensor]  # each [3, H, W], of an image or a tile
     layouts: list[tuple[int, ...]]  # of each image, how many tiles stand in each row of tiles
@@ -71,7 +71,7 @@ def collate(
         else torch.zeros(0, *spec.image_size, 3)
     )
     return Batch(
-        pixel_values=last.permute(0, 3, 1, 2),  # as `Transform` leaves them: the channels last in memory
+        pixel_values=last.permute(0, 3, 1, 2),  # channels last in memory, as `Transform` returns them
         input_ids=padded("input_ids", pad_id),
         attention_mask=padded("attention_mask").bool(),
         position_ids=padded("position_ids"),
@@ -89,7 +89,7 @@ def collate(
 
 
 def _columns(row: Row, first: int) -> dict[str, np.ndarray]:
-    """What the row holds for each token, by the names in `Batch`; `first` is the number of its first sample."""
+    """The row's value for each token, by the names in `Batch`; `first` is the number of its first sample."""
     parts = []
     images = 0
     for number, (sample, encoded) in enumerate(zip(row.samples, row.encoded, strict=True), start=first):
@@ -104,7 +104,7 @@ def _columns(row: Row, first: int) -> dict[str, np.ndarray]:
             "labels": np.array(encoded.labels),
             "sample_index": np.full(size, number),
         }
-        part["labels"][0] = IGNORE  # nothing foretells a sample's first token
+        part["labels"][0] = IGNORE  # the first token has no logits before it
         parts.append(part)
         images += sample.num_images
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

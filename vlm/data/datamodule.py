@@ -1,4 +1,4 @@
-"""The LightningDataModule: a source's two splits become batches that a model can read."""
+"""The LightningDataModule: the two splits of a source as batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-COMPARED = 4096  # validation samples whose pictures are looked for in train
+COMPARED = 4096  # validation samples whose images are searched in train
 
 
 class VLMDataModule(pl.LightningDataModule):
@@ -41,26 +41,25 @@ class VLMDataModule(pl.LightningDataModule):
     Args:
         source: makes a split from its name.
         batch_size: rows a batch and rank.
-        batching: training batches of `batch_size` rows (`samples`), or of rows of like length that hold up to
+        batching: training batches of `batch_size` rows (`samples`), or of rows of similar length with up to
             `batch_tokens` tokens, padding included (`tokens`).
         batch_tokens: see `batching`.
         packing: put several training samples in a row of up to `max_length` tokens; none sees another.
-        augment: the options of `Augment`, which changes the training pictures a little; None leaves them as they are.
+        augment: the options of `Augment` for training images; None leaves them as they are.
         num_workers: processes that read and transform samples; 0 reads in the training process.
         max_length: tokens a row may have, visual tokens included.
         train_on, system_prompt, too_long: as `TextEncoder` takes them.
-        num_val_samples: how many of the held-out samples every validation takes (None: all).
+        num_val_samples: how many validation samples each validation reads (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
-        max_bad_ratio: with `skip`, the share of bad samples above which the run stops all the same; above 0 it allows
-            one at least.
+        max_bad_ratio: with `skip`, the ratio of bad samples above which the run stops; above 0 it allows at least one.
         seed: of the order of the samples.
-        bad_samples_file: where skipped samples are named; None writes nothing.
+        bad_samples_file: a file that names skipped samples; None writes none.
         filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
-        text_replay: the share of the training samples that are conversations without images; 0 adds none.
+        text_replay: the ratio of training samples that are conversations without images; 0 adds none.
         replay_annotations: a file of such conversations; None takes those of the project.
-        reading: the options of `Reading`: how much of one thing is read, and how deep pictures become one of 8 bits.
+        reading: the options of `Reading`: limits, and the conversion of 16-bit images.
 
-    `connect` tells what only the model knows; call it before a loader is asked for.
+    Call `connect` before the loaders: it passes what only the model knows.
     """
 
     def __init__(
@@ -97,11 +96,11 @@ class VLMDataModule(pl.LightningDataModule):
                 if len(samples) < 2:
                     raise ValueError(
                         f"the {split} split has {count(len(samples), 'sample')} and needs at least 2; give more data, "
-                        "or set the option of the source that shares them out, such as data.val_fraction="
+                        "or set the option of the source that splits them, such as data.val_fraction="
                     )
             if text_replay:
                 self.splits["train"] = with_replay(
-                    self.splits["train"], share=text_replay, annotations=replay_annotations
+                    self.splits["train"], ratio=text_replay, annotations=replay_annotations
                 )
         if batching == "tokens" and batch_tokens < max_length:
             raise ValueError(
@@ -145,7 +144,7 @@ class VLMDataModule(pl.LightningDataModule):
         self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
 
     def counts(self) -> dict[str, int]:
-        """How many samples of each split all ranks have left out so far, by kind, and truncated; none that are 0."""
+        """How many samples of each split all ranks have skipped, by kind, or truncated so far; zeros are left out."""
         assert self.trainer is not None
         found: dict[str, int] = {}
         for split, rows in self._rows.items():
@@ -159,13 +158,13 @@ class VLMDataModule(pl.LightningDataModule):
         return {split: source.fingerprint() for split, source in self.splits.items()}
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
-        """Read some samples of each split as training will, and stop where it could not."""
+        """Encode some samples of each split as training does; raises ValueError where too many are bad."""
         return [preflight(rows, num_samples=num_samples, show=show) for rows in self._rows.values()]
 
     def check_shared(self) -> str | None:
-        """What to say of pictures that are in both splits, or None; their bytes are compared, whatever their names.
+        """A warning about images that are in both splits, or None; their bytes are compared, not their names.
 
-        Of a large validation split 4,096 samples are compared, and those that every validation takes.
+        Of a large validation split, 4,096 samples are compared and those that each validation reads.
         """
         indices = sorted({*self.val_indices(COMPARED), *self.val_indices(self.num_val_samples)})
         num, of, example = shared_images(self.splits["train"], self.splits["val"], indices)
@@ -173,8 +172,8 @@ class VLMDataModule(pl.LightningDataModule):
             return None
         first = f"{'the first one' if num > 1 else 'namely'} {quoted(example[0])}, in train {quoted(example[1])}"
         return (
-            f"{num:,} of {count(of, 'validation picture')} {'is' if num == 1 else 'are'} also in the training split, "
-            f"{first}: figures on them are too good. Leave them out of training by data.filter=<filter.json of "
+            f"{num:,} of {count(of, 'validation image')} {'is' if num == 1 else 'are'} also in the training split, "
+            f"{first}: metrics on them are too good. Leave them out of training by data.filter=<filter.json of "
             "vlm-doctor>, or validate on other data, such as by data.val_annotations="
         )
 
@@ -196,7 +195,7 @@ class VLMDataModule(pl.LightningDataModule):
         return self._loader("train", self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training data stands, for a run that goes on from here."""
+        """The position in the training data, for a run that resumes here."""
         assert self.trainer is not None
         return self._batches.position(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
@@ -209,7 +208,7 @@ class VLMDataModule(pl.LightningDataModule):
         return self._loader("val", EvenBatches(indices, batch_size=self._val_size, rank=rank, num_ranks=num_ranks))
 
     def val_batches(self, num_ranks: int) -> Iterator[Batch]:
-        """The validation batches of all ranks, read in this process as they are asked for."""
+        """The validation batches of all ranks, read lazily in this process."""
         collated, chosen = self._collated("val"), self.val_indices(self.num_val_samples)
         for rank in range(num_ranks):
             for batch in EvenBatches(chosen, batch_size=self._val_size, rank=rank, num_ranks=num_ranks):
@@ -242,11 +241,11 @@ class VLMDataModule(pl.LightningDataModule):
             raise self._rows["val"].none_left()
 
     def _rank(self) -> tuple[int, int]:
-        """Which of how many ranks this process is."""
+        """The rank of this process and the number of ranks."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _length(self, index: int) -> int:
-        """Tokens that a training sample takes in a row; 1 for one that cannot be used, which `Rows` will name."""
+        """Tokens of a training sample; 1 for a bad one, which `Rows` names when it is read."""
         try:
             # The length of a tiled image depends on its size, which needs the image itself.
             read = self.judge.outline if self.spec.tile_rows is None else self.judge.sample
@@ -275,15 +274,15 @@ class VLMDataModule(pl.LightningDataModule):
             multiprocessing_context=WorkerContext() if self.num_workers else None,
             collate_fn=self._collated(split),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or a loader would draw from the one that dropout draws from
+            generator=torch.Generator(),  # its own, so that a loader does not change dropout
         )
 
     def _collated(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
-        """What makes a batch of a split's rows."""
+        """The collate function of a split."""
         side: Literal["left", "right"] = "left" if self.form == "prompt" else "right"
         return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=self.splits[split].names, side=side)
 
     @property
     def _val_size(self) -> int:
-        """Rows of a validation batch: at least two, to swap their images."""
+        """Rows of a validation batch: at least two, so that their images can be swapped."""
         return max(2, self.batch_size)

@@ -1,4 +1,4 @@
-"""Which pictures are the same, or nearly: a few bytes of each are kept and compared, never the pictures."""
+"""Duplicate and near-duplicate images, found by hashes of 352 bytes each."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-DISTANCE = 3  # bits of 64 in which the hashes of near duplicates may differ
-CELLS, COLOR = 4, 16  # and the levels of 256 by which the colors of the 4 x 4 cells of near duplicates may differ
-SIMILARITY = 0.99  # the least correlation of what near duplicates show, in 16 x 18 gray cells
+DISTANCE = 3  # bits of 64 by which the difference hashes of near duplicates may differ
+CELLS, COLOR = 4, 16  # levels of 256 by which the colors of the 4 x 4 cells of near duplicates may differ
+SIMILARITY = 0.99  # minimum correlation of the 16 x 18 gray cells of near duplicates
 CONTENT = (16, 18)
-CONTRAST = 32  # gray levels of standard deviation from which on a step is one of MARGIN; below it takes less
-MARGIN = 2  # gray levels that count as a step: plain areas of a photograph differ by less once it is a JPEG again
-BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # of 4 bands, 3 changed bits leave one as it is
+CONTRAST = 32  # standard deviation, in gray levels, below which MARGIN shrinks in proportion
+MARGIN = 2  # minimum gray levels of a step: JPEG compression changes plain areas by less
+BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # 3 changed bits leave one of 4 bands unchanged
 
 
 class ImageHash(NamedTuple):
-    """What is kept of a picture."""
+    """Hashes of one image."""
 
     pixels: int  # hash of its size and pixels, 64 bits
     steps: int  # difference hash: is each cell of 9 x 8 darker than its right neighbour? 64 bits
-    colors: bytes  # the mean colors of 4 x 4 cells: plain drawings share their steps
-    content: bytes  # 16 x 18 gray cells, int8, their mean 0 and their standard deviation 32: X-rays share much else
+    colors: bytes  # mean colors of 4 x 4 cells, because plain drawings share their steps
+    content: bytes  # 16 x 18 gray cells, int8, mean 0 and standard deviation 32, because X-rays share all else
 
 
 class ImageHashes:
-    """The looks of many pictures, 352 bytes each."""
+    """The hashes of many images, 352 bytes each."""
 
     def __init__(self) -> None:
         self._pixels, self._steps, self._colors, self._content = array("Q"), array("Q"), array("B"), array("b")
@@ -44,7 +44,7 @@ class ImageHashes:
         self._content.frombytes(look.content)
 
     def take(self, indices: NDArray[np.int64]) -> ImageHashes:
-        """The looks at these indices."""
+        """The hashes at these indices."""
         taken = ImageHashes()
         taken._pixels.extend(self.pixels[indices].tolist())
         taken._steps.extend(self.steps[indices].tolist())
@@ -70,7 +70,7 @@ class ImageHashes:
 
 
 def hash_image(image: Image.Image) -> ImageHash:
-    """The look of an RGB picture."""
+    """The hashes of an RGB image."""
     gray = np.asarray(image.resize((72, 64), Image.Resampling.BOX).convert("L"), dtype=np.float32)  # 64 72
     margin = MARGIN * min(1.0, max(0.125, float(gray.std()) / CONTRAST))
     steps = np.packbits(np.diff(_cells(gray, 8, 9)) > margin)
@@ -103,11 +103,11 @@ def closest(
     *,
     similarity: float = SIMILARITY,
 ) -> NDArray[np.int64]:
-    """For each query the reference that differs from it in the fewest bits, the earliest of them; -1 if none is near.
+    """For each query the nearest reference by bits of the difference hash, the first of several; -1 if none is near.
 
-    Near are hashes of few different bits, and then a second look: alike colors, and contents that correlate by
-    `similarity` or more; two pictures without contrast have the same content. Equal pictures are near whatever it is.
-    With `before`, query q is compared with the references in front of number `before[q]` alone.
+    Near means at most `DISTANCE` different bits, similar colors, and contents that correlate by at least `similarity`;
+    two images without contrast have the same content. Equal images are near whatever `similarity` is. With `before`,
+    query q is compared with the references before index `before[q]` only.
     """
     wanted, known = queries.steps, references.steps
     wanted_colors, known_colors = queries.colors, references.colors
@@ -139,6 +139,6 @@ def closest(
 
 
 def _normalized(content: NDArray[np.int8]) -> NDArray[np.float32]:
-    """Rows of length 1, or of zeros where a picture has no contrast."""
-    rows = content.astype(np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+    """Unit vectors, or zeros where an image has no contrast."""
+    vectors = content.astype(np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)

@@ -1,4 +1,4 @@
-"""Files that belong to samples, which nobody has vouched for: regular ones, inside their folder, of bounded size."""
+"""Reads untrusted files of samples: only regular files, inside their folder, of bounded size."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: 
     """
     with open_inside(path, root=root, what=what) as (handle, size):
         check_bytes(f"{what} '{path}'", size, option=option, kind=_kind(what), limit=limit)
-        return handle.read(size)  # told more, Python would make room for all of it
+        return handle.read(size)  # a larger number would allocate a larger buffer
 
 
 @contextmanager
 def open_inside(path: str | Path, *, root: Path, what: str) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file under `root`, open for reading, and its size in bytes; as `read_inside` has them."""
+    """A regular file under `root`, open for reading, and its size in bytes; checked as by `read_inside`."""
     kind = _kind(what)
     try:
         home = _resolved(root)
-        file = os.path.realpath(os.path.join(home, path))  # in half the time that pathlib takes
+        file = os.path.realpath(os.path.join(home, path))  # takes half the time of pathlib
         if not os.path.join(file, "").startswith(os.path.join(home, "")):
             raise BadSample(
                 f"{what} '{path}' lies outside the folder '{root}'; put a copy of the file under that folder", kind
             )
         status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block for ever, a device never end
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
             file_kind = "an image file" if what == "image" else f"a {what} file"
             raise BadSample(f"{what} '{path}' under '{root}' is not a regular file; replace it with {file_kind}", kind)
         with open(file, "rb") as handle:

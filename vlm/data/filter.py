@@ -1,4 +1,4 @@
-"""`data.filter=`: samples that the doctor found wanting are left out, and nothing else of the split changes."""
+"""`data.filter=`: a split without the samples that vlm-doctor found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vlm.data.judge import read
 from vlm.data.reading import current
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
-CHECKED = 32  # samples whose ids are compared: each has to be read
-BYTES = 1024  # of the file, for each sample that it may name
+CHECKED = 32  # samples whose ids are compared; each has to be read
+BYTES = 1024  # of the file, per sample that it may name
 
 
 class Filtered(Source):
@@ -53,8 +53,7 @@ class Filtered(Source):
 def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
     """The splits without the samples that the file names.
 
-    Raises ValueError where there is no such file, or where it was made for other data: another number of samples, or
-    other ids.
+    Raises ValueError where the file does not exist or was made for other data: another number of samples, or other ids.
     """
     path = Path(file).expanduser().resolve()
     if not path.exists():
@@ -83,7 +82,7 @@ def _named(split: Split, parts: Any) -> tuple[int, dict[int, Any]]:
     num_samples, indices, ids = (part[key] for key in kinds)
     for index in indices:
         if type(index) is not int or not 0 <= index < num_samples:
-            raise ValueError(f"{split} has {num_samples} samples, which index {index!r} is none of")
+            raise ValueError(f"{split} has {num_samples} samples, so that index {index!r} does not exist")
     if len(indices) != len(ids):
         raise ValueError(f"{split} has {len(indices)} indices and {len(ids)} ids")
     return num_samples, dict(zip(indices, ids, strict=True))

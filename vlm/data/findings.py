@@ -1,4 +1,4 @@
-"""From what a checkup kept of the splits to the samples that deserve a look, each with the reason in a sentence."""
+"""Findings of the doctor: samples to inspect, each with the reason in a sentence."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
 from vlm.data.duplicates import SIMILARITY, ImageHashes, closest
 from vlm.schema import Source, Split
 
-# What each kind says; those of the first five are refused by training too.
+# What each kind means; training refuses the first five too.
 KINDS = {
     "unreadable_image": "an image is missing, broken or refused",
-    "placeholder_mismatch": "as many image placeholders as images are needed",
+    "placeholder_mismatch": "more or fewer image placeholders than images",
     "empty_text": "a text is empty",
     "too_long": "more tokens than data.max_length",
     "other_defect": "refused for another reason",
@@ -36,7 +36,7 @@ REPEATS, REPEATED_SHARE, REPEATED_WORDS = 5, 0.05, 3
 
 @dataclass(frozen=True)
 class Finding:
-    """A sample and what is wrong with it; `like` is the sample (split, index) that it repeats."""
+    """A sample and its defect; `like` is the sample (split, index) that it repeats."""
 
     split: Split
     index: int
@@ -53,7 +53,7 @@ def find(
     *,
     similarity: float = SIMILARITY,
 ) -> list[Finding]:
-    """Every finding but the scores, by split, kind and index; the sources are asked again for answers that repeat.
+    """Every finding except scores, by split, kind and index; repeated answers are read from the sources again.
 
     `similarity` is that of `closest`.
     """
@@ -75,7 +75,7 @@ def find(
 
 
 def frequent_answers(checkup: Checkup, source: Source, num: int) -> list[dict[str, Any]]:
-    """The `num` answers that most samples give, case and punctuation aside, each as its first sample has it."""
+    """The `num` most frequent answers, ignoring case and punctuation, each spelled as in its first sample."""
     top = _answer_counts(checkup)[:num]
     return [
         {"answer": _answer(source, first, answer), "count": count, "share": count / len(checkup)}
@@ -107,7 +107,7 @@ def _bad(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 
 def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
-    """Several texts for one image file are ordinary (COCO has five captions an image), a second file of it is not."""
+    """Several texts for one image file are common (COCO has five captions an image), a copy of the file is not."""
     by_text: dict[tuple[int, int], int] = {}
     by_picture: dict[int, int] = {}
     for index in checkup.sound:
@@ -123,15 +123,15 @@ def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 
 def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity: float) -> Iterator[Finding]:
-    """Of each picture its first place only, compared with the pictures of earlier samples."""
+    """The first occurrence of each image, compared with the images of earlier samples."""
     first = np.sort(np.unique(checkup.hashes.pixels, return_index=True)[1])
     owners = np.array(checkup.owners, dtype=np.int64)[first]
     hashes = checkup.hashes.take(first)
     near = closest(hashes, hashes, before=np.searchsorted(owners, owners), similarity=similarity)
-    told = set(leave)
+    reported = set(leave)
     for owner, match in zip(owners.tolist(), near.tolist(), strict=True):
-        if match >= 0 and owner not in told:
-            told.add(owner)
+        if match >= 0 and owner not in reported:
+            reported.add(owner)
             other = int(owners[match])
             says = f"has nearly the image of sample '{checkup.ids[other]}'; look at both"
             yield _finding(split, checkup, owner, "near_duplicate", says, like=(split, other))
@@ -140,7 +140,7 @@ def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity
 def _shared(train: Checkup, val: Checkup, similarity: float) -> Iterator[Finding]:
     for index, match, word in _matches(train, val.hashes, similarity):
         other = val.owners[match]
-        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation sees what was learned"
+        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation measures memorized images"
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 
@@ -151,25 +151,25 @@ def _in_benchmark(train: Checkup, benchmark: Folder, similarity: float) -> Itera
 
 
 def _matches(checkup: Checkup, references: ImageHashes, similarity: float) -> Iterator[tuple[int, int, str]]:
-    """Samples with an image among the references: index, the first such reference, and whether it is the same."""
+    """Samples with an image among the references: index, the first such reference, and 'the' or 'nearly the'."""
     pixels, first, inverse = np.unique(checkup.hashes.pixels, return_index=True, return_inverse=True)
     near = closest(checkup.hashes.take(first), references, similarity=similarity)
     known = references.pixels
     last = -1
-    for owner, place in zip(checkup.owners, inverse.tolist(), strict=True):
-        match = int(near[place])
+    for owner, number in zip(checkup.owners, inverse.tolist(), strict=True):
+        match = int(near[number])
         if match >= 0 and owner != last:
-            yield owner, match, "the" if known[match] == pixels[place] else "nearly the"
+            yield owner, match, "the" if known[match] == pixels[number] else "nearly the"
             last = owner
 
 
 def _contradictions(split: Split, checkup: Checkup) -> Iterator[Finding]:
     first: dict[int, tuple[int, int]] = {}  # of a question, the answer and the sample that gives it
-    told: set[int] = set()
+    reported: set[int] = set()
     for question, answer, owner in zip(checkup.questions, checkup.claims, checkup.claimants, strict=True):
         other, earlier = first.setdefault(question, (answer, owner))
-        if answer != other and owner not in told:
-            told.add(owner)
+        if answer != other and owner not in reported:
+            reported.add(owner)
             whose = "itself" if earlier == owner else f"sample '{checkup.ids[earlier]}'"
             says = f"answers a question about its image otherwise than {whose} does; keep the answer that is right"
             like = None if earlier == owner else (split, earlier)

@@ -1,4 +1,4 @@
-"""How a record names an image, and the image that it names; a name that leads nowhere is told with its cause."""
+"""Opens the image that a record names by a path or data URL; an error names the cause."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_data_url(name: str) -> bool:
 
 
 def short_name(name: str) -> str:
-    """The name as it stands in figures and splits: an image within a record is called by a hash of it."""
+    """The name as used in reports and splits; a data URL is replaced by its hash."""
     return f"data:{digest(name):016x}" if is_data_url(name) else name
 
 
@@ -54,7 +54,7 @@ def open_image(name: str, *, root: Path) -> Image.Image:
 
 
 def stored_image(name: str, *, root: Path) -> StoredImage:
-    """Where the image lies that `open_image` would open; of a data URL the short name is given, and stands for it."""
+    """The stored bytes of the image that `open_image` would open; the bytes of a data URL are the URL itself."""
     if is_data_url(name):
         data = name.encode()
         return StoredImage(name, lambda: len(data), lambda start, size: data[start : start + size])
@@ -77,22 +77,22 @@ def _with_slashes(name: str, root: Path) -> str:
 def _decode_url(name: str) -> Image.Image:
     head = _DATA_URL.match(name)
     if head is None:
-        raise BadImage(f"image {quoted(name)} is no data URL in base64; begin it with data:image/png;base64,")
+        raise BadImage(f"image {quoted(name)} is not a base64 data URL; begin it with data:image/png;base64,")
     try:
         data = base64.b64decode(name[head.end() :], validate=False)
     except (binascii.Error, ValueError) as error:
-        raise BadImage(f"image {quoted(name)} is not base64 ({error}); write it anew") from error
+        raise BadImage(f"image {quoted(name)} is not base64 ({error}); encode it again") from error
     return decode_image(data, name=short_name(name))
 
 
 def _cause(path: str, root: Path) -> str:
-    """Why a file cannot be read, where more is known than its reader says."""
+    """Why a file cannot be read, where more is known than the error of its reader."""
     if found := likely_path(path, root=root):
         return f"{found[1]}: under '{root}' it is '{found[0]}'; change the names, or data.images="
     try:
         file = os.path.realpath(os.path.join(root, path))
         is_inside = file.startswith(os.path.join(os.path.realpath(root), ""))
         is_empty = is_inside and os.path.isfile(file) and os.path.getsize(file) == 0
-    except (OSError, ValueError):  # a name that no file can have: its reader says so
+    except (OSError, ValueError):  # an invalid name: its reader says so
         return ""
     return "is an empty file (0 bytes); copy it again" if is_empty else ""

@@ -1,4 +1,4 @@
-"""Image files, which nobody has vouched for, to plain RGB pictures: every way to fail ends in one `BadImage`."""
+"""Decodes untrusted image files to RGB; every failure is a `BadImage`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _UPRIGHT = {
 
 
 class ArrayImage(Image.Image):
-    """An RGB picture in an array [height, width, 3], which Pillow gets a copy of once it is asked to change or save it.
+    """An RGB image in an array [height, width, 3], copied into Pillow's memory only when it is changed or saved.
 
-    An encoder's transform only reads the array, so that most pictures are never copied.
+    An encoder's transform only reads the array, so that most images are never copied.
     """
 
-    _array: np.ndarray | None = None  # also in what is unpickled, which is Pillow's
+    _array: np.ndarray | None = None  # None once it is unpickled: then the pixels are Pillow's
 
     def __init__(self, array: np.ndarray) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class ArrayImage(Image.Image):
     def __array_interface__(self) -> dict[str, Any]:
         if self._array is None:
             return super().__array_interface__
-        # The array itself and not its address: whoever reads it keeps it alive, whatever becomes of the picture.
+        # The array itself and not its address, so that a reader keeps it alive.
         return {"version": 3, "shape": self._array.shape, "typestr": "|u1", "data": self._array}
 
 
@@ -66,7 +66,7 @@ class BadImage(BadSample):
 
 
 def load_image(path: str | Path, *, root: Path) -> Image.Image:
-    """The file's picture as RGB: upright (EXIF), on white where it is transparent, the first frame where it moves.
+    """The file's image as RGB: upright (EXIF), transparency on white, the first frame of an animation.
 
     `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. The
     number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
@@ -76,10 +76,10 @@ def load_image(path: str | Path, *, root: Path) -> Image.Image:
 
 
 def decode_image(data: bytes, *, name: str) -> Image.Image:
-    """The picture that a file of these bytes holds, as `load_image` gives it; errors call it `name`.
+    """The image of a file with these bytes, as `load_image` returns it; errors call it `name`.
 
     A JPEG of twice `DRAFT_SIDE` or more on both sides is decoded at a half, a quarter or an eighth of its size, which
-    leaves out most of the work, and nothing that an encoder sees that reads up to `DRAFT_SIDE` pixels a side.
+    is much faster and loses nothing for an encoder that reads up to `DRAFT_SIDE` pixels a side.
 
     Raises `BadImage`, naming what is wrong and the remedy.
     """
@@ -108,13 +108,16 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
             return to_rgb(_upright(decoded or image, image), name=name)
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # past Pillow's own limit: no size
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:  # past Pillow's own limit, the size is unknown
         says = f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller, or set data.reading."
         raise BadImage(f"{says}max_image_pixels= higher") from error
     except UnidentifiedImageError as error:
         kind = kind_of(data) or f"is none of {', '.join(FORMATS)}; convert it to one of them"
         raise BadImage(f"image '{name}' {kind}") from error
-    except Exception as error:  # Pillow's readers raise whatever a broken file made them trip over
+    except Exception as error:  # a broken file may raise anything in Pillow
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadImage(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
 
@@ -123,7 +126,7 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
     """The image in the middle of a square of color `fill`.
 
     Raises `ValueError` where the square would hold more pixels than data.reading allows: a strip of 1 x 60,000 pixels
-    passes for a small image until it is padded.
+    is small until it is padded.
     """
     width, height = image.size
     side = max(width, height)
@@ -140,13 +143,13 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
 
 
 def _by_torchvision(image: Image.Image, data: bytes) -> ArrayImage | None:
-    """A plain JPEG's picture, the same as Pillow makes of it in three quarters of the time; None for all else.
+    """The image of an RGB JPEG, equal to Pillow's in three quarters of the time; None for all else.
 
-    What torchvision cannot read is left to Pillow, and to its account of what is wrong.
+    Pillow reads what torchvision cannot, and reports what is wrong with it.
     """
     if (image.format, image.mode) != ("JPEG", "RGB"):
         return None
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which only JPEG is worth
+    from torchvision.io import ImageReadMode, decode_jpeg  # importing takes a second
 
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)  # 3 h w
@@ -160,23 +163,22 @@ def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
     """The image turned as its file says."""
     try:
         turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF around sound pixels is common, and then nothing says that they need turning
+    except Exception:  # broken EXIF is common; the image is used as it is
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
-    """The picture as RGB with 8 bits a channel, on white where it is transparent; errors call it `name`.
+    """The image as RGB with 8 bits a channel, transparency on white; errors call it `name`.
 
-    Of 16 bits, the brightest value is white, or with `data.reading.image_range=found` the brightest that it holds, and
-    the darkest that it holds black.
+    A 16-bit image is divided by 256, or with `data.reading.image_range=found` scaled from its own range to 0 to 255.
     """
     if image.mode in ("I", "F"):
         raise BadImage(
             f"image '{name}' holds 32-bit values (mode {image.mode}), of which none is known to be white; "
             "save it with 8 or 16 bits"
         )
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which makes most of the picture white
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which makes most of the image white
         values = np.asarray(image)
         gray = (values >> 8).astype(np.uint8) if current().image_range == "full" else _stretched(values)
         gray[values == image.info.get("transparency", -1)] = 255
@@ -185,11 +187,11 @@ def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
         seen = image.convert("RGBA")
         image = Image.new("RGB", seen.size, WHITE)
         image.paste(seen, mask=seen.getchannel("A"))
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
-    """The values from their least to their largest as 0 to 255; one value alone stays what it is of 16 bits."""
+    """The values scaled from their minimum and maximum to 0 to 255; a constant image keeps its 16-bit level."""
     low, high = int(values.min()), int(values.max())
     if low == high:
         return (values >> 8).astype(np.uint8)

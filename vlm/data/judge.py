@@ -1,4 +1,4 @@
-"""Whether a sample can be used: the one judgment that preflight, loader, validation's prompts and doctor share."""
+"""Reads, checks and encodes samples: one implementation for preflight, loader, validation prompts and doctor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vlm.text.turns import check_placeholders
 
 @dataclass(frozen=True)
 class Judge:
-    """Takes samples from sources and makes rows of them; what it cannot use is a BadSample that names the sample.
+    """Turns samples of a source into rows. Whatever is wrong with a sample is raised as a BadSample that names it.
 
-    A text that the chat template refuses is the sample's fault here: of a template that refuses every text, nothing of
-    a split can be used, and preflight says so. `max_answers` is how many answers the LLM learns a row (None: any).
+    A text that the chat template refuses counts as a bad sample; preflight reports a template that refuses all.
+    `max_answers` is the number of answers that the LLM can learn per row (None: any number).
     """
 
     text: TextEncoder
@@ -84,7 +84,7 @@ class Judge:
         return encoded
 
     def row(self, sample: Sample, encoded: Encoded) -> Row:
-        """The sample with its images transformed. Raises BadSample where one of them cannot be."""
+        """The sample with its images transformed. Raises BadSample where a transform fails."""
         with applied(self.reading):
             try:
                 return make_row(sample, encoded, self.spec)
@@ -93,7 +93,7 @@ class Judge:
 
 
 def read(source: Source, index: int, *, reading: Reading, outline: bool = False) -> Sample:
-    """The sample, its id fit to be printed and written. Raises BadSample, in such words too."""
+    """The sample, or its outline. Its id, and the message of a BadSample, are made safe to print."""
     with applied(reading):
         try:
             sample = source.outline(index) if outline else source[index]

@@ -1,4 +1,4 @@
-"""Names that lead to no file: what they are instead, and the file that was probably meant."""
+"""Diagnosis of paths that do not exist: why, and which file was probably meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST = 1024  # characters; Linux takes 255 for a file and 4,096 for a path
 
 
 def no_path(name: str) -> str:
-    """Why a name can be no path, with the remedy, in words that follow on the name; empty where it may be one."""
+    """Why a name cannot be a path, with the remedy, as a phrase to follow the name; empty where it may be one."""
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", name)
     if scheme is not None:
         if scheme[1].lower() == "file":
@@ -41,6 +41,6 @@ def likely_path(name: str, *, root: Path) -> tuple[str, str] | None:
         for number in range(1, min(len(parts), len(home))):
             if parts[:number] == list(home[-number:]) and root.joinpath(*parts[number:]).exists():
                 return "/".join(parts[number:]), f"begins with the folder '{'/'.join(parts[:number])}' a second time"
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # an invalid file name
         pass
     return None

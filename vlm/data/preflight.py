@@ -1,4 +1,4 @@
-"""A look at some samples of a split before step 0: is there something to learn, and does every image have its place?"""
+"""Checks some samples of each split before the first step: supervised tokens, image placeholders, lengths."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ from vlm.text.turns import count
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What some rows of one split hold, in tokens; `num_tokens` counts all, visual ones included."""
+    """Token counts of some rows of a split; `num_tokens` includes visual tokens."""
 
     name: str
-    num_samples: int  # that can be used
-    num_bad: int  # left to the loader, which names and counts them
+    num_samples: int  # good ones
+    num_bad: int  # the loader names and counts them
     num_tokens: int
     num_supervised_tokens: int
     num_visual_tokens: int
     longest_row: int
     shown: list[str]  # the first rows decoded, the supervised part between ⟦ and ⟧
-    left_out: dict[str, int]  # what the source passes over in its data, and how much of it
+    left_out: dict[str, int]  # `Source.left_out`, without zeros
 
 
 def preflight(rows: Rows, *, num_samples: int, show: int) -> PreflightReport:
-    """Takes `num_samples` samples, evenly spread over a split, through the judgment that training has of them.
+    """Encode `num_samples` samples, evenly spread over a split, as training does.
 
-    Raises ValueError where more of them cannot be used than the loader would bear, or none can.
+    Raises ValueError where more of them are bad than `rows` allows, or all are.
     """
     source, name = rows.source, rows.split
     taken = min(num_samples, len(source))
     if taken < 1:
-        raise ValueError(
-            f"preflight of '{name}' has {len(source)} samples to look at; set data.root= or preflight.samples="
-        )
+        raise ValueError(f"preflight of '{name}' has {len(source)} samples; set data.root= or preflight.samples=")
     encoded: list[Encoded] = []
     shown: list[str] = []
     bad: list[BadSample] = []
@@ -93,7 +91,7 @@ def render(reports: Sequence[PreflightReport]) -> str:
 
 
 def _left_out(reports: Sequence[PreflightReport]) -> Iterator[str]:
-    """A line a split; one for all that have left out the same, as most count over the whole of the data."""
+    """A line per split; splits that left out the same share a line, because most sources count over the whole data."""
     splits: dict[str, list[str]] = {}
     for report in reports:
         counts = ", ".join(f"{num:,} {_singular(what) if num == 1 else what}" for what, num in report.left_out.items())
@@ -102,5 +100,5 @@ def _left_out(reports: Sequence[PreflightReport]) -> Iterator[str]:
 
 
 def _singular(what: str) -> str:
-    """The first plural of a phrase as a singular: a text file without an image."""
+    """The phrase with its first plural as a singular: a text file without an image."""
     return re.sub(r"ie\b", "y", re.sub(r"^(.*?\w)s\b", r"\1", what, count=1), count=1)

@@ -1,4 +1,4 @@
-"""How data are read: how much of one thing is taken at most, and how a deep picture becomes one of 8 bits."""
+"""Limits of what is read from a dataset, and the conversion of 16-bit images to 8 bits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Limit = Annotated[int, Range(1, 2**40)]
 
 @dataclass(frozen=True)
 class Reading:
-    """The options `data.reading`. What is beyond a limit is refused by name, before it costs time or memory.
+    """The options `data.reading`. Data beyond a limit is refused, by name, before it costs time or memory.
 
     Args:
-        image_range: what is white in a picture of 16 bits: 65,535 (`full`), or its own brightest value, its darkest
-            being black (`found`), as X-rays need that hold 12-bit values.
+        image_range: the range of a 16-bit image that becomes 0 to 255: 0 to 65,535 (`full`), or its own minimum to its
+            own maximum (`found`), for X-rays with 12-bit values.
         max_image_bytes: bytes of an image file.
-        max_image_pixels: pixels of a picture, 3 bytes each once it is decoded.
-        max_image_scans: scans of a progressive JPEG, each of which goes through the whole picture; cameras write 10.
+        max_image_pixels: pixels of an image, 3 bytes each once it is decoded.
+        max_image_scans: scans of a progressive JPEG, each of which decodes the whole image; cameras write 10.
         max_text_bytes: bytes of a text file that belongs to one sample.
         max_characters: characters of a sample's messages.
         max_turns: messages of a sample.
-        max_files: files, or names of shards, that a source looks through.
+        max_files: files, or names of shards, that a source lists.
     """
 
     image_range: Literal["full", "found"] = "full"
@@ -43,13 +43,13 @@ _CURRENT: ContextVar[Reading] = ContextVar("reading", default=Reading())  # noqa
 
 
 def current() -> Reading:
-    """What holds where this is called: the defaults outside of `applied`."""
+    """The options in effect: those of the enclosing `applied`, else the defaults."""
     return _CURRENT.get()
 
 
 @contextmanager
 def applied(reading: Reading) -> Iterator[None]:
-    """Sources that are made or read in here keep to `reading`; theirs is the code that opens files."""
+    """Sources that are made or read inside this context use `reading`."""
     token = _CURRENT.set(reading)
     try:
         yield

@@ -1,6 +1,7 @@
-"""Records of a large JSON file: each is parsed once at the start, to learn where it lies, and again when it is read.
+"""Records of a large JSON file: each is parsed once at the start, to find its bytes, and again when it is read.
 
-A list of 665,000 conversations is 1 GB of text and several of dictionaries, of which a run needs a batch at a time.
+A list of 665,000 conversations is 1 GB of text and several GB of dictionaries, of which a run needs one batch at a
+time.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ BOM = codecs.BOM_UTF8
 CHUNK = 2**20  # bytes read together
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINES, ".txt")
-HEAD = 2**24  # bytes that the first of several lines may have
-LARGEST = 2**26  # characters among which the end of a record is looked for
+HEAD = 2**24  # maximum bytes of the first of several lines
+LARGEST = 2**26  # maximum characters of a record
 _BETWEEN = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")  # what may stand between two items of a list
 _DECODER = json.JSONDecoder()
 
@@ -37,7 +38,7 @@ class Item(NamedTuple):
 
 
 class RecordFile:
-    """`file[i]` is record i of a JSON list, or of JSON lines; in memory are three numbers a record.
+    """`file[i]` is record i of a JSON list, or of JSON lines; three numbers a record stay in memory.
 
     `visit` is called with every record, in order. Raises `ValueError` where the file is neither, naming the line of the
     error.
@@ -56,7 +57,7 @@ class RecordFile:
             visit(record)
         self._places = np.array(places).reshape(-1, 3)
         if num_wrong and not self._is_lines:
-            raise ValueError(f"'{file}' has {num_wrong} of {len(self)} items that are no objects; remove them")
+            raise ValueError(f"'{file}' has {num_wrong} of {len(self)} items that are not objects; remove them")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -69,7 +70,9 @@ class RecordFile:
         try:
             return self._record(number, json.loads(data))
         except (ValueError, RecursionError) as error:
-            return self._record(number, {})._replace(problem=f"is not what it was at the start ({error}); start anew")
+            return self._record(number, {})._replace(
+                problem=f"changed since the start of the run ({error}); restart the run"
+            )
 
     def _record(self, number: int, value: Any) -> Record:
         return to_record(f"{self._name}:{number}" if self._is_lines else f"{self._name}[{number}]", value)
@@ -121,8 +124,8 @@ class _Window:
     def __init__(self, handle: BinaryIO) -> None:
         self._handle = handle
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._text, self._at = "", 0  # what is read next
-        self._byte = len(BOM) if handle.read(len(BOM)) == BOM else 0  # of the file, at `_at`
+        self._text, self._at = "", 0  # index of the next character
+        self._byte = len(BOM) if handle.read(len(BOM)) == BOM else 0  # position in the file of `_at`
         handle.seek(self._byte)
 
     def kind(self) -> str:
@@ -132,7 +135,7 @@ class _Window:
         return "one object" if isinstance(self._value(), dict) else "no list"
 
     def items(self) -> Iterator[Item]:
-        """What stands behind the opening bracket of a list with which the file ends."""
+        """The items after the opening bracket of a list; raises unless the file ends after it."""
         mark = self.between() if self._text.startswith("]", self._at) else ","
         number = 0
         while mark == ",":
@@ -145,31 +148,31 @@ class _Window:
             raise json.JSONDecodeError(reason, self._text, self._at)
 
     def between(self) -> str:
-        """Goes on to the next value, over the mark that is returned: a bracket, a comma, or none."""
+        """Advances to the next value and returns the mark before it: a bracket, a comma, or none."""
         while (found := _BETWEEN.match(self._text, self._at)) and found.end() == len(self._text) and self._more():
             pass
         assert found is not None
-        self._go_on(found.end())
+        self._advance(found.end())
         return found[1]
 
     def _value(self) -> Any:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-                if end < len(self._text) or not self._more():  # a number may go on
+                if end < len(self._text) or not self._more():  # a number may continue
                     break
             except json.JSONDecodeError:
                 if len(self._text) - self._at > LARGEST or not self._more():
                     raise
-        self._go_on(end)
+        self._advance(end)
         return value
 
-    def _go_on(self, end: int) -> None:
+    def _advance(self, end: int) -> None:
         self._byte += end - self._at if self._text.isascii() else len(self._text[self._at : end].encode())
         self._at = end
 
     def _more(self) -> bool:
-        """Reads on, as much again as is left; False at the end of the file."""
+        """Reads at least as much again as is left; False at the end of the file."""
         data = self._handle.read(max(CHUNK, len(self._text) - self._at))
         new = self._decode(data, final=not data)
         if data:
@@ -177,9 +180,9 @@ class _Window:
         return bool(data)
 
     def line_of(self, error: Exception) -> int:
-        """The line of the file that an error speaks of."""
+        """The line of the file where an error is."""
         self._handle.seek(0)
         line = 1 + self._handle.read(self._byte).count(b"\n")
-        if isinstance(error, UnicodeDecodeError):  # behind what is in memory
+        if isinstance(error, UnicodeDecodeError):  # beyond the text in memory
             return line + self._text.count("\n", self._at) + error.object.count(b"\n", 0, error.start)
         return line + self._text.count("\n", self._at, getattr(error, "pos", self._at))

@@ -1,4 +1,4 @@
-"""`data.text_replay=`: conversations without images among the training samples, so that the LLM keeps what it knows."""
+"""`data.text_replay=`: conversations without images among the training samples, against forgetting in the LLM."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vlm.schema import Source
 REPLAY = Path(__file__).with_name("replay.jsonl")  # written for this project, half English and half Japanese
 
 
-def with_replay(source: Source, *, share: float, annotations: str | None) -> Mixture:
-    """A training split that gives `share` of an epoch to conversations of a file, and reads the source once meanwhile.
+def with_replay(source: Source, *, ratio: float, annotations: str | None) -> Mixture:
+    """A training split with a `ratio` of text conversations per epoch, in which the source is read once.
 
     `annotations` are conversations as `Instruct` takes them; None takes those that come with the project.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"data.text_replay={share} is no share; choose a number from 0 up to, and without, 1")
+    if not 0 < ratio < 1:
+        raise ValueError(f"data.text_replay={ratio} must be in (0, 1); set data.text_replay=0.1 for one sample in ten")
     file = REPLAY if annotations is None else existing_file(annotations, option="replay_annotations")
     try:
         texts = Instruct(split="train", annotations=file, images=None, val_fraction=0.0)
@@ -28,7 +28,7 @@ def with_replay(source: Source, *, share: float, annotations: str | None) -> Mix
     order = source.order(0, seed=0)
     size = len(source) if order is None else len(order)
     parts: dict[str, Any] = {"data": lambda split: source, "replay": lambda split: texts}
-    weights = {"data": 1 - share, "replay": share}
-    mixed = Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - share)))
-    mixed.left_out = source.left_out  # in the words of the validation split
+    weights = {"data": 1 - ratio, "replay": ratio}
+    mixed = Mixture(split="train", sources=parts, weights=weights, num_samples=round(size / (1 - ratio)))
+    mixed.left_out = source.left_out  # with the keys of the validation split
     return mixed

@@ -1,4 +1,4 @@
-"""A split as the rows that a batch is made of; samples that cannot be used are named and counted."""
+"""A split as rows of a batch; bad samples are named, counted and replaced."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAMED = 1000  # bad samples of a split that the file names
 
 
 class Rows(Dataset[Row]):
-    """`rows[indices]` is the row of these samples, side by side. From the number of samples on, an index means the same
-    samples in later epochs, which `augment` shows otherwise.
+    """`rows[indices]` is the row of these samples, packed side by side.
 
-    A sample that cannot be used is named in a file and left out; where none is left, another one takes its place. What
-    the file names already, as it does in a run that is resumed, is not named again, and beyond `NAMED` samples of a
-    split are counted alone. `states` has the number in `STATES` of every sample as far as they were read. Raises
-    ValueError once more than `max_bad` samples of the split are bad, and where none of them can be used.
+    Index `epoch * len(rows) + i` is sample i in that epoch, augmented with the epoch's own seed. A bad sample is named
+    in `bad_samples_file` and left out; an empty row gets another sample. Samples that the file already names, as in a
+    resumed run, are not named again, and beyond `NAMED` per split they are only counted. `states` is the index in
+    `STATES` of every sample read so far. Raises ValueError once more than `max_bad` samples of the split are bad, or if
+    all of them are.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Rows(Dataset[Row]):
         return join(made or [self._another(indices[-1])])
 
     def _another(self, index: int) -> Row:
-        """The row of another sample of the same epoch, in the place of one that cannot be used.
+        """The row of another sample of the same epoch, to replace a bad one.
 
-        Each is tried once, in long strides: the pictures of a folder that is missing lie next to each other.
+        Each is tried once, in long strides: the images of a missing folder are next to each other.
         """
         num = len(self.source)
         epoch, index = divmod(index, num)
@@ -80,7 +80,7 @@ class Rows(Dataset[Row]):
         raise self.none_left()
 
     def none_left(self) -> ValueError:
-        """What to raise where nothing of the split can be used."""
+        """The error for a split in which every sample is bad."""
         what = f"none of the {len(self.source)} samples of {self.split} can be used"
         return ValueError(f"{what}; repair the data, for example: {self._latest}")
 
@@ -101,7 +101,7 @@ class Rows(Dataset[Row]):
         return row
 
     def quarantine(self, index: int, error: BadSample) -> None:
-        """Name and count a bad sample, unless that is done."""
+        """Name and count a bad sample, once."""
         self._latest = error
         if self.states[index]:
             return
@@ -116,11 +116,11 @@ class Rows(Dataset[Row]):
                 file.write(text)
 
     def check(self, num_bad: int, error: BadSample) -> None:
-        """Raise ValueError, naming the latest of them, where that many bad samples are more than are allowed."""
+        """Raise ValueError, naming the latest bad sample, if `num_bad` exceeds `max_bad`."""
         if num_bad > self.max_bad:
             remedy = "data.max_bad_ratio" if self.max_bad else "data.on_bad_sample=skip and data.max_bad_ratio"
-            share = num_bad / len(self.source)
-            more = f", or set {remedy} above {share:.2g}" if share < 1 else ""  # which would leave no sample
+            ratio = num_bad / len(self.source)
+            more = f", or set {remedy} above {ratio:.2g}" if ratio < 1 else ""
             raise ValueError(
                 f"{error} ({count(num_bad, 'bad sample')} of {len(self.source)}, {self.max_bad} allowed: "
                 f"repair them{more})"

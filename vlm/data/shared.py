@@ -1,4 +1,4 @@
-"""Pictures that are in both splits: found by the bytes of their files, of which few have to be read."""
+"""Images that are in both splits, found by the bytes of their files, few of which have to be read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from vlm.data.split import content_key
 from vlm.schema import BadSample, Source, StoredImage
 
-THREADS = 16  # a network mount answers slowly, and many questions at a time
-BATCH = 10_000  # images whose sizes are asked for together
+THREADS = 16  # a network mount answers slowly, but many requests at a time
+BATCH = 10_000  # images whose sizes are read together
 
 
 class Shared(NamedTuple):
-    """How many of the validation pictures that were compared are in train too, and the first of them in both."""
+    """How many of the compared validation images are in train too, with an example."""
 
     num_shared: int
     num_compared: int
@@ -24,10 +24,10 @@ class Shared(NamedTuple):
 
 
 def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
-    """Compare the pictures of these validation samples with all of train.
+    """Compare the images of these validation samples with all images of train.
 
-    Of a training picture only the size is asked for, unless a validation picture has the same one; and only a few
-    kilobytes are read, unless they are equal too. A picture that cannot be read is equal to none.
+    The sizes of files are compared first, then a few kilobytes of those of equal size, then all bytes. An image that
+    cannot be read equals no other.
     """
     with ThreadPool(THREADS) as pool:
         sizes: dict[StoredImage, int] = dict(_sized(val.stored_images(indices), pool))
@@ -43,7 +43,7 @@ def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
 
 
 def _sized(images: Iterator[StoredImage], pool: ThreadPool) -> Iterator[tuple[StoredImage, int]]:
-    """The images that there are, with their sizes."""
+    """The images that exist, with their sizes."""
     while batch := list(islice(images, BATCH)):
         yield from (pair for pair in zip(batch, pool.map(_size, batch), strict=True) if pair[1] >= 0)
 
@@ -51,7 +51,7 @@ def _sized(images: Iterator[StoredImage], pool: ThreadPool) -> Iterator[tuple[St
 def _size(image: StoredImage) -> int:
     try:
         return image.size()
-    except (OSError, ValueError):  # not there, or a name that no file can have
+    except (OSError, ValueError):  # missing, or an invalid file name
         return -1
 
 

@@ -1,4 +1,4 @@
-"""Which samples are for validation: decided by a hash of a name, so that it holds over runs, machines and new files."""
+"""The split into train and val by a hash of a name: the same over runs, machines and when files are added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, UInt64
 
 from vlm.schema import Split
 
-PART = 4096  # bytes of each part of a file that `content_key` looks at
+PART = 4096  # bytes of each part of a file that `content_key` hashes
 
 
 def check_split(*, split: Split, val_fraction: float) -> None:
@@ -20,11 +20,11 @@ def check_split(*, split: Split, val_fraction: float) -> None:
     if split not in ("train", "val"):
         raise ValueError(f"split is '{split}'; choose train or val")
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; choose a number from 0 up to, and without, 1")
+        raise ValueError(f"val_fraction is {val_fraction}; it must be in [0, 1)")
 
 
 def in_split(key: str, *, split: Split, val_fraction: float) -> bool:
-    """Whether what `key` names belongs to `split`."""
+    """Whether the item named `key` belongs to `split`."""
     return (digest(key) < int(val_fraction * 2**64)) == (split == "val")
 
 
@@ -41,7 +41,7 @@ def digest(key: str) -> int:
 def image_key(name: str, *, root: Path) -> str:
     """One spelling per image: `./a.jpg`, `x/../a.jpg`, `x\\..\\a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
     odd = name[:1] in "/." or name[-1:] == "/" or "//" in name or "/." in name or "\\" in name
-    if not odd:  # as nearly all of the million are that a dataset may have
+    if not odd:  # nearly all names of a large dataset
         return name
     name = name.replace("\\", "/")  # Windows
     if os.path.isabs(name):
@@ -50,10 +50,10 @@ def image_key(name: str, *, root: Path) -> str:
 
 
 def content_key(size: int, read: Callable[[int, int], bytes]) -> str:
-    """A key of a picture by the bytes of its file, of which `read(start, size)` gives some.
+    """A key of an image by the bytes of its file, which `read(start, size)` returns.
 
-    Equal files have equal keys. Of a large file its size and three parts are looked at, so that a set of millions costs
-    no more than its headers do.
+    Equal files have equal keys. Of a large file only its size and three parts are hashed, so that millions of files
+    cost little.
     """
     starts = (0, (size - PART) // 2, size - PART) if size > 3 * PART else (0,)
     parts = [read(start, PART if len(starts) > 1 else size) for start in starts]

@@ -1,7 +1,7 @@
-"""Data workers that no signal to the process group ends: Ctrl-C and schedulers send one to every process of a run.
+"""Data workers that ignore signals to the process group: Ctrl-C and schedulers send one to every process of a run.
 
-The main process decides what a signal means: it finishes the step, for which it needs its workers, and then ends them.
-Workers also end by themselves within seconds once the main process is gone.
+The main process handles the signal: it finishes the step, for which it needs its workers, and then stops them. Workers
+also stop by themselves within seconds once the main process is gone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ class _Process(context.ForkProcess):
 
 
 class WorkerContext(context.ForkContext):
-    """What `DataLoader(multiprocessing_context=…)` makes its workers from."""
+    """The context that `DataLoader(multiprocessing_context=…)` starts its workers from."""
 
     Process = _Process

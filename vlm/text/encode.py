@@ -1,9 +1,9 @@
-"""From a conversation to token ids, labels and the places of its images, by the characters of the rendered text.
+"""From a conversation to token ids, labels and image placeholders, by the characters of the rendered text.
 
-The chat template renders the whole conversation once and the text is tokenised once. The same conversation rendered
-with a sentinel in the place of each text shows what the template itself writes; that locates every assistant turn by
-characters, whatever the template. A turn to learn is all that follows its generation prompt, up to the special token
-that ends it. The text is split before it, so that no token joins the end of a generation prompt with the start of the
+The chat template renders the whole conversation once and the text is tokenized once. The same conversation rendered
+with a sentinel for each text shows what the template itself writes; that locates every assistant turn by characters,
+for any template. A supervised turn is all that follows its generation prompt, up to and with the special token that
+ends it. The text is split before it, so that no token joins the end of a generation prompt with the start of the
 answer, as two newlines would: generation too starts after the prompt's own tokens.
 """
 
@@ -44,28 +44,28 @@ CHOOSE = f"set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}"
 REPAIR = "repair or remove it, or set llm.chat_template="
 PROBE: list[tuple[Literal["user", "assistant"], str]]
 PROBE = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-ROOM, ROOM_A_TURN = 1_000_000, 1_000  # characters that a chat template may write beside ten times the texts
-FIRST_LETTERS = ["d", "2", " d", "\nd", "日", "🙂"]  # of answers, of which many would join with the prompt
+EXTRA, EXTRA_PER_TURN = 1_000_000, 1_000  # characters that a chat template may add to ten times the texts
+FIRST_LETTERS = ["d", "2", " d", "\nd", "日", "🙂"]  # of answers; many may form a token with the end of the prompt
 
 
 class TextEncoder:
-    """Conversations to rows for one tokenizer and chat template; the tokenizer itself is never changed.
+    """Tokenizes conversations for one tokenizer and chat template; the tokenizer itself is never changed.
 
     `chat_template` is a name in `TEMPLATES`, or None for the tokenizer's own. `num_image_tokens` is 0 where the LLM's
-    layers attend to the visual tokens: an image then takes no place and only `images_before` tells of it. Where images
-    are tiled, `tile_rows` gives the tiles in each row for an image's width and height, and `row_separator` is the text
-    between these rows.
+    layers attend to the visual tokens: an image then has no placeholder and only `images_before` counts it. Where
+    images are tiled, `tile_rows` gives the tiles in each row for an image's width and height, and `row_separator` is
+    the text between these rows.
 
     `train_on` says which tokens are supervised: those of every `assistant` turn, of the `last_assistant` turn only, or
-    `all` tokens but the images' (the template's own words too, as other trainers mean it). `system_prompt` opens each
-    conversation that has no system message. `too_long` says what becomes of a conversation beyond `max_length` tokens:
-    `drop` refuses it, `truncate_text` cuts it as `kept_length` tells.
+    `all` tokens except visual ones (the template's own words too, as in other trainers). `system_prompt` opens each
+    conversation that has no system message. `too_long` says what happens to a conversation of more than `max_length`
+    tokens: `drop` refuses it, `truncate_text` cuts it (see `kept_length`).
 
     A special token's name in a message is read as plain characters; only the template writes special tokens.
 
     Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located,
-    that ends no answer with a special token of the tokenizer, or after whose generation prompt no answer could begin as
-    it was learned; also for a tokenizer with neither pad nor eos token.
+    that does not end answers with a special token of the tokenizer, or whose generation prompt is tokenized otherwise
+    in training; also for a tokenizer with neither pad nor eos token.
     """
 
     def __init__(
@@ -153,15 +153,15 @@ class TextEncoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids after which an answer is over: the end-of-turn mark that the labels hold, and the end of text."""
+        """Ids that end an answer: the end-of-turn token of the labels, and the end of text."""
         return sorted({self._end_of_turn, self.tokenizer.eos_token_id} - {None})
 
     def runs(self, encoded: Encoded) -> list[tuple[str, bool]]:
-        """The row decoded in runs of one kind: (text, whether it is supervised); an image reads `<image×K>`."""
+        """The decoded tokens in runs: (text, whether it is supervised); an image is written `<image×K>`."""
         runs: list[tuple[str, bool]] = []
         pending: list[int] = []
         seen = 0
-        visual = Counter(compress(encoded.images_before, encoded.image_mask))  # how many tokens each image has
+        visual = Counter(compress(encoded.images_before, encoded.image_mask))  # tokens of each image
         for index, token in enumerate(encoded.input_ids):
             supervised = encoded.labels[index] != IGNORE
             new_images = encoded.images_before[index] - seen
@@ -182,11 +182,11 @@ class TextEncoder:
         return [text for text, supervised in self.runs(encoded) if supervised]
 
     def display(self, encoded: Encoded) -> str:
-        """The decoded row, every supervised run between ⟦ and ⟧."""
+        """The decoded tokens, every supervised run between ⟦ and ⟧."""
         return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in self.runs(encoded))
 
     def _decode(self, ids: list[int]) -> str:
-        """The text of ids inside a row: SentencePiece's decoder takes the first space of a text away."""
+        """The text of ids inside a row; SentencePiece's decoder removes the first space of a text."""
         before, text = (
             self.tokenizer.decode(each, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for each in ([self.pad_id], [self.pad_id, *ids])
@@ -196,7 +196,7 @@ class TextEncoder:
         return text.removeprefix(before)
 
     def _turns(self, sample_id: str, messages: Sequence[Message], num_images: int) -> tuple[list[str], list[str]]:
-        """Roles and texts as the template gets them."""
+        """Roles and texts as input of the template."""
         if self.system_prompt is not None and messages[0]["role"] != "system":
             opening = Message(role="system", content=[{"type": "text", "text": self.system_prompt}])
             messages = [opening, *messages]
@@ -221,9 +221,9 @@ class TextEncoder:
             raise BadSample(f"sample '{sample.id}': {error}; {REPAIR}") from error
 
     def _probe(self) -> tuple[Callable[[str], object], int]:
-        """The form of a message's content that the template takes, a string or a list of items, and the end of turn.
+        """The form of content that the template expects, a string or a list of items, and the end-of-turn id.
 
-        Strings come first: a template for strings would print a list's Python syntax without an error.
+        Strings are tried first: a template for strings would print a list's Python syntax without an error.
         """
         try:
             return as_string, self._end_of(as_string)
@@ -234,7 +234,7 @@ class TextEncoder:
                 raise ValueError(f"{error}; {CHOOSE}") from None
 
     def _end_of(self, form: Callable[[str], object]) -> int:
-        """The id that ends an answer, found in conversations that show whether the template can be used."""
+        """The id that ends an answer; also checks that the template can be used."""
         turns = [Message(role=role, content=[{"type": "text", "text": text}]) for role, text in PROBE]
         roles, texts = self._turns("data.system_prompt", turns, 0)
         rendered = self._render(roles, texts, form)
@@ -262,9 +262,9 @@ class TextEncoder:
             {"role": role, "content": form(text)} for role, text in zip(roles, texts, strict=True)
         ]
         text = jinja.render(self.template, chat, add_generation_prompt=prompt, **self._variables)
-        room = ROOM + ROOM_A_TURN * len(texts) + 10 * sum(map(len, texts))
-        if len(text) > room:
-            raise ValueError(f"the chat template writes {len(text):,} characters where {room:,} should be enough")
+        limit = EXTRA + EXTRA_PER_TURN * len(texts) + 10 * sum(map(len, texts))
+        if len(text) > limit:
+            raise ValueError(f"the chat template writes {len(text):,} characters where {limit:,} should be enough")
         return text
 
     def _answered(
@@ -278,7 +278,7 @@ class TextEncoder:
     def _prompt(
         self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object]
     ) -> tuple[str, list[int], list[int | None]]:
-        """The conversation up to the generation prompt, split at earlier answers as the whole is; no label is due."""
+        """The conversation up to the generation prompt, split at earlier answers as the whole is; it has no labels."""
         text = self._render(roles, texts, form, prompt=True)
         spans = self._spans(roles, texts, text, form, prompt=True)
         skeleton = self._skeleton(roles, form, prompt=True)
@@ -335,7 +335,7 @@ class TextEncoder:
     ) -> list[Span]:
         """Where the answers lie in `rendered`. What the template writes is known after the first such conversation."""
         spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=self._marks)
-        with suppress(ValueError):  # it may write the date
+        with suppress(ValueError):  # a template may write the date
             return spans(skeleton=self._skeleton(roles, form, prompt))
         self._skeletons.pop(self._key(roles, form, prompt), None)
         return spans(skeleton=self._skeleton(roles, form, prompt))
@@ -345,23 +345,23 @@ class TextEncoder:
         if key not in self._skeletons:
             rendered = self._render(roles, sentinels(len(roles)), form, prompt)
             skeleton = skeleton_of(rendered, len(roles))
-            if len(roles) > 100:  # of which there are few, and each is long
+            if len(roles) > 100:  # rare, and large
                 return skeleton
             self._skeletons[key] = skeleton
         return self._skeletons[key]
 
     def _key(self, roles: Sequence[str], form: Callable[[str], object], prompt: bool) -> tuple[object, ...]:
-        return form, prompt, len(roles), roles[0]  # user and assistant take turns
+        return form, prompt, len(roles), roles[0]  # user and assistant alternate
 
     def _row(
         self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]
     ) -> tuple[Encoded, list[int | None]]:
-        """The row, every token but an image's a label, and the answer that each of its places belongs to."""
+        """The tokens, all but visual ones as labels, and the answer that each belongs to (or None)."""
         row = Encoded([], [], [], [], text=text.replace(BREAK, ""))
         owners: list[int | None] = []
         num_images = start = 0
         private = [at for at, token in enumerate(ids) if token in (self._image_id, self._break_id)]
-        for at in [*private, len(ids)]:  # by runs: token by token, the 576 of an image take longer than its text
+        for at in [*private, len(ids)]:  # by runs, because 576 visual tokens one by one would take longer than the text
             plain = ids[start:at]
             row.input_ids.extend(plain)
             row.labels.extend(plain)
@@ -369,22 +369,22 @@ class TextEncoder:
             owners += answers[start:at]
             row.images_before.extend([num_images] * len(plain))
             if at < len(ids) and ids[at] == self._image_id:
-                places, visual = self._places(num_images, sizes)
+                ids_of_image, visual = self._placeholders(num_images, sizes)
                 num_images += 1
-                row.input_ids.extend(places)
-                row.labels.extend([IGNORE] * len(places))
+                row.input_ids.extend(ids_of_image)
+                row.labels.extend([IGNORE] * len(visual))
                 row.image_mask.extend(visual)
-                row.images_before.extend([num_images] * len(places))
-                owners += [answers[at]] * len(places)
+                row.images_before.extend([num_images] * len(visual))
+                owners += [answers[at]] * len(visual)
             start = at + 1
         return row, owners
 
     def _supervise(
         self, sample_id: str, row: Encoded, answers: Sequence[int | None], supervised: Sequence[bool]
     ) -> Encoded:
-        """The row cut to its length where that is asked for, with the labels of the answers that are `supervised`.
+        """The tokens, truncated if `too_long` says so, with the labels of the `supervised` answers.
 
-        Where `train_on` is `all`, those of the text between the answers too.
+        With `train_on=all` the text between the answers has labels too.
         """
         kept = kept_length(row, answers, self.max_length) if len(answers) > self.max_length else None
         length = kept if self.too_long == "truncate_text" else None
@@ -402,7 +402,7 @@ class TextEncoder:
             num_cut=len(row.labels) - len(labels),
         )
         check_length(sample_id, row, self.max_length, may_cut=kept is not None)
-        if all(label == IGNORE for label in labels):  # only answers that are not to be learned are left of it
+        if all(label == IGNORE for label in labels):  # only answers that are not supervised are left
             raise BadSample(
                 f"sample '{sample_id}' has no supervised token in its first {len(labels)} of "
                 f"{len(labels) + row.num_cut} tokens; raise data.max_length",
@@ -410,8 +410,8 @@ class TextEncoder:
             )
         return row
 
-    def _places(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
-        """The ids of what an image takes in a row, with the separator's between rows of tiles, and which are visual."""
+    def _placeholders(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
+        """The ids of an image, with separators between its rows of tiles, and which of them are visual tokens."""
         rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
         ids: list[int] = []
         visual: list[bool] = []

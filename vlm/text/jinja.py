@@ -1,4 +1,4 @@
-"""Chat templates are code from strangers: they run in Jinja's sandbox, as in Transformers, with a limit on their work.
+"""Chat templates are untrusted code: they run in Jinja's sandbox, as in Transformers, with a limit on their work.
 
 The dialect is that of Transformers' `apply_chat_template` (the same extensions, filters and globals).
 """
@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
-# Rounds of loops and calls: a million takes about a second. Published templates need some ten a message.
+# Loop iterations and calls: a million takes about a second. Published templates need about ten per message.
 MAX_STEPS = 1_000_000
-STEPS_A_MESSAGE = 100
-MAX_SIZE = 100_000_000  # characters or items that a template may make of two values
+STEPS_PER_MESSAGE = 100
+MAX_SIZE = 100_000_000  # characters or items of a value that an operator makes
 
 _steps: ContextVar[Iterator[int]] = ContextVar("_steps")
 
@@ -26,12 +26,12 @@ def render(
     """The conversation as the template writes it.
 
     Raises ValueError where the template is broken, refuses the conversation, does what the sandbox forbids, or takes
-    more than `MAX_STEPS` rounds of its loops and calls.
+    more than `MAX_STEPS` loop iterations and calls.
     """
     from jinja2 import TemplateError  # slow to import, and Transformers imports it here anyway
 
     wrong = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-    token = _steps.set(iter(range(MAX_STEPS + STEPS_A_MESSAGE * len(messages))))
+    token = _steps.set(iter(range(MAX_STEPS + STEPS_PER_MESSAGE * len(messages))))
     try:
         return _compile(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
@@ -75,7 +75,7 @@ def _compile(template: str) -> Any:
             return nodes.Scope(body, lineno=line)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Counts each round of a loop and each call, and looks at the size of what two values make."""
+        """Counts loop iterations and calls, and checks the size of results of operators before they are computed."""
 
         intercepted_binops = frozenset({"+", "*", "**"})
 

@@ -1,11 +1,11 @@
-"""Which language a text is in, by py3langid (139 languages; its model comes with the package)."""
+"""Identifies the language of a text by py3langid (139 languages; its model comes with the package)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 SHORT = 32  # bytes of UTF-8, 32 Latin letters or about 11 Japanese characters: with less it is a guess
-LONGEST = 1000  # characters that are looked at
+LONGEST = 1000  # characters that are read
 
 
 def identifier() -> Callable[[str], str]:

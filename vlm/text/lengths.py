@@ -1,4 +1,4 @@
-"""How long a row may be, and where one that is longer may be cut."""
+"""The maximum length of a conversation in tokens, and where a longer one may be cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm.text.turns import count
 
 
 def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool = False) -> None:
-    """Raise BadSample for a row of more than `max_length` tokens; `may_cut`: a cut would leave what it needs."""
+    """Raise BadSample for a row of more than `max_length` tokens; `may_cut`: truncation would work."""
     length = len(row.input_ids)
     if length <= max_length:
         return
@@ -27,14 +27,14 @@ def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool
 
 
 def kept_length(row: Encoded, answers: Sequence[int | None], max_length: int) -> int | None:
-    """How many tokens of a row longer than `max_length` to keep, or None where no cut leaves what a row needs.
+    """How many tokens of a row longer than `max_length` to keep; None where a cut would lose an image or all answers.
 
-    `answers[t]` numbers the answer that token t belongs to. The turns at the end go first, up to an answer that says
-    something and fits as a whole; where there is none, the row ends inside an answer, without the mark that ends the
-    turn. Every image stays.
+    `answers[t]` is the number of the answer that token t belongs to. Turns at the end are cut first, back to a
+    non-empty answer that fits as a whole; where there is none, the row ends inside an answer, without the end-of-turn
+    token. No image is cut.
     """
     all_seen = row.images_before.index(row.images_before[-1]) + 1
-    last_image = max((place + 1 for place, is_image in enumerate(row.image_mask) if is_image), default=0)
+    last_image = max((index + 1 for index, is_image in enumerate(row.image_mask) if is_image), default=0)
     at_least = max(all_seen, last_image)
     kept = None
     end = 0

@@ -1,4 +1,4 @@
-"""Where an assistant's turns lie in a rendered conversation, and which tokens belong to them."""
+"""Locates the assistant's turns in a rendered conversation, and the tokens that belong to them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-LONGEST_MARK = 128  # characters that are looked at for the end-of-turn token
+LONGEST_MARK = 128  # maximum characters of an end-of-turn token
 _SENTINEL = re.compile(r"vlm-turn-(\d+)-vlm")
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of a turn to learn: all that follows its generation prompt, end-of-turn mark included."""
+    """Characters [start, end) of a supervised turn: all after its generation prompt, end-of-turn mark included."""
 
     start: int
     end: int
@@ -19,19 +19,19 @@ class Span(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """What a template writes around the texts: `pieces[n]` stands before the text `order[n]`, the last after all."""
+    """The template's own text: `pieces[n]` is before the text `order[n]`, the last piece after all texts."""
 
     pieces: list[str]
     order: list[int]
 
 
 def sentinels(number: int) -> list[str]:
-    """Texts that no template writes, to find where it puts those of a conversation."""
+    """Texts that no template writes, to find where it puts the texts of a conversation."""
     return [f"vlm-turn-{index}-vlm" for index in range(number)]
 
 
 def skeleton_of(rendered: str, number: int) -> Skeleton | None:
-    """What a rendering of `number` sentinels shows; None unless it holds each of them once."""
+    """The skeleton of a template that rendered `number` sentinels; None unless it has each of them once."""
     parts = _SENTINEL.split(rendered)
     order = [int(index) for index in parts[1::2]]
     return Skeleton(parts[::2], order) if sorted(order) == list(range(number)) else None
@@ -43,29 +43,29 @@ def answer_spans(
     """The assistant's turns in `rendered`, each with the mark in `marks` (added token -> id) that ends it.
 
     A turn begins with the spaces that the template writes before the answer: a generation prompt is cut before them
-    (`cut_spaces`), for many tokenizers make one token of a space and the word after it.
+    (`cut_spaces`), because many tokenizers make one token of a space and the word after it.
     A blank mark (Gemma has "\\n" as a token) ends a line, not a turn, and is never taken.
 
-    Raises ValueError where skeleton and texts do not rebuild `rendered` exactly, and for a turn that no mark ends.
+    Raises ValueError where skeleton and texts do not rebuild `rendered` exactly, and for a turn without an end mark.
     """
-    places = _places(rendered, skeleton, texts)
-    if skeleton is None or not places:
+    positions = _positions(rendered, skeleton, texts)
+    if skeleton is None or not positions:
         raise ValueError("the chat template rewrites the turns, so that the spans to supervise cannot be found")
     spans = []
-    for number, (index, (start, end)) in enumerate(zip(skeleton.order, places, strict=True)):
+    for number, (index, (start, end)) in enumerate(zip(skeleton.order, positions, strict=True)):
         if roles[index] != "assistant":
             continue
         before, piece = skeleton.pieces[number : number + 2]
         after = piece.lstrip()
-        # The longest that fits. Looking up what is there beats asking each of the thousands that some tokenizers have.
+        # The longest match. Looking up prefixes is faster than trying thousands of added tokens.
         lengths = range(min(len(after), LONGEST_MARK), 0, -1)
         mark = next((after[:length] for length in lengths if after[:length] in marks), None)
         if mark is None:
             raise ValueError(
-                f"an assistant turn is followed by {piece[:20]!r}, which is no special token of this tokenizer, so "
+                f"an assistant turn is followed by {piece[:20]!r}, which is not a special token of this tokenizer, so "
                 "that the end of turn cannot be learned"
             )
-        # The model has to write the space that some templates put before the mark, too.
+        # The model also has to write the space that some templates put before the mark.
         spans.append(
             Span(
                 start - (len(before) - len(cut_spaces(before))),
@@ -77,15 +77,15 @@ def answer_spans(
 
 
 def cut_spaces(text: str) -> str:
-    """What a template writes before an answer, as a generation prompt ends: without the spaces after it."""
+    """The text before an answer as a generation prompt ends: without trailing spaces."""
     return text.rstrip(" ")
 
 
-def _places(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Start and end of each text, perhaps stripped, in `rendered`; empty where these do not rebuild it."""
+def _positions(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of each text, possibly stripped, in `rendered`; empty where these do not rebuild it."""
     if skeleton is None or not rendered.startswith(skeleton.pieces[0]):
         return []
-    places = []
+    positions = []
     at = len(skeleton.pieces[0])
     for index, piece in zip(skeleton.order, skeleton.pieces[1:], strict=True):
         text = texts[index]
@@ -93,9 +93,9 @@ def _places(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -> l
         fitting = [variant for variant in variants if rendered.startswith(variant + piece, at)]
         if not fitting:
             return []
-        places.append((at, at + len(fitting[0])))
+        positions.append((at, at + len(fitting[0])))
         at += len(fitting[0]) + len(piece)
-    return places if at == len(rendered) else []
+    return positions if at == len(rendered) else []
 
 
 def across(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
@@ -111,7 +111,7 @@ def across(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[in
 
 
 def with_breaks(text: str, spans: Sequence[Span], starts: Sequence[int], mark: str) -> tuple[str, list[Span]]:
-    """The text with `mark` before each of `starts`, the starts of some spans, and all spans where they are then."""
+    """The text with `mark` before each of `starts`, which are starts of spans, and all spans, shifted accordingly."""
     broken = set(starts)
     pieces, moved = [], []
     at = shift = 0
@@ -129,8 +129,8 @@ def answers_at(
 ) -> list[int | None]:
     """The number (from 0) of the span that each token begins in, or None.
 
-    Several byte tokens may share one character, and an empty token has the place where it stands. Raises ValueError for
-    a span that does not end with its mark.
+    Several byte tokens may share one character; an empty token counts at its own position. Raises ValueError for a span
+    that does not end with its mark.
     """
     answers: list[int | None] = [None] * len(ids)
     index = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private: no tokenizer has it and no text may hold it. `TextEncoder` puts the visual tokens in its place.
+# Private: no tokenizer has it and no text may contain it. `TextEncoder` replaces it by visual tokens.
 IMAGE_PLACEHOLDER = "<|vlm:image|>"
 
 _CONTENT = (

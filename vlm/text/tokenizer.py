@@ -15,16 +15,16 @@ from vlm.text.templates import IMAGE_PLACEHOLDER
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private, as IMAGE_PLACEHOLDER is. It stands inside the name of a special token that somebody typed; no row keeps it.
+# Private, as IMAGE_PLACEHOLDER is. It splits the name of a special token that somebody typed; rows never contain it.
 BREAK = "<|vlm:break|>"
 
 
 def disarmer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """What puts BREAK into each special token's name in a text, so that it is read as plain characters.
+    """A function that puts BREAK into each special token's name in a text, so that it is tokenized as plain characters.
 
     Only the template may write special tokens: an "<|im_end|>" in a question would end the turn.
     """
-    rests: dict[str, list[str]] = defaultdict(list)  # by first letter, of which there are few
+    rests: dict[str, list[str]] = defaultdict(list)  # by first letter
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and len(token.content) > 1:
             rests[token.content[0]].append(re.escape(token.content[1:]))
@@ -32,15 +32,15 @@ def disarmer(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
         return str
     # The first letter only is matched, so that names that overlap are all broken.
     parts = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
-    # A function puts it in: for a template, `sub` would hash the whole pattern at every call.
+    # A function as replacement: with a string, `sub` would hash the whole pattern at every call.
     return partial(re.compile("|".join(parts)).sub, lambda first: first[0] + BREAK)
 
 
 def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A private tokenizer with two more tokens, on the shared vocabulary: a deep copy of Gemma's takes 5 s, this 20 ms.
 
-    The post-processor stays behind: it adds special tokens, which are the template's business, and some trim the spaces
-    off the offsets.
+    The post-processor is not copied: it adds special tokens, which the template writes, and some exclude spaces from
+    offsets.
     """
     shared = tokenizer.backend_tokenizer
     private = Tokenizer(shared.model)
@@ -51,7 +51,7 @@ def private_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     added = shared.get_added_tokens_decoder()
     private.add_tokens([added[index] for index in sorted(added)])
     moved = [token.content for index, token in added.items() if private.token_to_id(token.content) != index]
-    if moved:  # ids with gaps among the added tokens cannot be had by adding them anew
+    if moved:  # adding tokens again cannot reproduce gaps among their ids
         private = Tokenizer.from_str(shared.to_str())
         private.no_truncation()
         private.no_padding()

@@ -1,4 +1,4 @@
-"""What a conversation must be before it is rendered: turns that alternate, a placeholder for every image."""
+"""Checks of a conversation before it is rendered: turns that alternate, a placeholder for every image."""
 
 from __future__ import annotations
 

@@ -86,10 +86,10 @@ def test_a_source_keeps_its_own_order() -> None:
     ("options", "message"),
     [
         ({"weights": {"a": 1}}, r"data\.weights names a and data\.sources a, b; give every source its weight"),
-        ({"weights": {"a": 1, "b": -1}}, r"are no shares; give numbers from 0 up"),
-        ({"weights": {"a": 0, "b": 0}}, r"are no shares; give"),
-        ({"temperature": 0.0}, r"data\.temperature=0\.0 is not above 0"),
-        ({"num_samples": 0}, r"data\.num_samples=0 is no length"),
+        ({"weights": {"a": 1, "b": -1}}, r"must be 0 or more, one of them above 0"),
+        ({"weights": {"a": 0, "b": 0}}, r"must be 0 or more"),
+        ({"temperature": 0.0}, r"data\.temperature=0\.0 must be above 0"),
+        ({"num_samples": 0}, r"data\.num_samples=0 must be at least 1"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
@@ -114,7 +114,7 @@ def test_the_shipped_mixture_shows_captions_and_questions() -> None:
     assert source[0].meta == {"type": "caption", "source": "captions"}
     assert source[500_000].meta["source"] == "questions"
     assert source[500_000].meta["type"] != "caption"
-    assert list(source.shares) == [0.25, 0.75]
+    assert list(source.ratios) == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(

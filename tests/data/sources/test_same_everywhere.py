@@ -132,7 +132,7 @@ def test_a_file_that_changes_under_a_run_gives_bad_samples(images: Path, tmp_pat
     file = write(tmp_path / "a.json", [llava(0), llava(1)])
     made = Instruct(split="train", annotations=file, images=images, val_fraction=0.0)
     write(file, "[]" + " " * file.stat().st_size)
-    assert refusal(made, 1).startswith("sample 'a.json[1]' is not what it was at the start (Expecting value")
+    assert refusal(made, 1).startswith("sample 'a.json[1]' changed since the start of the run (Expecting value")
 
 
 def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"id": 1}, 3]', r"has 1 of 2 items that are no objects; remove them"),
+        ('[{"id": 1}, 3]', r"has 1 of 2 items that are not objects; remove them"),
         ('[{"id": 1}\n{"id": 2}]', r"line 2 is not JSON \(Expecting ',' delimiter\); correct that line"),
         ('[{"id": "1}]', r"line 1 is not JSON \(Unterminated string"),
         ('[{"id": 1},\n{"id": 2, "image" 3}]', r"line 2 is not JSON \(Expecting ':' delimiter\); correct that line"),

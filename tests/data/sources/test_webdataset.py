@@ -167,7 +167,7 @@ def test_split_by_key_or_by_shards(tmp_path: Path) -> None:
         ({"a.png": png(0), "a.txt": " \n"}, "has no text in its txt; write a caption or a conversation there"),
         ({"a.png": png(0), "a.json": {"url": "u"}}, "has no text in its json; write a caption or a conversation there"),
         ({"a.png": png(0), "a.json": "[1]"}, "has turns that are not a list of objects; write them as"),
-        ({"a.png": png(0), "a.json": "1"}, "has a json that is no object; write it as {...}"),
+        ({"a.png": png(0), "a.json": "1"}, "has a json that is not an object; write it as {...}"),
         ({"a.png": png(0), "a.txt": b"\xe9t"}, "has a txt that cannot be read ('utf-8' codec"),
         ({"a.txt": "A dot."}, "has 0 images for 1 caption; give it one"),
         ({"a.png": png(0), "a.json": {"messages": []}}, "has 0 turns of a conversation; add"),
@@ -189,7 +189,7 @@ def test_a_picture_that_cannot_be_decoded(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda data: data[:2580], "is not a whole, plain tar"),  # in a member
-        (lambda data: data[:2048], "breaks off at byte 2,048 of 2,048, where a header or the end mark is due"),
+        (lambda data: data[:2048], "breaks off at byte 2,048 of 2,048, where a header or the end mark is missing"),
         (lambda data: data[:2048] + b"x" * 512 + data[2560:], "breaks off at byte 2,048 of 10,240"),  # a header
         (lambda data: b"x" * 512 + data[512:], "is not a whole, plain tar"),
         (lambda data: b"", "is an empty file; copy it again"),

@@ -1,4 +1,4 @@
-"""Images with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), Karpathy's, or rows of image and caption."""
+"""Images with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), Karpathy's, or records of both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vlm.quote import named, quoted
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadKind, BadSample, Sample, Source, Split, StoredImage, hashed
 
-# How files name an image and what is said of it; the first of each is ours.
+# Keys of an image and of its caption; the first of each is ours.
 IMAGE_KEYS = (
     "image",
     "file_name",
@@ -43,11 +43,12 @@ CAPTION_KEYS = ("caption", "captions", "text", "comment", "sentence", "sentences
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".txt", ".token")
 LONGEST_ID = 200  # characters
-KARPATHY = {"train": "train", "restval": "train", "val": "val"}  # the 30,000 of COCO's validation that all train with
+# restval holds the 30,000 of COCO's validation images that are used for training.
+KARPATHY = {"train": "train", "restval": "train", "val": "val"}
 
 
 class Caption(NamedTuple):
-    """What a text says of an image, or the problem with it and its kind."""
+    """A caption of an image, or the problem with it and its kind."""
 
     id: str
     image: str
@@ -60,8 +61,8 @@ class CaptionedImages(Source):
     """In train a sample per (image, caption); in val a sample per image, its first caption being the reference.
 
     All captions of a validation image are in `meta["references"]`, a JSON list. The split is by a hash of the image's
-    name, so that no image is in both; a `val_fraction` of None takes everything. An image's captions lie next to each
-    other, the first one where the image comes first.
+    name, so that no image is in both; with a `val_fraction` of None all images belong to the split. The captions of an
+    image are consecutive.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class CaptionedImages(Source):
         if not groups:
             raise ValueError(
                 f"none of the {len(by_image)} images in '{where}' falls into {split} with val_fraction {val_fraction}; "
-                "set data.val_fraction= to another share, or name a validation set of its own"
+                "set data.val_fraction= to another ratio, or name a validation set of its own"
             )
         chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
         self._with_references = split == "val"
@@ -97,7 +98,7 @@ class CaptionedImages(Source):
         return len(self._records)
 
     def fingerprint(self) -> str:
-        """A hash of all captions and what they are of."""
+        """A hash of all captions and their images' names."""
         return hashed(self.prompt, self._records.fingerprint())
 
     def __getitem__(self, index: int) -> Sample:
@@ -135,9 +136,9 @@ class Captions(CaptionedImages):
     """A file of captions. Without `val_annotations` images are held out by name; with it, each file is as it is.
 
     The file is COCO's; Karpathy's (Karpathy and Fei-Fei 2015, arXiv:1412.2306), whose own splits are kept; LLaVA's
-    conversations of one question and answer, the answer being the caption; or rows of an image and its caption or list
-    of captions, as JSON, JSON lines, or a table (see `read_table`). `columns` renames keys and columns: theirs -> image
-    or caption, or -> None for one to ignore.
+    conversations of one question and answer, the answer being the caption; or records of an image and its caption or
+    list of captions, as JSON, JSON lines, or a table (see `read_table`). `columns` renames keys and columns: theirs ->
+    image or caption, or -> None for one to ignore.
 
     `left_out` counts images that have no caption, and those of Karpathy's test split. Raises `ValueError` where images
     of COCO share an id.
@@ -165,12 +166,12 @@ class Captions(CaptionedImages):
         if not captions:
             whose = f" of the split {split}" if is_split else ""
             raise ValueError(f"'{file}' holds 0 captions{whose}; set data.annotations= to a file that has some")
-        share = val_fraction if val_annotations is None and not is_split else None
-        super().__init__(captions, split=split, images=root, where=file, val_fraction=share, prompt=prompt)
+        fraction = val_fraction if val_annotations is None and not is_split else None
+        super().__init__(captions, split=split, images=root, where=file, val_fraction=fraction, prompt=prompt)
 
 
 def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[list[Caption], dict[str, int], bool]:
-    """The file's captions, what of it they leave out, and whether they are those of `split` alone."""
+    """The file's captions, the counts for `left_out`, and whether the captions belong to `split` only."""
     check_suffix(file, (".json", *LINES, *TABLES))
     suffix, left_out = file.suffix.lower(), {"images without a caption": 0}
     if suffix in TABLES and (text := text_of(file)).lstrip()[:1] not in ("{", "["):
@@ -251,8 +252,8 @@ def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
             if other.get("file_name") != entry.get("file_name"):
                 raise ValueError(
                     f"'{file}' has two images of id {quoted(entry['id'])}, {quoted(other.get('file_name'))} and "
-                    f"{quoted(entry.get('file_name'))}, so that a caption may be of either; give each an id of its own "
-                    "(files that were joined have to be numbered anew)"
+                    f"{quoted(entry.get('file_name'))}, so that a caption may belong to either; give each its own id "
+                    "(renumber files that were joined)"
                 )
     names: set[str] = set()
     for index, annotation in enumerate(document["annotations"]):
@@ -272,7 +273,7 @@ def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
 
 
 def _key(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The key of these under which the record has something; ours where it is there."""
+    """The key among `names` that the record uses; ours if it is present."""
     if names[0] in record:
         return names[0]
     given = [name for name in names if record.get(name) not in (None, "", [])]
@@ -295,7 +296,7 @@ def _image_name(record: Mapping[str, Any], key: str, problem: str) -> tuple[str,
 
 
 def caption_of(name: str, image: str, value: Any, problem: str = "") -> Caption:
-    """A caption, or the problem that it has no text."""
+    """A caption, with a problem if it has no text."""
     text = (as_text(value) or "").strip()
     if text:
         return Caption(name, image, text, problem)

@@ -28,7 +28,7 @@ from vlm.quote import named, quoted
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
-BATCH = 256  # rows whose images are looked at together
+BATCH = 256  # rows of the table that are read together
 
 
 class HuggingFace(Source):
@@ -40,9 +40,9 @@ class HuggingFace(Source):
     the_cauldron's. Exactly one of `path` (a folder of `save_to_disk`, or of .parquet or .arrow files, which `datasets`
     copies into its cache) and `name` (a dataset on the hub; only then the network is used) is given.
 
-    With `val_split` each split is taken as it is. Without it rows that share an image, by the bytes of its file, stay
-    on one side, or with `group_column` those that share its value, such as a patient's id; rows without an image are
-    split by their number.
+    With `val_split`, `train_split` and `val_split` are the two splits. Without it rows that share an image, by the
+    bytes of its file, stay on one side, or with `group_column` those that share its value, such as a patient's id; rows
+    without an image are split by their number.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class HuggingFace(Source):
                     f"the table has no column '{column}', only {named(names, at_most=20)}; set "
                     "data.image_column=, data.text_column= or data.messages_column="
                 )
-        # Arrow tables give the bytes of a picture as they are stored; `datasets` would decode them, unchecked.
+        # Arrow tables return the stored bytes of an image; `datasets` would decode them, unchecked.
         self._table = self._table.select_columns(
             list(dict.fromkeys([image_column, *self._texts, *filter(None, [group_column])]))
         )
@@ -102,10 +102,10 @@ class HuggingFace(Source):
         if not len(self._rows):
             raise ValueError(
                 f"none of the {num} rows of '{self.split_name}' falls into {split} with val_fraction {val_fraction}; "
-                "set data.val_fraction= to another share, or data.val_split= to a split of its own"
+                "set data.val_fraction= to another ratio, or data.val_split= to a split of its own"
             )
         self._is_val = split == "val"
-        self._captions = np.zeros(len(self._rows), dtype=np.int64)  # which of its row's captions a sample has
+        self._captions = np.zeros(len(self._rows), dtype=np.int64)  # the index of a sample's caption in its row
         if not self._is_val and not self._is_talk and (lengths := _lengths(self._table, self.text_column)) is not None:
             numbers = np.maximum(lengths[self._rows], 1)
             starts = np.repeat(np.cumsum(numbers) - numbers, numbers)
@@ -149,7 +149,7 @@ class HuggingFace(Source):
         return replace(sample, images=images)
 
     def fingerprint(self) -> str:
-        """A hash of all texts, and of which of the table's rows these are."""
+        """A hash of all texts and of the indices of this split's rows."""
         starts = range(0, len(self._table), 10_000)
         parts = (
             self._table[start : start + 10_000].column(column).to_pylist() for column in self._texts for start in starts
@@ -161,7 +161,7 @@ class HuggingFace(Source):
         return self._read(index)[0]
 
     def _read(self, index: int) -> tuple[Sample, list[Any]]:
-        """The sample without its images, and these as Arrow scalars, whose bytes nobody has copied yet."""
+        """The sample without its images, and the images as Arrow scalars, whose bytes are not copied yet."""
         row = int(self._rows[index])
         table = self._table[row : row + 1]
         record = {column: table.column(column)[0].as_py() for column in self._texts}
@@ -214,7 +214,7 @@ class HuggingFace(Source):
 
 
 def _content(picture: Any) -> str:
-    """What a picture is told from others by: its bytes, else its path. Nothing is decoded, and little is copied."""
+    """A key of an image: of its bytes, else of its path. Nothing is decoded, and little is copied."""
     stored = _stored(picture)
     if stored is None:
         return "nothing"
@@ -223,7 +223,7 @@ def _content(picture: Any) -> str:
 
 
 def _stored(picture: Any) -> Any:
-    """The Arrow scalar of a picture's bytes, else that of its path, else None."""
+    """The Arrow scalar of an image's bytes, else of its path, else None."""
     parts = [picture.get("bytes"), picture.get("path")] if hasattr(picture, "keys") else [picture]
     return next((part for part in parts if hasattr(part, "as_buffer") and part.is_valid), None)
 
@@ -264,7 +264,7 @@ def _load(place: str | Path, config: str | None, *, split: str) -> Any:
             tables: Any = datasets.load_from_disk(str(place))
         else:
             tables = datasets.load_dataset(str(place), config)
-    except Exception as error:  # of pyarrow, of the hub's client, of datasets itself
+    except Exception as error:  # from pyarrow, the hub's client, or datasets itself
         reason = " ".join(str(error).split())
         raise ValueError(
             f"'{place}' cannot be read as a dataset ({reason}); see data.path=, data.name= and data.config="

@@ -1,4 +1,4 @@
-"""A folder tree of images, each with its captions in a text file of the same name: `a/cat.jpg` and `a/cat.txt`."""
+"""A folder tree of images with captions in text files of the same name: `a/cat.jpg` and `a/cat.txt`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 class ImageFolder(CaptionedImages):
     """The layout of img2dataset's `files` output and of kohya's scripts.
 
-    Every line of a text file that is not blank is a caption of its own, as with kohya's `enable_wildcard`: train takes
-    them all, val the first, with all of them as references. A caption of several lines must be written as one.
+    Every non-blank line of a text file is a caption, as with kohya's `enable_wildcard`: train uses all of them, val the
+    first, with all of them as references. A caption of several lines must be written as one.
 
     An image without a text file, or with an empty one, is a bad sample: named and counted like one that cannot be
     decoded. `left_out` counts text files that belong to no image. The split is by the path under `root`. Links to
@@ -60,8 +60,8 @@ class ImageFolder(CaptionedImages):
         captions = [
             caption for image, stem in stems.items() for caption in _captions(folder, image, stem, texts.get(stem, []))
         ]
-        share = val_fraction if val_root is None else None
-        super().__init__(captions, split=split, images=folder, where=folder, val_fraction=share, prompt=prompt)
+        fraction = val_fraction if val_root is None else None
+        super().__init__(captions, split=split, images=folder, where=folder, val_fraction=fraction, prompt=prompt)
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -74,11 +74,11 @@ def _names(folder: Path) -> Iterator[str]:
                 if num > limit:
                     raise ValueError(
                         f"'{folder}' holds more than {limit:,} files and folders; set data.root= to the folder of "
-                        f"images alone, or data.reading.max_files={2 * limit} to look through more"
+                        f"images alone, or data.reading.max_files={2 * limit} to list more"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{inside}{entry.name}/")
-                elif not entry.name.startswith("."):  # macOS leaves ._cat.jpg beside cat.jpg
+                elif not entry.name.startswith("."):  # macOS writes ._cat.jpg beside cat.jpg
                     yield inside + entry.name
 
 

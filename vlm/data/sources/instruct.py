@@ -29,7 +29,7 @@ class Instruct(Source):
     messages, `{"id", "images": [paths], "messages": [{"role", "content": text or list of pieces}]}`, or a pair such as
     `question` and `answer` (see `RecordReader`), in a JSON list or one per line. An image is a path or a data URL.
     Without `val_annotations` the split is by a hash of the images' names (of the id where there are none), and
-    conversations that share an image stay together; with it, each file is taken as it is. `images` may be None where no
+    conversations that share an image stay together; with it, each file is one split. `images` may be None where no
     conversation names a file. `columns`, `role_map` and `image_first` are those of `RecordReader`.
     """
 
@@ -68,7 +68,7 @@ class Instruct(Source):
         if not len(self._indices):
             raise ValueError(
                 f"none of the {len(digests)} conversations in '{file}' falls into {split} with val_fraction "
-                f"{val_fraction}; set data.val_fraction= to another share, or data.val_annotations= to a file"
+                f"{val_fraction}; set data.val_fraction= to another ratio, or data.val_annotations= to a file"
             )
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class Instruct(Source):
             raise BadSample(f"sample '{sample.id}': {error}", error.kind) from error
 
     def fingerprint(self) -> str:
-        """A hash of the whole file, and of which of its records these are."""
+        """A hash of the whole file and of the indices of this split's records."""
         with self._records.file.open("rb") as file:
             of_file = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         return hashed(of_file, self._indices.tobytes())
@@ -110,12 +110,12 @@ class Instruct(Source):
         return Sample(id=name, images=[], messages=messages, meta=meta), names
 
 
-@lru_cache(maxsize=2)  # the train and the val split of a file look through it once
+@lru_cache(maxsize=2)  # the train and the val split of a file read it once
 def _index(
     file: Path, root: Path, reader: RecordReader, changed: int, size: int
 ) -> tuple[RecordFile, PackedJson, UInt64[np.ndarray, " n"], int]:
-    """The records of a file as it is now, the images each names, what it is split by, and how many name image files."""
-    names: list[tuple[str, ...]] = []  # which the garbage collector does not look through again and again
+    """The records of a file, the images that each names, the hashes to split by, and how many name image files."""
+    names: list[tuple[str, ...]] = []  # tuples, which the garbage collector soon stops tracking
     images: list[list[str]] = []
     num_with_files = 0
 
@@ -123,7 +123,7 @@ def _index(
         nonlocal num_with_files
         try:
             paths = reader.images(record.fields)
-        except Malformed:  # a bad sample: it is refused when read, in whichever split
+        except Malformed:  # a bad sample, refused when it is read
             paths = []
         short = [short_name(path) for path in paths]
         images.append(short)
@@ -141,7 +141,7 @@ def _index(
 
 
 def _id(record: Record) -> str:
-    """The record's own id, or its place in the file where that is none that an error could name."""
+    """The record's own id if it is short text or a number, else its position in the file."""
     given = record.fields.get("id")
     is_name = isinstance(given, str | int) and 0 < len(str(given)) <= LONGEST_ID
     return str(given) if is_name else record.place

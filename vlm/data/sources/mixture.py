@@ -1,4 +1,4 @@
-"""Several sources as one, each with its share of an epoch."""
+"""Several sources as one, each with its ratio of an epoch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 
 class Mixture(Source):
-    """The sources' samples one after another, and an order that draws each source by its share.
+    """The samples of all sources, concatenated; an epoch draws each source in proportion to its weight.
 
-    A source's share is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, more
-    favours the small ones, towards equal shares. An epoch has `num_samples` (None: the sum of sizes). A source is
-    read in its own order, through to its end before a sample comes again, over epochs too. Validation takes the
-    held-out samples of every source. `Sample.meta["source"]` and the start of the id are the source's name; a mixture
-    among the sources says its own in `meta`.
+    The weight of a source is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, a
+    higher temperature draws small sources more often. An epoch has `num_samples` (None: the sum of sizes). Each source
+    is read in its own order, to its end before a sample repeats, over epochs too. Validation has the held-out samples
+    of every source. `Sample.meta["source"]` is the source's name, for an inner mixture the name of its own source; the
+    id starts with the name.
 
     Raises ValueError where `weights` do not name exactly the sources, are negative or all zero.
     """
@@ -39,7 +39,7 @@ class Mixture(Source):
             raise ValueError("data.sources names 0 sources; add one under a name of your choice")
         if odd := next((name for name in sources if str(name).endswith("_loss")), None):
             raise ValueError(
-                f"data.sources has the name {odd!r}, which would read like a loss of the objective; choose a name that "
+                f"data.sources has the name {odd!r}, which would look like a loss of the objective; choose a name that "
                 "does not end in _loss"
             )
         if weights is not None and weights.keys() != sources.keys():
@@ -48,11 +48,11 @@ class Mixture(Source):
                 "every source its weight"
             )
         if weights is not None and (min(weights.values()) < 0 or not any(weights.values())):
-            raise ValueError(f"data.weights={weights} are no shares; give numbers from 0 up, one of them above 0")
+            raise ValueError(f"data.weights={weights} must be 0 or more, one of them above 0; set data.weights=")
         if temperature <= 0:
-            raise ValueError(f"data.temperature={temperature} is not above 0; choose 1 to draw by size, 2 for less so")
+            raise ValueError(f"data.temperature={temperature} must be above 0; set data.temperature=1 to draw by size")
         if num_samples is not None and num_samples < 1:
-            raise ValueError(f"data.num_samples={num_samples} is no length of an epoch; choose 1 or more, or null")
+            raise ValueError(f"data.num_samples={num_samples} must be at least 1; set it to null for the sum of sizes")
         self.sources = {name: _made(make, name, split) for name, make in sources.items()}
         self._sources = list(self.sources.values())
         names = (source.names or [name] for name, source in self.sources.items())
@@ -63,21 +63,21 @@ class Mixture(Source):
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
         self.num_samples = num_samples or int(self._ends[-1])
-        shares = sizes ** (1 / temperature) if weights is None else np.array([weights[n] for n in sources], dtype=float)
-        self.shares: Float[np.ndarray, " s"] = shares / shares.sum()
+        drawn = sizes ** (1 / temperature) if weights is None else np.array([weights[n] for n in sources], dtype=float)
+        self.ratios: Float[np.ndarray, " s"] = drawn / drawn.sum()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def fingerprint(self) -> str:
-        """A hash of the sources'."""
+        """A hash of the sources' fingerprints."""
         return hashed(*(f"{name} {source.fingerprint()}" for name, source in self.sources.items()))
 
     def __getitem__(self, index: int) -> Sample:
         return self._read(index, lambda source, inside: source[inside])
 
     def outline(self, index: int) -> Sample:
-        """The sample without its images; some sources open them all the same."""
+        """The sample without its images."""
         return self._read(index, lambda source, inside: source.outline(inside))
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
@@ -112,8 +112,8 @@ class Mixture(Source):
         return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, **inner})
 
     def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
-        """Samples of each source in an epoch: its share rounded down, the few that remain drawn by what was cut off."""
-        exact = self.num_samples * self.shares
+        """Samples of each source in an epoch: its ratio rounded down; the rest is drawn by the fractions cut off."""
+        exact = self.num_samples * self.ratios
         counts = np.floor(exact + 1e-6).astype(np.int64)
         rest = np.clip(exact - counts, 0, None)
         if counts.sum() < self.num_samples:
@@ -122,7 +122,7 @@ class Mixture(Source):
         return counts
 
     def _drawn(self, place: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
-        """`count` samples of a source, `start` having been drawn before, as its rounds follow on each other."""
+        """`count` samples of a source after the first `start`, in consecutive passes over it."""
         source = self._sources[place]
         number = 0
         if source.order(0, seed=seed) is None:  # else rounds may differ in length and are counted one by one

@@ -1,7 +1,7 @@
-"""An endless picture book that needs no files: colored shapes on a 3x3 grid, with captions or questions.
+"""Synthetic images that need no files: colored shapes on a 3x3 grid, with captions or questions.
 
-Sample i of a split is a pure function of (seed, split, i). A scene, i.e. which objects stand in which cells, belongs to
-one split by a hash of itself, so that train and validation never share one.
+Sample i of a split is a pure function of (seed, split, i). A scene, i.e. the objects and their cells, belongs to
+one split by its hash, so that train and validation share none.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ COLORS = {
     "black": (20, 20, 20),
 }
 BACKGROUND = (250, 250, 250)
-VAL_SHARE = 10  # one scene in ten is held out
+VAL_ONE_IN = 10  # one scene in ten is held out
 TASKS = ("caption", "instruct", "mixed")
 LANGUAGES = tuple(PROMPTS)
 
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """An object of a scene; ordered as one reads, by row and then by column."""
+    """An object of a scene; sorted in reading order, by row of the grid and then by column."""
 
     row: int
     column: int
@@ -50,7 +50,7 @@ class Shapes(Source):
 
     `task` chooses a caption of every object in reading order, questions with short answers, or one of the two at
     random. A training conversation asks up to `num_questions` questions about its scene; validation asks one, so that
-    no earlier answer gives the next away. `Sample.meta["type"]` is `caption` or the type of the question.
+    no earlier answer reveals the next. `Sample.meta["type"]` is `caption` or the type of the question.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class Shapes(Source):
 
 
 def split_of(things: list[Thing]) -> Split:
-    """The split that owns a scene, whatever the seed."""
-    # Written out, so that no change of the class moves a scene to the other split.
+    """The split of a scene, for any seed."""
+    # Written out, so that a change of the class does not move scenes between splits.
     written = [f"Thing(row={t.row}, column={t.column}, shape={t.shape!r}, colour={t.color!r})" for t in things]
     digest = hashlib.blake2b(f"[{', '.join(written)}]".encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") % VAL_SHARE == 0 else "train"
+    return "val" if int.from_bytes(digest, "big") % VAL_ONE_IN == 0 else "train"
 
 
 def draw(things: list[Thing], *, rng: random.Random, size: int) -> Image.Image:
-    """Paint a scene: each thing fills 60 to 85 % of its cell and stands anywhere inside it."""
+    """Draw a scene: each thing fills 60 to 85 % of its cell, at a random position inside it."""
     image = Image.new("RGB", (size, size), BACKGROUND)
     canvas = ImageDraw.Draw(image)
     cell = size / 3
@@ -137,7 +137,7 @@ def draw(things: list[Thing], *, rng: random.Random, size: int) -> Image.Image:
 
 
 def _ring(corners: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Corners around a centre, the first one on top, their distances taken in turn from `radii`."""
+    """Corners around a center, the first one on top, with distances from `radii` in turn."""
     angles = [2 * math.pi * i / corners for i in range(corners)]
     return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
@@ -160,7 +160,7 @@ def ask(things: list[Thing], *, rng: random.Random, language: str, num_questions
 
 
 def _count(things: list[Thing], rng: random.Random) -> tuple | None:
-    if rng.random() < 0.75:  # mostly about something that is there, or zero would win
+    if rng.random() < 0.75:  # mostly about an object that exists, or zero would be the best guess
         thing = rng.choice(things)
         shape, color = thing.shape, thing.color
     else:
@@ -221,7 +221,7 @@ def _relation(things: list[Thing], rng: random.Random) -> tuple | None:
 
 
 def _unique(things: list[Thing]) -> list[Thing]:
-    """The things that their shape and color alone point out."""
+    """The things with a unique pair of shape and color."""
     return [t for t in things if sum((t.shape, t.color) == (o.shape, o.color) for o in things) == 1]
 
 

@@ -1,4 +1,4 @@
-"""What one says about shapes, in English and Japanese.
+"""Captions and questions about shapes, in English and Japanese.
 
 A caption's phrasing belongs to its prompt, so that there is one right caption for a prompt and a scene.
 """

@@ -18,7 +18,7 @@ from vlm.schema import BadSample, Sample, Source, Split
 PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
 
 _TRANSLATION = re.compile(r"(?P<code>[\w@-]+)\.utf8=(?P<text>.*)")
-_VARIANT = re.compile(r"(_mirror|_flip)+$")  # what Tux Paint shows when it turns a stamp: no picture of its own
+_VARIANT = re.compile(r"(_mirror|_flip)+$")  # mirrored copies of a stamp
 
 
 class Stamps(Source):
@@ -74,7 +74,7 @@ class Stamps(Source):
         if not self.items:
             raise ValueError(
                 f"none of the {len(items)} stamps under '{self.root}' falls into {split} with val_fraction "
-                f"{val_fraction}; set data.val_fraction= to another share"
+                f"{val_fraction}; set data.val_fraction= to another ratio"
             )
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ def _is_variant(name: str, names: dict[str, dict[str, str]]) -> bool:
 
 
 def _captions(image: Path) -> dict[str, str]:
-    """Captions by language code. Bytes that are not UTF-8 become U+FFFD, by which the sample is refused when read."""
+    """Captions by language code. Bytes that are not UTF-8 become U+FFFD; such a sample is refused when it is read."""
     file = image.with_suffix(".txt")
     if not file.is_file():
         return {}
@@ -131,6 +131,6 @@ def _split_keys(root: Path, names: Sequence[str]) -> dict[str, str]:
     keys = {}
     for name in names:
         keys[name] = name
-        if num_of_size[sizes.get(name, -1)] > 1:  # only files of one size can be equal: a few are read, not all
+        if num_of_size[sizes.get(name, -1)] > 1:  # only files of equal size can be equal, so that few are read
             keys[name] = first.setdefault(blake2b((root / name).read_bytes()).digest(), name)
     return keys

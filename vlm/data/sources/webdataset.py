@@ -52,8 +52,8 @@ class WebDataset(Source):
     `KEY.1.png`) are in the order of the archive. Members of another kind are counted in `num_ignored`.
 
     `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers are read once, and parts of their images.
-    Without `val_shards` the split is by the contents of the images, so that no picture is on both sides, and by shard
-    and key where there are none; with it, each set of shards is taken as it is. An archive that
+    Without `val_shards` the split is by the contents of the images, so that no image is in both splits, and by shard
+    and key where there are none; with it, each set of shards is one split. An archive that
     is cut or not a plain tar raises ValueError; a sample without text or image is bad.
     """
 
@@ -88,16 +88,16 @@ class WebDataset(Source):
         if not samples:
             raise ValueError(
                 f"none of the {num_found} samples in {len(self.shards)} shards of '{pattern}' falls into {split} with "
-                f"val_fraction {val_fraction}; set data.val_fraction= to another share, or data.{option}= to others"
+                f"val_fraction {val_fraction}; set data.val_fraction= to another ratio, or data.{option}= to others"
             )
-        # Arrays and one block of bytes: a list would be copied into every worker.
+        # Arrays and one block of bytes, because a list would be copied into every worker.
         self._keys = PackedJson(key for _, key, _ in samples)
         self._shard = np.array([number for number, _, _ in samples], dtype=np.int32)
         self._first = np.cumsum([0, *(len(members) for _, _, members in samples)])
         self._members = np.array([member for _, _, members in samples for member in members], dtype=np.int64)
 
     def _contents(self, samples: Sequence[tuple[int, str, list[_Member]]]) -> Iterator[list[str]]:
-        """What each sample is split by: the contents of its images, or shard and key where it has none."""
+        """The keys to split by: the contents of a sample's images, or shard and key where it has none."""
         for number, of_shard in itertools.groupby(samples, key=lambda sample: sample[0]):
             with open(self.shards[number], "rb") as file:
 
@@ -113,7 +113,7 @@ class WebDataset(Source):
         return len(self._keys)
 
     def fingerprint(self) -> str:
-        """A hash of all keys and where their members lie, and of some texts."""
+        """A hash of all keys, of the positions of their members, and of some texts."""
         texts = map(self.outline_text, range(0, len(self), -(-len(self) // self.num_hashed)))
         return hashed(self._keys.fingerprint(), self._shard.tobytes(), self._members.tobytes(), *texts)
 
@@ -143,7 +143,7 @@ class WebDataset(Source):
     def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
         """Every sample once: shards in random order, samples shuffled among those of a few shards at a time.
 
-        So reads stay within a few files, which a disk or a network mount serves faster than a jump for each sample.
+        Reads stay within a few files, which is faster on disks and network mounts than random access.
         """
         rng = np.random.default_rng((seed, epoch))
         starts = np.searchsorted(self._shard, np.arange(len(self.shards) + 1))
@@ -187,7 +187,7 @@ class WebDataset(Source):
         return f"{self.shards[self._shard[index]].name}/{self._keys[index]}"
 
     def _of(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
-        """All members of a sample, and those that hold its images."""
+        """All members of a sample, and those that are images."""
         members = self._members[self._first[index] : self._first[index + 1]].tolist()
         return members, [member for member in members if KINDS[member[0]] == "image"]
 
@@ -210,7 +210,7 @@ class _Member(NamedTuple):
 
 
 def shard_files(pattern: str, *, option: str) -> list[Path]:
-    """The files that a pattern names, in order; `{000..009}` and `{a,b}` must all exist, `*` takes what there is.
+    """The files that a pattern names, in order; those of `{000..009}` and `{a,b}` must exist, `*` takes what exists.
 
     Raises `ValueError` where a named file is missing or nothing matches.
     """
@@ -238,7 +238,7 @@ def shard_files(pattern: str, *, option: str) -> list[Path]:
 
 
 def _check_depth(start: str, limit: int, option: str) -> None:
-    """Raise ValueError where `**` would look through more than `limit` files; it follows links, which may be loops."""
+    """Raise ValueError where `**` would list more than `limit` files; it follows links, which may be loops."""
     num, folders = 0, [os.path.dirname(start) or "."]
     while folders:
         with suppress(OSError), os.scandir(folders.pop()) as entries:
@@ -246,7 +246,7 @@ def _check_depth(start: str, limit: int, option: str) -> None:
                 num += 1
                 if num > limit:
                     raise ValueError(
-                        f"{option} looks through more than {limit:,} files; begin it with the folder that holds the "
+                        f"{option} lists more than {limit:,} files; begin it with the folder that holds the "
                         f"shards, or set data.reading.max_files={2 * limit}"
                     )
                 if not entry.name.startswith(".") and entry.is_dir():
@@ -282,7 +282,7 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
             for member in archive:
                 if member.isfile():
                     yield member.name.removeprefix("./"), member.offset_data, member.size
-            with open(file, "rb") as raw:  # it also takes a broken header for the end
+            with open(file, "rb") as raw:  # tarfile mistakes a broken header for the end
                 raw.seek(archive.offset)
                 end = raw.read(BLOCK)
     except (tarfile.TarError, OSError) as error:
@@ -290,12 +290,12 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
     if end != bytes(BLOCK):
         raise ValueError(
             f"shard '{file}' breaks off at byte {archive.offset:,} of {file.stat().st_size:,}, where a header or the "
-            "end mark is due; copy it again or leave it out of data.shards="
+            "end mark is missing; copy it again or leave it out of data.shards="
         )
 
 
 def _no_tar(file: Path, error: Exception) -> str:
-    """What a file is that cannot be read as a tar."""
+    """Why a file cannot be read as a tar."""
     with suppress(OSError), open(file, "rb") as raw:
         head = raw.read(len(GZIP))
         if not head:
@@ -314,5 +314,5 @@ def _record(data: bytes, kind: str) -> dict[str, Any]:
     if isinstance(record, list):
         return turns_record(record)
     if not isinstance(record, dict):
-        raise Malformed("has a json that is no object; write it as {...}")
+        raise Malformed("has a json that is not an object; write it as {...}")
     return record
