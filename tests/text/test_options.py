@@ -185,8 +185,8 @@ def test_a_prompt_itself_is_never_cut(bytes_only):
 def test_what_is_asked_is_the_last_answer_of_which_the_row_keeps_some(bytes_only, max_length, num_messages):
     subject = encoder(bytes_only, "plain", max_length=max_length, too_long="truncate_text")
     kept = subject.answered(Sample("a/1", [], TWO_TURNS))
-    assert kept == TWO_TURNS[:num_messages]
-    row, prompt = subject.encode(Sample("a/1", [], TWO_TURNS)), subject.encode_prompt(Sample("a/1", [], kept))
+    assert kept.messages == TWO_TURNS[:num_messages]
+    row, prompt = subject.encode(Sample("a/1", [], TWO_TURNS)), subject.encode_prompt(kept)
     assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert row.labels[len(prompt.input_ids)] != IGNORE
 

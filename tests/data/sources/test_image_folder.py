@@ -86,7 +86,7 @@ def test_texts_are_read_as_pictures_are(tree: Path, tmp_path_factory: pytest.Tem
         "sample 'a/b/1.PNG' cannot be used: text 'a/b/1.txt' has 1,001 bytes, more than the limit of 1,000; make it "
         "smaller, or set data.reading.max_text_bytes=1001"
     )
-    message = r"holds more than 3 files and folders; .* or data\.reading\.max_files=6 to look"
+    message = r"holds more than 3 files and folders; .* or data\.reading\.max_files=6 to list"
     with applied(Reading(max_files=3)), pytest.raises(ValueError, match=message):
         folder(tree)
 
