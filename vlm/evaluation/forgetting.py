@@ -88,7 +88,7 @@ def text_batches(encoder: TextEncoder, spec: VisualSpec, *, file: Path = TEXTS) 
     text_encoder.max_length, text_encoder.train_on = 10**9, "assistant"
     source = Instruct(split="train", annotations=file, images=None, val_fraction=0.0)
     samples = [source[index] for index in range(len(source))]
-    rows = [make_row(sample, whole.encode(sample), spec) for sample in samples]
+    rows = [make_row(sample, text_encoder.encode(sample), spec) for sample in samples]
     rows.sort(key=lambda row: len(row.encoded[0].input_ids))
     return [
         collate(rows[at : at + BATCH_SIZE], spec=spec, pad_id=text_encoder.pad_id)
