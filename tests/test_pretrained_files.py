@@ -102,7 +102,9 @@ def test_a_checkpoint_of_more_layers_than_its_configuration(
     left = config["num_hidden_layers"] - 1
     assert left
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "layer_types": None}))
-    with pytest.raises(ValueError, match=rf"holds {left * per_layer} tensors that .*, the first '{LAYERS_OF[part]}1\."):
+    with pytest.raises(
+        ValueError, match=rf"holds {left * per_layer} tensors of layers that .*, first '{LAYERS_OF[part]}1\."
+    ):
         load(str(tmp_path))
 
 

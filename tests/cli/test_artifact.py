@@ -131,7 +131,7 @@ def test_what_cannot_be_merged(
     instructed: Path, merged: Path, tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert artifact_program("merge", merged, tmp_path / "out") == 2
-    assert "has trained nothing in its llm, so there is nothing to merge" in told()
+    assert "trained nothing in its llm, so there is nothing to merge" in told()
     assert artifact_program("merge", instructed, merged) == 2
     assert f"out={merged} exists already" in told()
     rounded = tmp_path / "rounded"

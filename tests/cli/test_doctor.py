@@ -254,7 +254,7 @@ def test_what_pictures_and_texts_say_of_each_other(
     [
         (["doctor.out={root}/images"], "exists already; choose another folder"),
         (["doctor.filter_kinds=[duplicates]"], "there is no option doctor.filter_kinds=duplicates; did you mean dupl"),
-        (["doctor.score=true"], "doctor.score=true asks a trained model; set ckpt=<run dir>"),
+        (["doctor.score=true"], "doctor.score=true needs a trained model; set ckpt=<run dir>"),
         (["doctor.against={root}/benchmark/none"], "holds 0 image files; set it to a folder of a benchmark's images"),
         (["doctor.num_low_scores=many"], "doctor.num_low_scores='many' must be a whole number from 0"),
         (

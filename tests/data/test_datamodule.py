@@ -244,4 +244,4 @@ def test_the_comparison_is_that_of_the_batches_of_all_ranks() -> None:
     assert VisualGain().missing(data, num_ranks=1) == {}
     said = VisualGain().missing(data, num_ranks=2)
     assert said.keys() == {"val/visual_gain"}
-    assert said["val/visual_gain"].startswith("no batch of the validation samples has two different")
+    assert said["val/visual_gain"].startswith("no validation batch has two different")

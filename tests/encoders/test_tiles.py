@@ -18,6 +18,7 @@ from tests.helpers.encoders import build_encoder
 from tests.helpers.parts import tiny_llm
 from tests.helpers.text import byte_tokenizer, encoder, say
 from vlm import build, config
+from vlm.connectors.mlp import MLP
 from vlm.data.datamodule import VLMDataModule
 from vlm.encoders.tiles import TiledTransform, Tiles
 from vlm.encoders.transform import Transform

@@ -338,7 +338,7 @@ def test_what_sharding_cannot_do() -> None:
     sharded = {"strategy": {"_target_": "vlm.training.sharding.FullyShard"}}
     with pytest.raises(ValueError, match="quantization=nf4 makes weights that cannot be sharded"):
         check_strategy(sharded, quantization="nf4", ema_decay=None)
-    with pytest.raises(ValueError, match="averages whole tensors"):
+    with pytest.raises(ValueError, match="averages full tensors"):
         check_strategy(sharded, quantization="none", ema_decay=0.9)
     check_strategy({"strategy": "ddp", "accumulate_grad_batches": 2}, quantization="nf4", ema_decay=0.9)
     for name in ("DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy"):

@@ -136,7 +136,7 @@ def planned(*overrides: str) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("changes", [["stage=instruct"], ["stage.encoder={last_n: 1}", "stage.llm=full"]], ids=str)
+@pytest.mark.parametrize("changes", [["stage=instruct"], ["stage=full", "stage.encoder={last_n: 1}"]], ids=str)
 def test_the_plan_is_of_the_model_that_trains(changes: list[str], precision: str) -> None:
     overrides = [*changes, f"trainer.precision={precision}"]
     real = settings(*overrides, weights="random")

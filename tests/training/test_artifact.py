@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_earlier_artifact(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(artifact, "save_file", full)
-    with pytest.raises(artifact.SaveError, match=r"artifact of step 7 .*No space left.*saved before is intact"):
+    with pytest.raises(artifact.SaveError, match=r"artifact of step 7 .*No space left.*previous artifact is intact"):
         write(tmp_path, model, manifest, inherited=[], step=7)
     with pytest.raises(artifact.SaveError, match="none was saved"):
         write(tmp_path / "other", model, manifest, inherited=[], step=7)

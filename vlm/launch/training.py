@@ -52,6 +52,7 @@ class TrainingRun:
         self.trainer = processes.check_machine(self.settings, self.run_dir)
         self.other_data_allowed = resumes and resume.allows_other_data(cfg)
         self._resumes = resumes
+        self._is_own = False  # the artifact that was loaded
 
     def start(self) -> None:
         """Lock the directory, find the checkpoint to resume from, and seed the random numbers."""
@@ -71,7 +72,7 @@ class TrainingRun:
         lineage, self.inherited, lora = [], [], None
         if earlier:
             lineage, self.inherited, lora = earlier["stages"], earlier["tensors"], earlier["lora"]
-            if earlier.get("run", {}).get("id") == self.run_id:
+            if self._is_own:
                 lineage = lineage[:-1]
         trains_adapter = part is not None and stage[part] == "lora"
         if trains_adapter and lora not in (None, stage["lora"]):
@@ -92,7 +93,9 @@ class TrainingRun:
         known: dict[str, Any] = {"model": model, "manifest": manifest, "objective": objective}
         if self.checkpoint:  # the run's own artifact includes that of earlier stages
             try:
-                return artifact.load(self.run_dir, **known, run_id=self.run_id)
+                own = artifact.load(self.run_dir, **known, run_id=self.run_id)
+                self._is_own = True
+                return own
             except artifact.Damaged as error:
                 run.CONSOLE.print(f"{error}; the run resumes from its checkpoint", soft_wrap=True)
         ckpt = self.settings["ckpt"]
