@@ -232,5 +232,6 @@ def test_a_slip_is_named(override: str, said: str) -> None:
 
 def test_a_connector_in_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLP, "fusion", "layers")
-    with pytest.raises(ValueError, match=r"connector MLP does not support tiles, but encoder.tiles.grids=\[\[1, 2\]\]; set .*grids=\[\] or"):
+    said = r"connector MLP does not support tiles, but encoder.tiles.grids=\[\[1, 2\]\]; set .*grids=\[\] or"
+    with pytest.raises(ValueError, match=said):
         config.check(settings("encoder.tiles.grids=[[1,2]]", "connector=mlp"))
