@@ -245,3 +245,14 @@ def test_the_comparison_is_that_of_the_batches_of_all_ranks() -> None:
     said = VisualGain().missing(data, num_ranks=2)
     assert said.keys() == {"val/visual_gain"}
     assert said["val/visual_gain"].startswith("no validation batch has two different")
+
+
+def test_an_image_in_the_system_prompt_is_refused() -> None:
+    """It would be learned as a word; with a backslash it is meant as one."""
+
+    def data(prompt: str) -> VLMDataModule:
+        return VLMDataModule(source=lambda split: Numbered(split, 4), system_prompt=prompt)
+
+    with pytest.raises(ValueError, match=r"system_prompt='Look at <image>' has <image>, but a system prompt has no"):
+        data("Look at <image>")
+    assert data(r"Write \<image> for a picture").system_prompt == "Write <image> for a picture"

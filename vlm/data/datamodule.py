@@ -109,7 +109,13 @@ class VLMDataModule(pl.LightningDataModule):
             )
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.batching, self.batch_tokens, self.packing = batching, batch_tokens, packing
-        self.train_on, self.system_prompt, self.too_long = train_on, system_prompt, too_long
+        if system_prompt is not None and "<image>" in system_prompt.replace(r"\<image>", ""):
+            raise ValueError(
+                f"data.system_prompt={quoted(system_prompt)} has <image>, but a system prompt has no image; write "
+                r"\<image> for the word, or leave it out"
+            )
+        self.train_on, self.too_long = train_on, too_long
+        self.system_prompt = None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>")
         self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_ratio = 0.0 if on_bad_sample == "raise" else max_bad_ratio
