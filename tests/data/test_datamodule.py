@@ -256,3 +256,14 @@ def test_an_image_in_the_system_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match=r"system_prompt='Look at <image>' has <image>, but a system prompt has no"):
         data("Look at <image>")
     assert data(r"Write \<image> for a picture").system_prompt == "Write <image> for a picture"
+
+
+def test_rows_of_prompts_are_what_answers_are_generated_from() -> None:
+    """The form that an objective may ask for: left-padded, up to the last answer, nothing supervised."""
+    whole, data = numbered(), numbered()
+    data.connect(spec=whole.spec, tokenizer=byte_tokenizer(), chat_template="chatml", form="prompt")
+    rows = next(iter(data.val_dataloader()))
+    assert equal(rows, next(iter(whole.prompts([0, 1, 2, 3], 4))))
+    assert len(rows.targets) == 0
+    assert rows.attention_mask[:, -1].all()
+    assert rows.samples[3].messages[-1]["role"] == "assistant", "a reward is computed from the reference"
