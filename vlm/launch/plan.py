@@ -46,7 +46,7 @@ def plan(cfg: DictConfig) -> None:
     if settings["plan"]["json"]:
         artifact.write_json(Path(settings["plan"]["json"]), report)
     with suppress(OSError):  # one with something in it
-        Path(hydra.output_dir).rmdir()  # Hydra has made it, and there is no run
+        Path(hydra.output_dir).rmdir()  # Hydra made this folder, but a plan writes nothing into it
 
 
 def without_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
