@@ -15,11 +15,12 @@ def evaluate(cfg: Any) -> None:
     from vlm.training import artifact
 
     run = EvaluationRun(cfg)
+    data = build.build_data(run.settings, None)
     model, manifest = build.build_model(run.settings)
     objective = build.build_objective(run.settings)
     artifact.load(run.run_dir, model=model, manifest=manifest, objective=objective, run_id=run.run_id)
     module = build.build_module(run.settings, model, objective)
-    data = build.build_data(run.settings, model, None)
+    build.connect_data(data, run.settings, model)
     run.report(module, data)
     trainer = build.build_trainer(run.settings, run.run_dir)
     run.finish(trainer, evaluate(trainer, module, data))

@@ -18,11 +18,12 @@ def train(run: Any) -> None:
     from vlm import build
 
     run.start()
+    data = build.build_data(run.settings, run.run_dir)
     model, manifest = build.build_model(run.settings)
     objective = build.build_objective(run.settings)
     run.load(model, manifest, objective)
     module = build.build_module(run.settings, model, objective)
-    data = build.build_data(run.settings, model, run.run_dir)
+    build.connect_data(data, run.settings, model)
     run.report(module, data)
     trainer = build.build_trainer(run.settings, run.run_dir, manifest=run.manifest, inherited=run.inherited)
     result = run.fit(trainer, module, data)

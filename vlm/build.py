@@ -46,15 +46,19 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     return model, manifest
 
 
-def build_data(cfg: Mapping[str, Any], model: Model, run_dir: Path | None) -> VLMDataModule:
-    """The data, connected to the model's VisualSpec, tokenizer and template and to the objective's form of rows."""
+def build_data(cfg: Mapping[str, Any], run_dir: Path | None) -> VLMDataModule:
+    """The data, not yet connected. It needs no model, so that a missing file is reported before one loads."""
     loader, source = split_data(cfg["data"])
-    objective: Any = bind("objective", cfg["objective"]).func
-    data = VLMDataModule(
+    return VLMDataModule(
         source=bind_source("data", source),
         bad_samples_file=run_dir / "bad_samples.jsonl" if run_dir else None,
         **loader,
     )
+
+
+def connect_data(data: VLMDataModule, cfg: Mapping[str, Any], model: Model) -> VLMDataModule:
+    """Connect the data to the model's VisualSpec, tokenizer and template and to the objective's form of rows."""
+    objective: Any = bind("objective", cfg["objective"]).func
     data.connect(
         spec=model.visual_spec(),
         tokenizer=model.tokenizer,

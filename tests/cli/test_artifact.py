@@ -34,7 +34,7 @@ def logits(run: Path) -> Tensor:
     model: Any
     model, manifest = build.build_model(settings)
     artifact.load(run, model=model, manifest=manifest)
-    batch = next(iter(build.build_data(settings, model, None).val_dataloader()))
+    batch = next(iter(build.connect_data(build.build_data(settings, None), settings, model).val_dataloader()))
     with torch.no_grad():
         return model.eval()(batch)
 

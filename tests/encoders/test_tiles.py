@@ -199,7 +199,7 @@ def test_the_command_line_sets_it() -> None:
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"]["grids"] == [[1, 2], [2, 2]]
     assert manifest["parts"]["encoder"]["transform"]["resize"] == "crop"  # another way at evaluation would be refused
-    data = build.build_data(cfg, model, None)
+    data = build.connect_data(build.build_data(cfg, None), cfg, model)
     batch = next(iter(data.val_dataloader()))
     assert batch.num_images.tolist() == [5, 5]  # square pictures: a thumbnail and 2×2 tiles
     assert batch.image_mask.sum(1).tolist() == [5 * model.connector.num_tokens] * 2
@@ -211,7 +211,7 @@ def test_without_grids_nothing_changes() -> None:
     cfg = settings()
     model, manifest = build.build_model(cfg)
     assert manifest["parts"]["encoder"]["tiles"] == {"grids": [], "row_separator": False}
-    assert build.build_data(cfg, model, None).spec.transform is model.encoder.transform
+    assert build.connect_data(build.build_data(cfg, None), cfg, model).spec.transform is model.encoder.transform
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,20 @@ def test_a_bad_held_out_sample_is_not_asked_about(captions: list[str], tmp_path:
         assert [record["reference"] for record in read(file)] == [f"color number {index}" for index in range(3)]
 
 
+def test_missing_data_is_reported_before_the_model_loads(
+    captions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    run = tmp_path / "run"
+    assert train(*captions, f"run_dir={run}", "data.max_bad_ratio=0.06") == 0
+    (tmp_path / "val.jsonl").unlink()
+    monkeypatch.setattr(build, "build_model", lambda _: pytest.fail("a model was loaded"))
+    said = f"Error: there is no file '{tmp_path}/val.jsonl'; set data.val_annotations= to the annotation file"
+    assert train(*captions, f"run_dir={tmp_path / 'second'}") == 2
+    assert told() == said
+    assert evaluate(f"ckpt={run}", "trainer=cpu") == 2
+    assert told() == said
+
+
 def test_a_bad_sample_stops_the_run_that_wants_it(captions: list[str], tmp_path: Path, told) -> None:
     assert train(*captions, f"run_dir={tmp_path / 'run'}", "data.on_bad_sample=raise") == 2
     line = told()

@@ -188,11 +188,12 @@ def test_rows_longer_than_the_llms_positions_are_refused() -> None:
 def test_several_answers_for_an_encoder_decoder_are_refused_before_the_first_step() -> None:
     words = ("llm=flan_t5_xl", *META, "llm.config.num_layers=1", "stage=instruct")
     model, _ = build.build_model(settings(*words))
-    data = build.build_data(settings(*words), model, None)
+    data = build.connect_data(build.build_data(settings(*words), None), settings(*words), model)
     with pytest.raises(ValueError, match=r"has 3 answers, but an encoder-decoder llm learns 1 a row; set data."):
         data.preflight(num_samples=1, show=0)
     for change in ("data.train_on=last_assistant", "data.num_questions=1"):
-        build.build_data(settings(*words, change), model, None).preflight(num_samples=1, show=0)
+        cfg = settings(*words, change)
+        build.connect_data(build.build_data(cfg, None), cfg, model).preflight(num_samples=1, show=0)
 
 
 def test_a_connector_on_the_layers_needs_a_decoder_only_llm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,9 @@ def doctor(cfg: Any) -> None:
     settings, options, parts = _settings(cfg)
     language = identifier() if options.languages else None
     benchmark = Folder(options.against) if options.against else None
+    data = build.build_data(settings, None)
     model = _model(settings, weights=options.score)
-    data = build.build_data(settings, model, None)
+    build.connect_data(data, settings, model)
     bar = _bar()
 
     def read(dataset: Dataset[Any], what: str) -> Any:

@@ -132,7 +132,7 @@ def _tokens_per_sample(settings: Mapping[str, Any], model: Any) -> tuple[float |
     tokenizer = model.use_local_tokenizer(settings)
     data = {**settings["data"], "max_length": 10**9}  # a row too long for training also counts
     try:
-        module = build.build_data({**settings, "data": data}, model, None)
+        module = build.connect_data(build.build_data({**settings, "data": data}, None), settings, model)
         report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
     except (ValueError, OSError) as error:
         return None, str(error)

@@ -71,7 +71,7 @@ def test_stamps_are_counted_and_split_by_path(stamps: Path) -> None:
         "symbols": 1,
         "drawings that are SVG alone": 1,
         "mirrored copies": 2,
-        "pictures without a caption in 'en'": 2,
+        "images without a caption in 'en'": 2,
     }
 
 
@@ -90,7 +90,7 @@ def test_stamps_in_japanese(stamps: Path) -> None:
     source = Stamps(split="train", root=stamps, language="ja", val_fraction=0.0)
     assert source[8].messages[0]["content"][1]["text"] == "画像を説明してください。"
     assert [answer(sample) for sample in samples(source)] == [*(f"動物{index}。" for index in range(20)), "題なし。"]
-    assert source.left_out["pictures without a caption in 'ja'"] == 1
+    assert source.left_out["images without a caption in 'ja'"] == 1
     assert Stamps(split="train", root=stamps, prompt="What?")[0].messages[0]["content"][1]["text"] == "What?"
 
 

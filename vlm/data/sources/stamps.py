@@ -66,7 +66,7 @@ class Stamps(Source):
             "symbols": len(found) - len(names),
             "drawings that are SVG alone": len({name.removesuffix(".svg") for name in drawings} - pictures),
             "mirrored copies": num_variants,
-            f"pictures without a caption in '{language}'": len(names) - len(items) - num_variants,
+            f"images without a caption in '{language}'": len(names) - len(items) - num_variants,
         }
 
         keys = _split_keys(self.root, names)
