@@ -18,7 +18,7 @@ from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
 from vlm.schema import BadSample, Message, Sample, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
-from vlm.training.run import print_metrics
+from vlm.training.results import print_metrics
 
 GOOD = [say("user", None, "Hi"), say("assistant", "no")]  # with `plain`: <bos>, 3 visual, "Hi\n", "no<eos>"
 
@@ -58,12 +58,10 @@ def test_counts(plain):
     report = preflight(rows(Conversations(GOOD, None, longer), plain), num_samples=8, show=1)
     assert report == PreflightReport(
         name="train",
-        num_samples=2,
         num_bad=1,
-        num_tokens=10 + 17,
-        num_supervised_tokens=3 + 10,
-        num_visual_tokens=6,
-        longest_row=17,
+        tokens=[10, 17],
+        visual=[3, 3],
+        supervised=[3, 10],
         shown=["<bos><image×3>Hi\n⟦no<eos>⟧"],
         left_out={},
     )
@@ -76,38 +74,22 @@ def test_samples_are_spread_evenly(plain):
 
 
 def test_table(plain):
+    longer = [say("user", None, "Hi"), say("assistant", "no, never")]
     reports = [
-        preflight(rows(Conversations(*[GOOD] * 150), plain, name=name), num_samples=150, show=show)
+        preflight(rows(Conversations(GOOD, GOOD, longer, None), plain, name=name), num_samples=4, show=show)
         for name, show in (("train", 0), ("val", 2))
     ]
     text = render(reports)
-    lines = [line.split() for line in text.splitlines()]
-    assert [
-        "│",
-        "train",
-        "│",
-        "150",
-        "│",
-        "0",
-        "│",
-        "450",
-        "│",
-        "1,500",
-        "│",
-        "30.0%",
-        "│",
-        "450",
-        "│",
-        "10",
-        "│",
-    ] in lines
+    assert text.startswith("Preflight: tokens per sample, before the first step ")
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines()]
+    assert ["train", "4", "1", "10", "17", "3", "3", "43.2%"] in cells
     assert text.endswith("val 0: <bos><image×3>Hi\n⟦no<eos>⟧\nval 1: <bos><image×3>Hi\n⟦no<eos>⟧\n")
     assert "train 0" not in text
     assert "left out" not in text
-    same, other = {"symbols": 1200, "copies": 0, "drawings": 3}, {"pictures": 1, "copies": 0}
+    same, other = {"symbols": 1200, "copies": 0, "drawings": 3}, {"photos": 1, "copies": 0}
     for counts, told in (
         ((same, same), "train and val left out: 1,200 symbols, 3 drawings\n"),
-        ((same, other), "train left out: 1,200 symbols, 3 drawings\nval left out: 1 picture\n"),
+        ((same, other), "train left out: 1,200 symbols, 3 drawings\nval left out: 1 photo\n"),
     ):
         splits = [Conversations(GOOD), Conversations(GOOD)]
         for split, left_out in zip(splits, counts, strict=True):
@@ -146,7 +128,7 @@ def test_what_training_would_refuse_is_a_bad_sample(plain, messages, error):
 
 def test_more_answers_than_the_llm_takes_are_bad(plain):
     source = Conversations(GOOD, [*GOOD, say("user", "a"), say("assistant", "b")])
-    assert preflight(rows(source, plain, max_answers=1, max_bad=0), num_samples=1, show=0).num_samples == 1
+    assert preflight(rows(source, plain, max_answers=1, max_bad=0), num_samples=1, show=0).num_bad == 0
     with pytest.raises(ValueError, match=r"sample 'talk/1' has 2 answers, but .* 1 a row; set data.train_on=last_a"):
         preflight(rows(source, plain, max_answers=1, max_bad=0), num_samples=2, show=0)
 

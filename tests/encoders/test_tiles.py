@@ -204,7 +204,7 @@ def test_the_command_line_sets_it() -> None:
     assert batch.num_images.tolist() == [5, 5]  # square pictures: a thumbnail and 2×2 tiles
     assert batch.image_mask.sum(1).tolist() == [5 * model.connector.num_tokens] * 2
     (report,) = [each for each in data.preflight(num_samples=2, show=0) if each.name == "val"]
-    assert report.num_visual_tokens == 2 * 5 * model.connector.num_tokens
+    assert report.visual == [5 * model.connector.num_tokens] * 2
 
 
 def test_without_grids_nothing_changes() -> None:

@@ -18,7 +18,7 @@ from vlm.evaluation.answers import Answers, mean_scores, write_samples
 from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.files import escape_controls
 from vlm.module import VLMModule
-from vlm.training import artifact, run
+from vlm.training import artifact, results, run
 
 HOSTILE = ["[/b] and [red]", "a :smile: b", r"a \[bold]", "[link=x]", "\x1b[31mred", "Z\udcfcrich", "\u202etxt.exe"]
 
@@ -34,21 +34,25 @@ def test_printable() -> None:
 
 
 def test_tables_show_texts_as_they_are() -> None:
-    samples = [{"id": text, "prediction": text, "reference": f"{text}.", "correct": False} for text in HOSTILE]
+    samples = [
+        {"id": text, "prompt": text, "prediction": text, "reference": f"{text}.", "score": 0.0} for text in HOSTILE
+    ]
     with run.CONSOLE.capture() as shown:
-        run.print_samples(samples, num=len(samples))
-        run.print_metrics({f"val/accuracy/{text}": 0.5 for text in HOSTILE})
+        results.print_samples(samples, num=len(samples))
+        results.print_metrics({f"val/accuracy/{text}": 0.5 for text in HOSTILE})
         run.CONSOLE.print("runs/" + "".join(HOSTILE), soft_wrap=True)
     lines = shown.get().splitlines()
     for text in map(escape_controls, HOSTILE):
-        assert any(line.startswith(f"│ {text} ") and f"│ {text}. " in line and "wrong" in line for line in lines), text
+        row = next(line for line in lines if f"│ {text}. " in line)
+        assert row.count(f"│ {text} ") == 3, "id, question and prediction"
+        assert "wrong" in row
         assert any(line.startswith(f"│ val/accuracy/{text} ") for line in lines), text
     assert lines[-1] == "runs/" + escape_controls("".join(HOSTILE))
     assert not {character for line in lines for character in line} & {"\x1b", "\udce9", "\u202e", "😄"}
 
 
 def test_figures_have_no_minus_zero() -> None:
-    assert [run.format_metric(value) for value in (-0.0004, 0.0, -0.0006, 1234567, -1234.5)] == [
+    assert [results.format_metric(value) for value in (-0.0004, 0.0, -0.0006, 1234567, -1234.5)] == [
         *("0.000", "0.000", "-0.001", "1,234,567", "-1,234.500"),
     ]
 

@@ -21,7 +21,7 @@ from vlm import config, files
 from vlm.evaluation.answers import write_samples
 from vlm.launch.entry import sentence
 from vlm.loggers.metrics_file import MetricsFile
-from vlm.training import artifact, run
+from vlm.training import artifact, results, run
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def add(folder: Path) -> None:
         ("config.yaml", lambda folder: config.write_config(folder, {"seed": 0}, {})),
         ("samples.jsonl", lambda folder: write_samples(folder / "samples.jsonl", [{"id": "a"}])),
         ("metrics.jsonl", fit),
-        ("metrics.json", lambda folder: run.finish(folder, {"val/loss": 1.0}, [])),
+        ("metrics.json", lambda folder: results.finish(folder, {"val/loss": 1.0}, [])),
         ("bad_samples.jsonl", add),
         (".lock", lambda folder: run.lock(folder, resumed=False)),
     ],

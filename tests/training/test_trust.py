@@ -25,7 +25,7 @@ from vlm.connectors.mlp import MLP
 from vlm.evaluation.answers import write_samples
 from vlm.loggers.metrics_file import MetricsFile
 from vlm.options import KINDS, bind
-from vlm.training import artifact, run, trust
+from vlm.training import artifact, results, run, trust
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ FUNCTIONS = (
         "vlm.launch.processes.wait_for",
         "vlm.training.artifact.write_json",
         "vlm.callbacks.save.newest_checkpoint",
-        "vlm.training.run.finish",
+        "vlm.training.results.finish",
     ),
     *("torch.load", "torch.save", "torch.hub.load", "torch.utils.collect_env.run", "os.system", "builtins.eval"),
     *("lightning.pytorch.seed_everything", "pathlib.Path", "subprocess.Popen", "vlm.connectors.mlp.nn", "torch", ".x"),
@@ -422,8 +422,8 @@ def test_terminal_escapes_are_shown_and_not_obeyed(
     assert artifact_program("diff", sent, run_dir) == 0
     change(run_dir, "quantization", evil, file="artifact/manifest.json")
     assert PROGRAMS["eval"](run_dir, tmp_path) == 2
-    run.print_samples([{"id": evil, "prediction": evil, "reference": evil, "correct": True}])
-    run.print_metrics({evil: 1.0})
+    results.print_samples([{"id": evil, "prompt": evil, "prediction": evil, "reference": evil, "score": 1.0}])
+    results.print_metrics({evil: 1.0})
     seen = "".join(capfd.readouterr())
     assert not {"\x1b", "\x07", "\x9b", "\ud800"} & set(seen)
     assert seen.count("\\x1b]0;title\\x07\\x1b[2J") >= 5

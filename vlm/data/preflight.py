@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from vlm.data.rows import Rows
 from vlm.schema import IGNORE, BadSample
@@ -15,15 +16,13 @@ from vlm.text.turns import count
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Token counts of some rows of a split; `num_tokens` includes visual tokens."""
+    """Token counts of some samples of a split, each in its row; `tokens` includes visual and unsupervised ones."""
 
     name: str
-    num_samples: int  # good ones
     num_bad: int  # the loader names and counts them
-    num_tokens: int
-    num_supervised_tokens: int
-    num_visual_tokens: int
-    longest_row: int
+    tokens: list[int]  # of each good sample
+    visual: list[int]
+    supervised: list[int]
     shown: list[str]  # the first rows decoded, the supervised part between ⟦ and ⟧
     left_out: dict[str, int]  # `Source.left_out`, without zeros
 
@@ -57,12 +56,10 @@ def preflight(rows: Rows, *, num_samples: int, show: int) -> PreflightReport:
         rows.check(len(bad), bad[-1])
     return PreflightReport(
         name=name,
-        num_samples=len(encoded),
         num_bad=len(bad),
-        num_tokens=sum(len(row.input_ids) for row in encoded),
-        num_supervised_tokens=sum(label != IGNORE for row in encoded for label in row.labels),
-        num_visual_tokens=sum(sum(row.image_mask) for row in encoded),
-        longest_row=max(len(row.input_ids) for row in encoded),
+        tokens=[len(row.input_ids) for row in encoded],
+        visual=[sum(row.image_mask) for row in encoded],
+        supervised=[sum(label != IGNORE for label in row.labels) for row in encoded],
         shown=shown,
         left_out={what: num for what, num in source.left_out.items() if num},
     )
@@ -73,15 +70,23 @@ def render(reports: Sequence[PreflightReport]) -> str:
     from rich.console import Console  # only the main process draws tables
     from rich.table import Table
 
-    table = Table(title="Preflight", title_justify="left")
+    table = Table(title="Preflight: tokens per sample, before the first step", title_justify="left")
     table.add_column("split")
-    for heading in ("samples", "bad", "supervised", "total", "share", "visual", "longest row"):
+    for heading in (
+        "samples read",
+        "bad",
+        "median",
+        "longest",
+        "median visual",
+        "median supervised",
+        "supervised / all",
+    ):
         table.add_column(heading, justify="right")
     for report in reports:
-        counts = (report.num_samples, report.num_bad, report.num_supervised_tokens, report.num_tokens)
-        share = f"{report.num_supervised_tokens / report.num_tokens:.1%}"
-        tail = (share, f"{report.num_visual_tokens:,}", f"{report.longest_row:,}")
-        table.add_row(report.name, *(f"{count:,}" for count in counts), *tail)
+        numbers = (len(report.tokens) + report.num_bad, report.num_bad, median(report.tokens), max(report.tokens))
+        medians = (median(report.visual), median(report.supervised))
+        ratio = f"{sum(report.supervised) / sum(report.tokens):.1%}"
+        table.add_row(report.name, *(f"{number:,.0f}" for number in (*numbers, *medians)), ratio)
     text = io.StringIO()
     Console(file=text, width=100, markup=False, emoji=False).print(table)
     lines = [text.getvalue().rstrip()]

@@ -1,9 +1,9 @@
-"""Scores of generated answers to the prompts of the validation split."""
+"""Scores of generated answers to the prompts of the validation split, beside that of the best constant answer."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,12 +13,17 @@ from vlm.evaluation.base import Context, Evaluator
 from vlm.evaluation.scorers.base import Scorer, references
 from vlm.models.base import Generates
 from vlm.ranges import BatchSize, Range, Samples
+from vlm.schema import Sample
 
 MaxNewTokens = Annotated[int, Range(1, 65_536)]
+MAX_CONSTANTS = 100  # references that are tried as the constant answer
 
 
 class Answers(Evaluator):
     """`val/<score>`, the mean score of generated answers, and `val/<score>/<type>` if the source has types.
+
+    `val/num_answers` is the number of answers, and `val/<score>_constant` the score of the best constant answer, i.e.
+    what a model gets that ignores image and question. Both are also there per type.
 
     Args:
         scorer: scores one answer.
@@ -43,16 +48,18 @@ class Answers(Evaluator):
 
     def finish(self, context: Context) -> dict[str, float]:
         indices = context.data.val_indices(self.num_samples)
-        self.samples = self._records(context, indices)  # the same on every rank
-        return {f"val/{name}": value for name, value in mean_scores(self.samples, self.scorer).items()}
+        samples, self.samples = self._answered(context, indices)  # the same on every rank
+        metrics = mean_scores(self.samples, self.scorer) | constant_scores(samples, self.scorer)
+        return {f"val/{name}": value for name, value in metrics.items()}
 
-    def _records(self, context: Context, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per readable sample: id, type, prompt, prediction, reference, score, correct."""
-        text, records = context.data.text, []
+    def _answered(self, context: Context, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
+        """The readable samples, and a record of each: id, type, prompt, prediction, reference, score, correct."""
+        text, samples, records = context.data.text, [], []
         for prompts in context.data.prompts(indices, self.batch_size):
             batch = prompts.to(context.device)
             ids = context.model.generate(batch, stop_ids=text.stop_ids, max_new_tokens=self.max_new_tokens)
             predictions = text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            samples += batch.samples
             for sample, prediction in zip(batch.samples, predictions, strict=True):
                 score = self.scorer(prediction, sample)
                 records.append(
@@ -66,21 +73,45 @@ class Answers(Evaluator):
                         "correct": score == 1,
                     }
                 )
-        return records
+        return samples, records
 
 
 def mean_scores(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, float]:
-    """The mean score over all records, and per type; empty if there are no records."""
-    if not records:
-        return {}
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        by_type[record["type"]].append(record["score"])
-    result = {scorer.name: sum(record["score"] for record in records) / len(records)}
-    for kind, scores in sorted(by_type.items(), key=str):
-        if kind:
-            result[f"{scorer.name_by_type}/{files.escape_controls(kind)}"] = sum(scores) / len(scores)
+    """The mean score and the number of answers, over all records and per type; empty if there are no records."""
+    result: dict[str, float] = {}
+    for kind, numbers in _groups([record["type"] for record in records]).items():
+        result[_name(scorer, kind)] = sum(records[number]["score"] for number in numbers) / len(numbers)
+        result[f"num_answers{kind}"] = len(numbers)
     return result
+
+
+def constant_scores(samples: Sequence[Sample], scorer: Scorer) -> dict[str, float]:
+    """The best mean score that one answer to all samples gets, over all samples and per type.
+
+    The answers that are tried are the references. Where they are more than `MAX_CONSTANTS` different texts, as captions
+    are, only the most frequent ones are tried.
+    """
+    result: dict[str, float] = {}
+    for kind, numbers in _groups([sample.meta.get("type") for sample in samples]).items():
+        group = [samples[number] for number in numbers]
+        found = Counter(answer for sample in group for answer in references(sample))
+        tried = (answer for answer, _ in found.most_common(MAX_CONSTANTS))
+        best = max(sum(scorer(answer, sample) for sample in group) for answer in tried)
+        result[_name(scorer, kind, "_constant")] = best / len(group)
+    return result
+
+
+def _groups(types: Sequence[str | None]) -> dict[str, list[int]]:
+    """The indices of all items under the empty text, and those of each type under `/<type>`."""
+    groups: dict[str, list[int]] = {"": [*range(len(types))]} if types else {}
+    for number, type_ in sorted(enumerate(types), key=lambda pair: str(pair[1])):
+        if type_:
+            groups.setdefault(f"/{files.escape_controls(type_)}", []).append(number)
+    return groups
+
+
+def _name(scorer: Scorer, kind: str, suffix: str = "") -> str:
+    return f"{scorer.name_by_type if kind else scorer.name}{suffix}{kind}"
 
 
 def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from vlm.launch import interrupt, processes
 from vlm.launch.overrides import absolute_paths
 from vlm.module import VLMModule
 from vlm.options import check_keys
-from vlm.training import artifact, run, trust
+from vlm.training import artifact, results, run, trust
 
 
 class EvaluationRun:
@@ -45,7 +45,8 @@ class EvaluationRun:
         self.out = Path(cfg.out or self.run_dir / "eval").absolute()
         config.enter_folder_of(self.run_dir)
         settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
-        settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}, "callbacks": {}}
+        settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}}
+        settings["callbacks"] = {"progress": {"_target_": "vlm.callbacks.progress.Progress"}}
         config.check(settings)
         self._trainer = processes.check_machine(settings, self.run_dir)
         self._check_out()
@@ -72,7 +73,8 @@ class EvaluationRun:
             raise ValueError(f"out={self.out} cannot be made because {there} {why}; give out=<folder>")
 
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
-        """Print which figures cannot be measured. Raises ValueError for other rows than those of the training."""
+        """Print what is evaluated and which figures cannot be. Raises ValueError for other rows than in training."""
+        run.CONSOLE.quiet = not run.is_rank_zero()
         if not config.selects_rows(self._asked):
             rows = {"val": data.fingerprints()["val"]}
             check_rows(
@@ -81,6 +83,9 @@ class EvaluationRun:
         for evaluator in module.evaluators.values():
             for figure, why in evaluator.missing(data, num_ranks=self._trainer.world_size).items():
                 run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
+        num = len(data.val_indices(data.num_val_samples))
+        what = ", ".join(["validation", *(name for name, each in module.evaluators.items() if each.at == "end")])
+        run.CONSOLE.print(f"Evaluating {self.run_dir}: {what} ({num:,} validation samples)", soft_wrap=True)
 
     def finish(self, trainer: Any, result: Result) -> None:
         """Write and print the figures."""
@@ -88,17 +93,17 @@ class EvaluationRun:
             return
         if result.failure is not None and not result.metrics:
             raise result.failure
-        results = {
+        content = {
             "metrics": result.metrics,
             "num_samples": len(result.samples),
             "options": self._options,
             "stages": self._manifest["stages"],
             "code": run.provenance(),
         }
-        artifact.write_json(self.out / "results.json", results)
+        artifact.write_json(self.out / "results.json", content)
         write_samples(self.out / "samples.jsonl", result.samples)
-        run.print_metrics(result.metrics)
-        run.print_samples(result.samples)
+        results.print_metrics(result.metrics)
+        results.print_samples(result.samples)
         run.CONSOLE.print(f"Results: {self.out / 'results.json'}", soft_wrap=True)
         if result.failure is not None:
             raise result.failure

@@ -42,7 +42,7 @@ TRAINED = {
     "perf/samples_per_second": "training samples per second and process",
     "perf/step_seconds": "seconds per optimizer step, validation excluded",
     "perf/peak_memory_gb": "the most memory that the GPU held, or the process on a CPU, in 10^9 bytes",
-    "time/fit_seconds": "seconds of training, validation included",
+    "time/fit_seconds": "seconds of training, validation included, answers at the end not",
 }
 EVALUATED = {
     "val/loss": "the loss on the validation samples; val/<name>_loss is one term of it",
@@ -51,7 +51,10 @@ EVALUATED = {
     "val/visual_gain": "val/loss_shuffled - val/loss of the same rows; near 0, the model ignores the images",
     "val/num_not_compared": "rows with images that could not be swapped; they are not part of val/visual_gain",
     "val/exact_match": "ratio of generated answers that equal the reference",
-    "val/accuracy/<type>": "the same of the samples of one type, such as questions about colors",
+    "val/exact_match_constant": "the same if the one best answer, always the same, were given to every question",
+    "val/num_answers": "how many answers were scored",
+    "val/accuracy/<type>": "val/exact_match of the samples of one type, such as questions about colors",
+    "val/accuracy_constant/<type>, val/num_answers/<type>": "the constant answer and the number of that type",
     "val/visual_rms": "root mean square of the visual tokens; training works best where it is near val/embed_rms",
     "val/embed_rms": "root mean square of the LLM's token embeddings",
     "text/forgetting": "nats per token that the LLM has lost on plain text, against its state before training",

@@ -136,4 +136,4 @@ def _tokens_per_sample(settings: Mapping[str, Any], model: Any) -> tuple[float |
         report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
     except (ValueError, OSError) as error:
         return None, str(error)
-    return report.num_tokens / report.num_samples, f"mean of {report.num_samples} samples, with {tokenizer}"
+    return sum(report.tokens) / len(report.tokens), f"mean of {len(report.tokens)} samples, with {tokenizer}"

@@ -33,9 +33,10 @@ from vlm.launch.resume import FREE, within
 from vlm.options import check_keys
 from vlm.training import run
 from vlm.training.artifact import write_json
+from vlm.training.results import format_metric
 
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file cannot set these
-FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
+FIGURES = ("val/loss", "val/visual_gain", "val/exact_match", "val/exact_match_constant")
 BY_TYPE, TEXT = "val/accuracy/", "text/"
 CONTINUE = "give the same command again to continue there"
 
@@ -268,4 +269,4 @@ def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], k
     table.add_section()
     table.add_row(Text(title, "bold"))
     for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
-        table.add_row(name, *(run.format_metric(each[name]) if name in each else "" for each in figures))
+        table.add_row(name, *(format_metric(each[name]) if name in each else "" for each in figures))

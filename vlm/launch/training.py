@@ -22,7 +22,7 @@ from vlm.launch import processes, resume
 from vlm.launch.overrides import chosen
 from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
-from vlm.training import artifact, run
+from vlm.training import artifact, results, run
 
 
 class TrainingRun:
@@ -113,7 +113,7 @@ class TrainingRun:
         model, preflight = module.model, self.settings["preflight"]
         counts = run.count_parameters(model, module.objective)
         run.print_parts(counts, self.choices, self.settings["stage"], decayed=model.layer_decay_part)
-        run.CONSOLE.print(extent(data, self.trainer), soft_wrap=True)
+        run.CONSOLE.print(extent(data), soft_wrap=True)
         run.CONSOLE.print(render(data.preflight(num_samples=preflight["samples"], show=preflight["show"])))
         if run.is_rank_zero() and (remark := data.check_shared()):
             run.CONSOLE.print(remark, soft_wrap=True)
@@ -145,7 +145,13 @@ class TrainingRun:
             if trainer.global_step < trainer.max_steps or isinstance(error, artifact.SaveError):
                 raise
             return Result(failure=error)  # of the validation after the last step
-        return evaluate(trainer, module, data) if module.stopped_by is None else Result()
+        if module.stopped_by is not None:
+            return Result()
+        left = ["validation"] if module.validated_step != trainer.global_step else []
+        left += [name for name, evaluator in module.evaluators.items() if evaluator.at == "end"]
+        evaluating = f"; evaluating: {', '.join(left)}" if left else ""
+        run.CONSOLE.print(f"Training ended after step {trainer.global_step}{evaluating}", soft_wrap=True)
+        return evaluate(trainer, module, data)
 
     def finish(self, trainer: Any, module: VLMModule, data: VLMDataModule, result: Result) -> None:
         """Write and print the figures; exit with 128 + the signal where one has stopped the run."""
@@ -157,7 +163,7 @@ class TrainingRun:
             metrics |= module.totals
             metrics |= {f"params/{kind}": sum(part[kind] for part in counts) for kind in ("trainable", "total")}
             write_samples(self.run_dir / "samples.jsonl", result.samples)
-            run.finish(self.run_dir, metrics, result.samples, self._status(trainer, module, result))
+            results.finish(self.run_dir, metrics, result.samples, self._status(trainer, module, result))
             run.close_loggers(trainer, metrics, failed=result.failure is not None)
         if result.failure is not None:
             raise result.failure
@@ -177,13 +183,9 @@ class TrainingRun:
         return "time_up" if trainer.global_step < trainer.max_steps else "finished"
 
 
-def extent(data: VLMDataModule, trainer: Any) -> str:
-    """The samples of each split, and how many epochs the steps make where a step has a fixed number of samples."""
+def extent(data: VLMDataModule) -> str:
+    """The samples of each split."""
     num_train, num_val = len(data.splits["train"]), len(data.splits["val"])
-    train = f"train: {num_train:,} samples, {trainer.max_steps:,} steps"
-    if data.batching == "samples" and not data.packing and not trainer.overfit_batches:
-        samples = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        epochs = trainer.max_steps * samples / num_train
-        train += f" of {samples:,} = {f'{epochs:,.1f}' if epochs >= 1 else f'{epochs:.2g}'} epochs"
     validated = len(data.val_indices(data.num_val_samples))
-    return f"{train}; val: {f'{validated:,} of ' if validated < num_val else ''}{num_val:,} samples"
+    read = f", of which a validation reads {validated:,}" if validated < num_val else ""
+    return f"Data: {num_train:,} training samples, {num_val:,} validation samples{read}"

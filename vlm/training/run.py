@@ -1,4 +1,4 @@
-"""The run directory: lock, status, metrics, printed tables, loggers, versions of the code."""
+"""The run directory: lock, status, metrics, loggers, the printed table of parts, versions of the code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,7 @@ from torch import nn
 
 from vlm import files
 from vlm.models.base import Model
-from vlm.schema import is_loss
-from vlm.training.artifact import commit, temporary_path, write, write_json
+from vlm.training.artifact import commit, temporary_path, write
 
 
 class PlainConsole(Console):
@@ -230,44 +229,3 @@ def close_loggers(trainer: Any, metrics: Mapping[str, float], *, failed: bool) -
             logger.experiment, "finish", None
         ):  # otherwise the next job of a sweep would log to the same W&B run
             finish()
-
-
-def finish(
-    run_dir: Path, metrics: dict[str, float], samples: Sequence[dict[str, Any]], status: Status = "finished"
-) -> None:
-    """Write metrics.json with the status; print the metrics and a few validation samples."""
-    write_json(run_dir / "metrics.json", {"status": status, **metrics})
-    print_metrics(metrics)
-    print_samples(samples)
-    CONSOLE.print(f"Run directory: {run_dir}", soft_wrap=True)
-
-
-def print_metrics(metrics: dict[str, float]) -> None:
-    """Print one metric per line; below, the losses that `val/loss` and the visual gain sum."""
-    losses = [name for name in metrics if name.startswith("val/") and is_loss(name.removeprefix("val/"))]
-    table = Table(title="Result")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, format_metric(value))
-    CONSOLE.print(table)
-    if losses:
-        CONSOLE.print(f"val/loss and val/visual_gain hold {' + '.join(losses)}", soft_wrap=True)
-
-
-def format_metric(value: int | float) -> str:
-    """An integer with separators; a float with three decimals, without the sign of -0."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:z,.3f}"
-
-
-def print_samples(samples: Sequence[dict[str, Any]], num: int = 6) -> None:
-    """Print a few validation samples with prediction and reference."""
-    if not samples:
-        return
-    table = Table(title="Validation samples")
-    for heading in ("sample", "prediction", "reference", ""):
-        table.add_column(heading)
-    for sample in samples[:num]:
-        verdict = Text("correct", "green") if sample["correct"] else Text("wrong", "red")
-        table.add_row(*(sample[key] for key in ("id", "prediction", "reference")), verdict)
-    CONSOLE.print(table)
