@@ -40,9 +40,9 @@ def test_metrics_are_printed_in_groups_with_units() -> None:
     assert printed(METRICS) == [
         ["Validation", "", ""],
         ["val/loss", "1.500", "nats per token"],
+        ["val/lm_loss", "1.500", "nats per token"],
         ["val/visual_gain", "0.000", "nats per token"],
         ["val/visual_rms", "1.000", "root mean square of the visual tokens"],
-        ["val/lm_loss", "1.500", "nats per token"],
         ["val/exact_match", "0.750", "mean of 128 answers; best constant answer: 0.250"],
         ["val/accuracy/count", "0.500", "mean of 8 answers; best constant answer: 0.400"],
         ["val/num_too_long", "3", "samples"],

@@ -64,7 +64,7 @@ class Progress(pl.Callback):
         is_last = trainer.global_step == total or trainer.should_stop
         if self._bar.disable and (is_last or trainer.global_step % trainer.log_every_n_steps == 0):
             left = self._bar.tasks[0].time_remaining
-            wait = "" if left is None else f"  {left:.0f} s left"
+            wait = "" if left is None or is_last else f"  {left:.0f} s left"
             CONSOLE.print(f"step {trainer.global_step}/{total}  {figures}{wait}")
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:

@@ -88,7 +88,7 @@ def render(reports: Sequence[PreflightReport]) -> str:
         ratio = f"{sum(report.supervised) / sum(report.tokens):.1%}"
         table.add_row(report.name, *(f"{number:,.0f}" for number in (*numbers, *medians)), ratio)
     text = io.StringIO()
-    Console(file=text, width=100, markup=False, emoji=False).print(table)
+    Console(file=text, width=120, markup=False, emoji=False).print(table)
     lines = [text.getvalue().rstrip()]
     lines += _left_out(reports)
     lines += [f"{report.name} {index}: {row}" for report in reports for index, row in enumerate(report.shown)]

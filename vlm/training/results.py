@@ -23,7 +23,7 @@ GROUPS = {
     "params/": "Parameters",
     "": "Other",
 }
-FIRST = ("val/loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain")  # of their group
+FIRST = ("val/loss", "val/lm_loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain")  # of their group
 UNITS = {
     "train/tokens": "supervised tokens",
     "time/fit_seconds": "seconds of training, validation included",
