@@ -51,8 +51,8 @@ class Message(TypedDict):
 class Sample:
     """A conversation and its images, in the order of their placeholders.
 
-    Images are RGB with 8 bits per channel; `vlm.data.judge` checks this. `id` is the same in all runs and names the
-    sample in errors; `meta` is for scorers (e.g. `question_type`).
+    Images are RGB with 8 bits per channel; `vlm.data.sample_reader` checks this. `id` is the same in all runs and names
+    the sample in errors; `meta` is for scorers (e.g. `question_type`).
     """
 
     id: str

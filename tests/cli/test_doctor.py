@@ -149,7 +149,7 @@ def test_every_defect_and_nothing_else(
     assert report["against"] == {"folder": str(planted / "benchmark"), "images": 2, "unreadable": 1}
     assert report["counts"]["val"] == dict.fromkeys(report["counts"]["train"], 0)
     assert report["splits"]["train"]["answers"][0] == {
-        "answer": MACHINE, "count": 5, "share": 5 / 47
+        "answer": MACHINE, "count": 5, "ratio": 5 / 47
     }  # fmt: skip
     visual = report["splits"]["val"]["visual_tokens"]
     assert visual["mean"] == visual["max"] == report["visual_tokens_per_image"] == 16
@@ -170,8 +170,10 @@ def test_every_defect_and_nothing_else(
     assert page.count("data:image/jpeg;base64,") == 2 * 6 + 1 + 1 + 4  # pairs; known, endless; machines with an image
     assert "http" not in page
     printed = capfd.readouterr().out
-    share = "filter.json leaves out 21 % of train, 10 of 47 (unreadable_image 2, duplicate 2, shared_with_val 2, "
-    for words in ("repeated_answer", "left out", share, "data.filter=out/filter.json", "report.html"):
+    share = (
+        "filter.json leaves out 21 % of train, 10 of 47 samples (unreadable_image 2, duplicate 2, shared_with_val 2, "
+    )
+    for words in ("repeated_answer", "yes", share, "data.filter=out/filter.json", "report.html"):
         assert words in printed
 
 
@@ -239,9 +241,9 @@ def test_what_pictures_and_texts_say_of_each_other(
     assert doctor(*data, *tiny, "doctor.out=out") == 0
     printed = capfd.readouterr().out
     assert "[/b] :smile: \\x1b[31m 0 lungs" in printed
-    assert "filter.json leaves out 100 % of train, 10 of 10 (shared_with_val 10)" in printed
+    assert "filter.json leaves out 100 % of train, 10 of 10 samples (shared_with_val 10)" in printed
     assert "data.filter=" not in printed  # which would leave nothing to train on
-    first = "plain_image, the first: sample 'x.jsonl:1' has an image that is very dark"
+    first = "First plain_image: sample 'x.jsonl:1' has an image that is very dark"
     assert first in " ".join(printed.split())
     assert found(Path("out"))["contradiction"] == {"x.jsonl:10"}
     assert found(Path("out"))["plain_image"] == {f"x.jsonl:{line}" for line in range(1, 11)}
@@ -301,7 +303,7 @@ def test_scores_of_a_run_are_findings(planted: Path, doctor: Callable[..., int],
     report = json.loads(Path("out/report.json").read_text())
     low = [finding for finding in report["findings"] if finding["kind"] == "low_score"]
     assert [finding["split"] for finding in low] == ["train"] * 3 + ["val"] * 3
-    assert report["splits"]["train"]["score"]["min"] == pytest.approx(float(low[0]["message"].split()[3]), abs=1e-3)
+    assert report["splits"]["train"]["score"]["min"] == pytest.approx(float(low[0]["message"].split()[8]), abs=1e-3)
     assert sum(report["splits"]["val"]["score"]["histogram"]["counts"]) == 12
     left_out = json.loads(Path("out/filter.json").read_text())
     assert left_out["val"]["indices"] == sorted(finding["index"] for finding in low[3:])

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from tests.helpers.text import Listed, byte_tokenizer, say
-from vlm.cli.doctor_report import spread, write
+from vlm.cli.doctor_report import statistics, write
 from vlm.cli.doctor_score import sample_losses, scores
-from vlm.data.checkup import Checkup, Entry, Reader, hash_answer, plainness
+from vlm.data.checkup import Checkup, Entry, EntryDataset, hash_answer, image_defect
 from vlm.data.collate import collate, make_row
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.duplicates import ImageHash, ImageHashes, closest, hash_image
 from vlm.data.filter import Filtered, filtered
 from vlm.data.findings import Finding, find
-from vlm.data.judge import Judge
 from vlm.data.reading import Reading, applied
+from vlm.data.sample_reader import SampleReader
 from vlm.data.sources.captions import Captions
 from vlm.data.sources.instruct import Instruct
 from vlm.data.sources.stamps import Stamps
@@ -123,7 +123,7 @@ def test_pictures_of_one_layout_take_a_second_look() -> None:
     ],
 )
 def test_pictures_that_show_nothing(image: Image.Image, says: str) -> None:
-    assert plainness(image) == says
+    assert image_defect(image) == says
 
 
 def test_contradictions_are_of_one_image_and_one_question() -> None:
@@ -144,13 +144,13 @@ def test_contradictions_are_of_one_image_and_one_question() -> None:
 
 def test_one_long_text_does_not_spoil_a_histogram() -> None:
     lengths = [*range(100, 364), 19_000]
-    histogram = spread(lengths)["histogram"]
+    histogram = statistics(lengths)["histogram"]
     assert (histogram["edges"][0], histogram["edges"][-1], histogram["beyond"]) == (100, 361, 3)
     assert sum(histogram["counts"]) == 262
     assert min(histogram["counts"]) > 15
-    assert spread(lengths)["max"] == 19_000
-    assert spread(range(100, 364))["histogram"]["beyond"] == 0
-    assert spread([7, 7])["histogram"]["counts"] == [2]
+    assert statistics(lengths)["max"] == 19_000
+    assert statistics(range(100, 364))["histogram"]["beyond"] == 0
+    assert statistics([7, 7])["histogram"]["counts"] == [2]
 
 
 def test_the_memory_holds_hashes_alone() -> None:
@@ -158,7 +158,7 @@ def test_the_memory_holds_hashes_alone() -> None:
     checkup = Checkup(entries)
     kept = {**vars(checkup), **vars(checkup.hashes)}
     kinds = {name: type(value) for name, value in kept.items()}
-    assert {kinds.pop(name) for name in ("ids", "problems", "plain", "languages", "hashes")} == {
+    assert {kinds.pop(name) for name in ("ids", "problems", "image_defects", "languages", "hashes")} == {
         list, dict, type(checkup.languages), ImageHashes
     }  # fmt: skip
     assert set(kinds.values()) == {array}
@@ -177,10 +177,10 @@ def read(source: Source, max_length: int = 999) -> Entry:
     return reader(source, max_length)[0]
 
 
-def reader(source: Source, max_length: int = 999) -> Reader:
+def reader(source: Source, max_length: int = 999) -> EntryDataset:
     text = TextEncoder(tokenizer=byte_tokenizer(), num_image_tokens=2, max_length=max_length, chat_template="chatml")
     spec = VisualSpec(num_tokens=2, image_size=(2, 2), transform=lambda image: torch.zeros(3, 2, 2))
-    return Reader(source=source, judge=Judge(text=text, spec=spec), language=None)
+    return EntryDataset(source=source, reader=SampleReader(text=text, spec=spec), language=None)
 
 
 @pytest.mark.parametrize(
@@ -328,8 +328,8 @@ def test_a_filtered_source_has_what_its_source_has() -> None:
     [
         (["a", "b", "bad"], ""),
         (["a", "b"], "was made for 3 samples of train, which has 2; run vlm-doctor again"),
-        (["b", "a", "bad"], "names sample 1 of train 'b', which is now 'a'; run vlm-doctor again"),
-        (["a", "b", "mended"], "names sample 2 of train None, which is now 'mended'; run vlm-doctor again"),
+        (["b", "a", "bad"], "has the id 'b' for sample 1 of train, whose id is now 'a'; run vlm-doctor again"),
+        (["a", "b", "mended"], "has the id None for sample 2 of train, whose id is now 'mended'; run vlm-doctor again"),
     ],
 )
 def test_a_filter_of_other_data_is_refused(tmp_path: Path, ids: list[str], said: str) -> None:
@@ -355,10 +355,10 @@ PART = '"num_samples": 2, "ids": [null], "indices"'
         ('{"train": {"num_samples": 1, "indices": [0]}}', "it has no 'train'"),
         ('{"train": {"num_samples": "2", "indices": {}, "ids": null}}', "it has no 'train'"),
         ('{"train": {"num_samples": 2, "indices": [0, 1], "ids": ["a"]}}', "train has 2 indices and 1 ids"),
-        (f'{{"train": {{{PART}: [-1]}}}}', "train has 2 samples, so that index -1 does not exist"),
-        (f'{{"train": {{{PART}: [2]}}}}', "train has 2 samples, so that index 2 does not exist"),
-        (f'{{"train": {{{PART}: [true]}}}}', "so that index True does not exist"),
-        (f'{{"train": {{{PART}: ["0"]}}}}', "so that index '0' does not exist"),
+        (f'{{"train": {{{PART}: [-1]}}}}', "train has 2 samples, so index -1 does not exist"),
+        (f'{{"train": {{{PART}: [2]}}}}', "train has 2 samples, so index 2 does not exist"),
+        (f'{{"train": {{{PART}: [true]}}}}', "so index True does not exist"),
+        (f'{{"train": {{{PART}: ["0"]}}}}', "so index '0' does not exist"),
         ("[" * 99999, "recursion"),
         ("\xff", "can't decode byte 0xff|Expecting value"),
     ],
@@ -387,7 +387,7 @@ def test_the_page_escapes_what_others_wrote(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script>"
     source = Listed([Sample(attack, [picture(0)], [say("user", None, attack), say("assistant", "\ud83d")])])
     finding = Finding("train", 0, attack, "duplicate", f"sample '{attack}' is one", like=("train", 0))
-    lengths = spread([1.0, 2.0, float("nan")])
+    lengths = statistics([1.0, 2.0, float("nan")])
     assert (lengths["mean"], lengths["max"], sum(lengths["histogram"]["counts"])) == (1.5, 2.0, 2)
     part = {"samples": 1, "tokens": lengths, "languages": {attack: 1}, "answers": [{"answer": attack, "count": 1}]}
     report = {"parts": {"llm": attack}, "visual_tokens_per_image": 1, "against": None, "splits": {"train": part}}

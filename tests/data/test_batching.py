@@ -203,5 +203,5 @@ def test_a_bad_sample_leaves_its_row_to_the_others(tmp_path: Any) -> None:
 
 
 def test_a_budget_below_the_longest_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.batch_tokens=99 does not hold a row of data.max_length=100 tokens"):
+    with pytest.raises(ValueError, match=r"data.batch_tokens=99 is less than one row of data.max_length=100 tokens"):
         numbered(batching="tokens", batch_tokens=99, max_length=100)

@@ -56,7 +56,7 @@ def test_bytes_from_anywhere_are_decoded_under_the_name_given() -> None:
     message = r"^image 'row 7' has 24 pixels \(6 x 4\), more than the limit of 23; make"
     with applied(Reading(max_image_pixels=23)), pytest.raises(BadSample, match=message):
         decode_image(png.getvalue(), name="row 7")
-    with pytest.raises(BadSample, match=r"^image 'row 8' is none of JPEG, "):
+    with pytest.raises(BadSample, match=r"^image 'row 8' is not one of JPEG, "):
         decode_image(b"hello", name="row 8")
 
 
@@ -100,7 +100,7 @@ def test_nothing_outside_the_root_is_read(tmp_path: Path) -> None:
         "folder/secret.png",
     ):
         assert refusal(path, root) == (
-            f"image '{path}' lies outside the folder '{root}'; put a copy of the file under that folder"
+            f"image '{path}' is outside the folder '{root}'; put a copy of the file under that folder"
         )
 
 
@@ -262,7 +262,7 @@ def test_truncated_files_are_errors(tmp_path: Path, suffix: str) -> None:
 def test_other_formats_are_refused(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     assert refusal(name, tmp_path) == (
-        f"image '{name}' is none of JPEG, PNG, WEBP, GIF, BMP, TIFF; convert it to one of them"
+        f"image '{name}' is not one of JPEG, PNG, WEBP, GIF, BMP, TIFF; convert it to one of them"
     )
 
 
@@ -332,7 +332,7 @@ def test_other_modes(tmp_path: Path) -> None:
     assert load_image("bit.png", root=tmp_path).getpixel((0, 0)) == WHITE
     Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tiff")
     assert refusal("float.tiff", tmp_path) == (
-        "image 'float.tiff' holds 32-bit values (mode F), of which none is known to be white; save it with 8 or 16 bits"
+        "image 'float.tiff' holds 32-bit values (mode F), whose range is unknown; save it with 8 or 16 bits"
     )
 
 

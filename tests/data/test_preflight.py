@@ -12,10 +12,10 @@ from PIL import Image
 
 from tests.helpers.text import byte_tokenizer, encoder, own_template, say
 from vlm.data.filter import Filtered
-from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight, render
 from vlm.data.reading import Reading
 from vlm.data.rows import STATES, Rows
+from vlm.data.sample_reader import SampleReader
 from vlm.schema import BadSample, Message, Sample, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.training.results import print_metrics
@@ -49,8 +49,8 @@ def plain():
 
 def rows(source: Conversations, text: TextEncoder, *, name: Split = "train", max_bad: int = 1, **options: Any) -> Rows:
     spec = VisualSpec(num_tokens=3, image_size=(1, 1), transform=lambda image: torch.zeros(3, 1, 1))
-    judge = Judge(text=text, spec=spec, **options)
-    return Rows(source=source, split=name, judge=judge, max_bad=max_bad, bad_samples_file=None)
+    reader = SampleReader(text=text, spec=spec, **options)
+    return Rows(source=source, split=name, reader=reader, max_bad=max_bad, bad_samples_file=None)
 
 
 def test_counts(plain):
@@ -129,7 +129,7 @@ def test_what_training_would_refuse_is_a_bad_sample(plain, messages, error):
 def test_more_answers_than_the_llm_takes_are_bad(plain):
     source = Conversations(GOOD, [*GOOD, say("user", "a"), say("assistant", "b")])
     assert preflight(rows(source, plain, max_answers=1, max_bad=0), num_samples=1, show=0).num_bad == 0
-    with pytest.raises(ValueError, match=r"sample 'talk/1' has 2 answers, but .* 1 a row; set data.train_on=last_a"):
+    with pytest.raises(ValueError, match=r"sample 'talk/1' has 2 answers, but .* 1 per row; set data.train_on=last_a"):
         preflight(rows(source, plain, max_answers=1, max_bad=0), num_samples=2, show=0)
 
 
@@ -159,9 +159,11 @@ def test_only_rgb_is_taken(plain):
 
     made = rows(Deep(*[GOOD] * 4), plain, max_bad=3)
     for index, mode in enumerate(("I;16", "L", "RGBA")):
-        message = rf"'talk/{index}' has an image \(number 1\) of mode {mode} where RGB with 8 bits a channel is needed"
+        message = (
+            rf"'talk/{index}' has an image \(number 1\) of mode {mode} where RGB with 8 bits per channel is needed"
+        )
         with pytest.raises(BadSample, match=message):
-            made.judge.sample(made.source, index)
+            made.reader.sample(made.source, index)
     assert preflight(made, num_samples=4, show=0).num_bad == 3
     assert [made[[index]].samples[0].id for index in range(4)] == ["talk/3"] * 4
 
@@ -177,7 +179,7 @@ def test_only_rgb_is_taken(plain):
 def test_every_placeholder_has_an_image(plain, messages, num_images, holds):
     made = rows(Conversations(messages, num_images=num_images), plain)
     with pytest.raises(BadSample) as caught:
-        made.judge.sample(made.source, 0)
+        made.reader.sample(made.source, 0)
     assert str(caught.value) == f"sample 'talk/0' holds {holds}; add or remove an <image>"
     assert caught.value.kind == "placeholder_mismatch"
 
@@ -195,10 +197,10 @@ def test_texts_have_limits_that_an_option_raises(plain, messages, option, says):
     with pytest.raises(
         BadSample, match=rf"'talk/0' has {says} than the limit of .*, or set data\.reading\.{option}="
     ) as caught:
-        rows(source, plain).judge.sample(source, 0)
+        rows(source, plain).reader.sample(source, 0)
     needed = int(str(caught.value).rpartition("=")[2])
-    judge = rows(source, plain, reading=Reading(**{option: needed})).judge
-    assert judge.sample(source, 0).messages == messages
+    reader = rows(source, plain, reading=Reading(**{option: needed})).reader
+    assert reader.sample(source, 0).messages == messages
 
 
 def test_ids_and_errors_can_be_printed_and_written(plain, tmp_path):

@@ -117,5 +117,5 @@ def test_a_conversation_that_a_template_refuses_is_a_bad_sample():
             encode(Sample("a/1", [], turns))
         assert str(caught.value) == (
             "sample 'a/1': the chat template refuses the conversation (System role not supported); "
-            "repair or remove it, or set llm.chat_template="
+            "repair or remove the sample, or set llm.chat_template="
         )

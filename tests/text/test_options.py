@@ -78,7 +78,9 @@ def test_an_answer_that_is_not_to_be_learned(bytes_only, train_on, shown):
 def test_a_conversation_with_no_answer_to_learn_is_a_bad_sample(bytes_only, train_on):
     subject = encoder(bytes_only, "plain", train_on=train_on)
     kept = [TWO_TURNS[0], *({**turn, "supervised": False} for turn in TWO_TURNS[1:])]
-    with pytest.raises(BadSample, match=r"^sample 'a/1' has no supervised token: its assistant messages are not to be"):
+    with pytest.raises(
+        BadSample, match=r"^sample 'a/1' has no supervised token: its assistant messages have loss: false"
+    ):
         subject.encode(Sample("a/1", [], kept))
 
 
@@ -236,7 +238,9 @@ def test_a_template_that_writes_too_much_is_a_bad_sample():
         "{% for m in messages %}{{ m.content }}{{ 'x' * 2000000 if messages | length > 4 }}<eos>{% endfor %}"
     )
     subject = encoder(tokenizer, None)
-    with pytest.raises(BadSample, match=r"the chat template writes 12,000,0\d\d characters where 1,0"):
+    with pytest.raises(
+        BadSample, match=r"the chat template writes 12,000,0\d\d characters, more than the limit of 1,0"
+    ):
         subject.encode(Sample("a/1", [], [say("user", "a"), say("assistant", "b")] * 3))
 
 

@@ -76,11 +76,11 @@ def test_the_date_in_a_header_is_no_text_to_learn():
 
 
 def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
-    with pytest.raises(ValueError, match="opens an answer with") as caught:
+    with pytest.raises(ValueError, match="before an answer but its generation prompt") as caught:
         encoder(own(QWEN3), None)
     assert str(caught.value).startswith(
-        r"the chat template opens an answer with '\n<think>\n\n</think>\n\n' but its generation prompt ends with "
-        r"'im_start|>assistant\n', so that no answer could begin as it was learned; set llm.chat_template= to one of "
+        r"the chat template writes '\n<think>\n\n</think>\n\n' before an answer but its generation prompt ends with "
+        r"'im_start|>assistant\n', so generated answers would not start as in training; set llm.chat_template="
     )
 
 

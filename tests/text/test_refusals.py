@@ -19,13 +19,13 @@ from vlm.text.templates import IMAGE_PLACEHOLDER
         ),
         (
             [say("user", "a"), say("user", "b"), say("assistant", "no")],
-            "sample 'coco/000123' has 'user' as message 2 where 'assistant' is due; after an optional system "
-            "message, user and assistant must take turns",
+            "sample 'coco/000123' has 'user' as message 2 where 'assistant' is expected; after an optional system "
+            "message, user and assistant must alternate",
         ),
         (
             [say("user", "a"), say("system", "b"), say("assistant", "no")],
-            "sample 'coco/000123' has 'system' as message 2 where 'assistant' is due; after an optional system "
-            "message, user and assistant must take turns",
+            "sample 'coco/000123' has 'system' as message 2 where 'assistant' is expected; after an optional system "
+            "message, user and assistant must alternate",
         ),
         (
             [say("user", "a")],

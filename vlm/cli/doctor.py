@@ -12,7 +12,7 @@ from vlm.ranges import Name, Range
 
 @dataclass(frozen=True)
 class Options:
-    """The section `doctor` of conf/doctor.yaml, where each is explained."""
+    """The section `doctor` of conf/doctor.yaml, which explains each option."""
 
     out: Name
     against: Name | None
@@ -33,7 +33,7 @@ def doctor(cfg: Any) -> None:
     from vlm import build
     from vlm.cli import doctor_report
     from vlm.cli.doctor_score import scores
-    from vlm.data.checkup import Checkup, Folder, Reader
+    from vlm.data.checkup import Checkup, EntryDataset, Folder
     from vlm.data.findings import find, lowest_scores
     from vlm.data.reading import applied
     from vlm.schema import BAD_KINDS
@@ -49,25 +49,28 @@ def doctor(cfg: Any) -> None:
     bar = _bar()
 
     def read(dataset: Dataset[Any], what: str) -> Any:
-        """The dataset's items in order, read by the loader's workers."""
+        """The items of the dataset in order, read by the workers of a loader."""
         workers = data.num_workers
         context = "fork" if workers else None
         loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
         return bar.track(loader, total=len(loader), description=what)
 
     with bar, applied(data.reading):
-        readers = {split: Reader(source=s, judge=data.judge, language=language) for split, s in data.splits.items()}
-        checkups = {split: Checkup(read(reader, f"reading {split}")) for split, reader in readers.items()}
+        entries = {
+            split: EntryDataset(source=source, reader=data.reader, language=language)
+            for split, source in data.splits.items()
+        }
+        checkups = {split: Checkup(read(dataset, f"reading {split}")) for split, dataset in entries.items()}
         if benchmark is not None:
             benchmark.keep(read(benchmark, "reading the benchmark"))
         findings = find(checkups, data.splits, benchmark, similarity=options.similarity)
         report = doctor_report.summary(parts, model.num_visual_tokens, checkups, data.splits, benchmark)
         if options.score:
             for split, checkup in checkups.items():
-                indices = sorted({*checkup.owners})
+                indices = sorted({*checkup.hash_owners})
                 task = bar.add_task(f"scoring {split}", total=len(indices))
                 found = scores(settings, model, data, split, indices, partial(bar.advance, task))
-                report["splits"][split]["score"] = doctor_report.spread(found)
+                report["splits"][split]["score"] = doctor_report.statistics(found)
                 findings += lowest_scores(split, checkup, found, options.num_low_scores)
 
     out, kinds = Path(options.out), {*BAD_KINDS, *options.filter_kinds}
@@ -81,14 +84,14 @@ def doctor(cfg: Any) -> None:
         if lines and all(len(part["indices"]) < part["num_samples"] for part in chosen.values()):
             lines.append(f"Leave these samples out: data.filter={out / 'filter.json'}")
     else:
-        lines = ["No filter.json: the samples came through data.filter; run without it for a new one"]
+        lines = ["No filter.json was written, because data.filter is set; run vlm-doctor without it for a new one"]
     run.CONSOLE.print(Text("\n".join([*lines, f"Report: {out / 'report.html'}"])), soft_wrap=True)
 
 
 def _settings(cfg: Any) -> tuple[dict[str, Any], Options, dict[str, str]]:
-    """The config without its section `doctor`, that, and the option of each part as a user types it.
+    """The config without its section `doctor`, that section, and the name of each part's option.
 
-    Raises ValueError for what cannot be done, before any work.
+    Raises ValueError for options that cannot be used, before any work.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -129,9 +132,9 @@ def _bar() -> Any:
 
 
 def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parts that a run has trained, and the options that it chose; its data, trainer and seed are the user's.
+    """The config sections of a run's model, and the options that the run chose.
 
-    The command line may also set what a run from elsewhere may not, such as where weights are.
+    A run from elsewhere may not set paths, such as the folder of weights; the command line may.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -147,7 +150,7 @@ def _parts_of(run_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Any], d
 
 
 def _model(settings: dict[str, Any], *, weights: bool) -> Any:
-    """The trained model; or, without `weights`, its shapes on the meta device with the LLM's own tokenizer."""
+    """The trained model; without `weights`, a model on the meta device with the LLM's own tokenizer."""
     import torch
 
     from vlm import build

@@ -1,4 +1,4 @@
-"""What the doctor found: tables on the terminal, report.json, report.html with thumbnails, and filter.json."""
+"""The report of vlm-doctor: tables on the terminal, report.json, report.html with thumbnails, and filter.json."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ from vlm.training.run import CONSOLE
 SHOWN = 24  # findings of a kind in report.html; report.json has all
 THUMBNAIL = 160  # pixels of its longer side
 BINS, ANSWERS, LANGUAGES = 12, 10, 12
-HIGH = 99  # percent of the values that a histogram shows where the others lie far out
+HIGH = 99  # percentile at which a histogram ends if the largest values are far beyond it
 LENGTHS = ("tokens", "visual_tokens", "characters")
+HEADINGS = {  # with units
+    "tokens": "tokens",
+    "visual_tokens": "visual tokens",
+    "characters": "characters",
+    "score": "score (nats per token)",
+}
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
@@ -51,9 +57,9 @@ def summary(
     sources: Mapping[Split, Source],
     benchmark: Folder | None,
 ) -> dict[str, Any]:
-    """The report without its findings: lengths, languages and frequent answers of each split.
+    """The report without findings: lengths, languages and frequent answers of each split.
 
-    `parts` has the option of each part.
+    `parts` has the name of each part's option.
     """
     return {
         "parts": dict(parts),
@@ -63,7 +69,7 @@ def summary(
         "splits": {
             split: {
                 "samples": len(checkup),
-                **{name: spread(_read(checkup, name)) for name in LENGTHS},
+                **{name: statistics(_lengths(checkup, name)) for name in LENGTHS},
                 "languages": dict(checkup.languages.most_common()),
                 "answers": frequent_answers(checkup, sources[split], ANSWERS),
             }
@@ -72,11 +78,11 @@ def summary(
     }
 
 
-def spread(values: ArrayLike) -> dict[str, Any]:
-    """Mean, median, 95th percentile, extremes and a histogram, NaN left out; empty where nothing is left.
+def statistics(values: ArrayLike) -> dict[str, Any]:
+    """Mean, median, 95th percentile, minimum, maximum and a histogram of the values that are not NaN.
 
-    The histogram ends at a high percentile where the highest value lies beyond twice its range; `beyond` counts what it
-    leaves out, or one text of 19,000 tokens would put all others into its first bar.
+    Empty if there are no values. The histogram ends at a high percentile if the maximum is beyond twice that range, and
+    `beyond` counts the larger values. Otherwise one text of 19,000 tokens would put all others into the first bar.
     """
     numbers = np.asarray(values, dtype=float)
     numbers = numbers[~np.isnan(numbers)]
@@ -97,7 +103,7 @@ def spread(values: ArrayLike) -> dict[str, Any]:
 def filter_of(
     checkups: Mapping[Split, Checkup], findings: Sequence[Finding], kinds: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """What `data.filter` takes: per split the samples with a finding of these kinds, by index and id."""
+    """The content of filter.json: index and id of each sample with a finding of these kinds, for each split."""
     result = {}
     for split, checkup in checkups.items():
         indices = sorted({f.index for f in findings if f.split == split and f.kind in kinds})
@@ -107,14 +113,16 @@ def filter_of(
 
 
 def left_out(chosen: Mapping[str, Mapping[str, Any]], findings: Sequence[Finding], kinds: Collection[str]) -> list[str]:
-    """For each split how much of it a filter leaves out, and for which findings."""
+    """One line per split: the samples that the filter leaves out, and the findings that cause it."""
     lines = []
     for split, part in chosen.items():
         if num := len(part["indices"]):
             counts = Counter(finding.kind for finding in findings if finding.split == split and finding.kind in kinds)
             why = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
-            share = f"{100 * num / part['num_samples']:.0f} %"
-            lines.append(f"filter.json leaves out {share} of {split}, {num:,} of {part['num_samples']:,} ({why})")
+            percent = f"{100 * num / part['num_samples']:.0f} %"
+            lines.append(
+                f"filter.json leaves out {percent} of {split}, {num:,} of {part['num_samples']:,} samples ({why})"
+            )
     return lines
 
 
@@ -124,39 +132,39 @@ def print_tables(report: Mapping[str, Any], findings: Sequence[Finding], kinds: 
     table = Table(title="Findings")
     table.add_column("kind")
     for split in splits:
-        table.add_column(f"{split}, of {splits[split]['samples']:,}", justify="right")
-    table.add_column("filter")
-    table.add_column("what it is")
+        table.add_column(f"{split}, of {splits[split]['samples']:,} samples", justify="right")
+    table.add_column("in filter.json")
+    table.add_column("meaning")
     counts = Counter((finding.kind, finding.split) for finding in findings)
     for kind, what in KINDS.items():
         numbers = [counts[kind, split] for split in splits]
         if any(numbers):
-            table.add_row(kind, *(f"{n:,}" for n in numbers), "left out" if kind in kinds else "", what)
+            table.add_row(kind, *(f"{n:,}" for n in numbers), "yes" if kind in kinds else "no", what)
     if not findings:
         table.add_row("none", *("0" for _ in splits), "", "nothing was found")
     CONSOLE.print(table)
     for kind in KINDS:
         if first := next((finding for finding in findings if finding.kind == kind), None):
-            CONSOLE.print(Text(one_line(f"{kind}, the first: {first.message}")), soft_wrap=True)
-    table = Table(title=f"Lengths, {report['visual_tokens_per_image']} visual tokens an image")
-    for heading in ("split", "of a sample", "mean", "p50", "p95", "max"):
-        table.add_column(heading, justify="left" if heading in ("split", "of a sample") else "right")
+            CONSOLE.print(Text(one_line(f"First {kind}: {first.message}")), soft_wrap=True)
+    table = Table(title=f"Lengths of samples, with {report['visual_tokens_per_image']} visual tokens per image")
+    for heading in ("split", "length", "mean", "p50", "p95", "max"):
+        table.add_column(heading, justify="left" if heading in ("split", "length") else "right")
     for split, part in splits.items():
         for name in (*LENGTHS, "score"):
             if part.get(name):
                 digits = "+z,.3f" if name == "score" else ",.0f"
                 figures = (format(part[name][figure], digits) for figure in ("mean", "p50", "p95", "max"))
-                table.add_row(split, name.replace("_", " "), *figures)
+                table.add_row(split, HEADINGS[name], *figures)
     if table.row_count:
         CONSOLE.print(table)
     for split, part in splits.items():
-        for name, total in _tops(part).items():
-            shown = ", ".join(f"{what} {count:,}" for what, count in total)
-            CONSOLE.print(Text(one_line(f"{split} {name}: {shown}")))
+        for name, counted in _most_frequent(part).items():
+            shown = ", ".join(f"{value} {count:,}" for value, count in counted)
+            CONSOLE.print(Text(one_line(f"{split}, {name} (samples): {shown}")))
 
 
 def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> None:
-    """report.json and report.html; the samples that are shown are read again."""
+    """Write report.json and report.html. The samples that report.html shows are read again."""
     counts = Counter((finding.split, finding.kind) for finding in findings)
     by_kind = {split: {kind: counts[split, kind] for kind in KINDS} for split in sources}
     write_json(out / "report.json", {**report, "counts": by_kind, "findings": [asdict(f) for f in findings]})
@@ -165,17 +173,18 @@ def write(out: Path, report: Mapping[str, Any], findings: Sequence[Finding], sou
         file.write(page)
 
 
-def _read(checkup: Checkup, name: str) -> np.ndarray:
+def _lengths(checkup: Checkup, name: str) -> np.ndarray:
     """Lengths of the samples that could be read and tokenized."""
     tokens = np.array(checkup.tokens)
     return np.array(getattr(checkup, name))[tokens > 0]
 
 
-def _tops(part: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
-    languages = [("too short to tell" if name == "short" else name, n) for name, n in part["languages"].items()]
+def _most_frequent(part: Mapping[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """The most frequent languages and answers, each with its number of samples."""
+    languages = [("too short to identify" if name == "short" else name, n) for name, n in part["languages"].items()]
     languages = languages[:LANGUAGES]
     answers = [(f"'{entry['answer'][:60]}'", entry["count"]) for entry in part["answers"]]
-    return {name: rows for name, rows in (("languages", languages), ("most frequent answers", answers)) if rows}
+    return {name: counts for name, counts in (("languages", languages), ("most frequent answers", answers)) if counts}
 
 
 def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mapping[Split, Source]) -> str:
@@ -185,21 +194,21 @@ def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mappi
     parts = [f"{part}: {name}" for part, name in report["parts"].items()]
     if against := report["against"]:
         parts.append(
-            f"against {against['images']:,} images of {against['folder']} ({against['unreadable']} unreadable)"
+            f"compared with {against['images']:,} images of {against['folder']} ({against['unreadable']} unreadable)"
         )
     body = [
         f"<h1>vlm-doctor</h1><p class=note>{escape(' · '.join(parts))}</p>",
-        _table(["kind", *(f"{split}, of {part['samples']:,}" for split, part in splits.items())], rows),
+        _table(["kind", *(f"{split}, of {part['samples']:,} samples" for split, part in splits.items())], rows),
     ]
     for split, part in splits.items():
         charts = [_histogram(name, part[name]) for name in (*LENGTHS, "score") if part.get(name)]
-        charts += [f"<div><h3>{name}</h3>{_bars(bars)}</div>" for name, bars in _tops(part).items()]
+        charts += [f"<div><h3>{name} (samples)</h3>{_bars(bars)}</div>" for name, bars in _most_frequent(part).items()]
         body.append(f"<h2>{escape(split)}</h2><div class=row>{''.join(charts)}</div>")
     for kind, what in KINDS.items():
         of_kind = [finding for finding in findings if finding.kind == kind]
         if of_kind:
             shown = of_kind[:SHOWN]
-            more = f", the first {len(shown)} of them" if len(shown) < len(of_kind) else ""
+            more = f" (the first {len(shown)} are shown)" if len(shown) < len(of_kind) else ""
             cards = "".join(_card(finding, sources) for finding in shown)
             heading = f"<h2>{kind}: {len(of_kind):,}</h2><p class=note>{escape(what)}{more}</p>"
             body.append(f"{heading}<div class=cards>{cards}</div>")
@@ -221,7 +230,7 @@ def _histogram(name: str, figures: Mapping[str, Any]) -> str:
     if beyond := figures["histogram"]["beyond"]:
         rows.append((f"beyond {format(edges[-1], digits)}", beyond))
     bars = _bars(rows)
-    return f"<div><h3>{name.replace('_', ' ')}</h3><p class=note>{line}</p>{bars}</div>"
+    return f"<div><h3>{HEADINGS[name]}</h3><p class=note>{line}</p>{bars}</div>"
 
 
 def _bars(rows: Sequence[tuple[str, int]]) -> str:
@@ -235,22 +244,22 @@ def _bars(rows: Sequence[tuple[str, int]]) -> str:
 
 
 def _card(finding: Finding, sources: Mapping[Split, Source]) -> str:
-    """A finding with its pictures and its text, and beside them the pictures of the sample that it repeats."""
-    places = [(finding.split, finding.index), *([finding.like] if finding.like else [])]
-    pictures, text = "", ""
-    for number, (split, index) in enumerate(places):
+    """A finding with its images and its text, and the images of the sample that it repeats."""
+    samples = [(finding.split, finding.index), *([finding.like] if finding.like else [])]
+    images, text = "", ""
+    for number, (split, index) in enumerate(samples):
         try:
             sample = sources[split][index]
             shown = [to_rgb(image, name="") for image in sample.images[:4] if isinstance(image, Image.Image)]
-        except ValueError:  # the finding says so
+        except ValueError:  # the finding itself is about an unreadable sample
             continue
-        pictures += "".join(map(_thumbnail, shown))
+        images += "".join(map(_thumbnail, shown))
         if not number:
             text = " ⏎ ".join(f"{message['role']}: {text_of(message)}" for message in sample.messages)
     text = text if len(text) <= 300 else text[:300] + "…"
-    place = f"{finding.split} {finding.index}"
+    position = f"{finding.split} {finding.index}"
     return (
-        f"<div class=card>{pictures}<div><b>{place}</b> {escape(finding.message)}</div>"
+        f"<div class=card>{images}<div><b>{position}</b> {escape(finding.message)}</div>"
         f"<div class=text>{escape(text)}</div></div>"
     )
 

@@ -1,4 +1,4 @@
-"""Does a sample's answer belong to its image? Compare a trained model's loss with that for another image."""
+"""Scores how well answers fit their images: a trained model's loss with another image minus that with the own image."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def scores(
     indices: Sequence[int],
     advance: Callable[[int], None],
 ) -> NDArray[np.float64]:
-    """For each sample of the split, by how much the loss of its answers rises with another image, in nats per token.
+    """For each sample of the split, the increase of its loss with another image, in nats per supervised token.
 
-    NaN for those not in `indices`, which must be samples that training can use and that have an image, and where a
-    batch had no other image to offer. `advance` is called with the number of samples of each finished batch.
+    `indices` are samples that have an image and that training can use; the others have NaN, and so has a sample whose
+    batch has no other image. `advance` is called with the number of samples of each finished batch.
     """
     found = np.full(len(data.splits[split]), np.nan)
     if len(indices) < 2:
         return found
-    rows: Any = Rows(source=data.splits[split], split=split, judge=data.judge, max_bad=0, bad_samples_file=None)
+    rows: Any = Rows(source=data.splits[split], split=split, reader=data.reader, max_bad=0, bad_samples_file=None)
     batches: Any = EvenBatches(indices, batch_size=max(2, data.batch_size))
     loader = DataLoader(
         rows,
@@ -52,12 +52,12 @@ def scores(
     )
     one_device = {**settings["trainer"], "devices": 1, "num_nodes": 1}
     trainer = build.build_trainer({**settings, "trainer": one_device, "callbacks": {}, "logger": {}}, Path())
-    found[list(indices)] = list(chain(*trainer.predict(_Agreement(model.eval(), advance), loader)))
+    found[list(indices)] = list(chain(*trainer.predict(_Scorer(model.eval(), advance), loader)))
     return found
 
 
-class _Agreement(pl.LightningModule):
-    """The model as Lightning predicts with it, which chooses device and precision."""
+class _Scorer(pl.LightningModule):
+    """Scores batches in Lightning's `predict`, which chooses device and precision."""
 
     def __init__(self, model: Any, advance: Callable[[int], None]) -> None:
         super().__init__()

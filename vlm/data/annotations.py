@@ -1,4 +1,4 @@
-"""Annotation files to records, each with its position in the file, and a compact store for JSON values."""
+"""Annotation files -> records with their position in the file; a compact store of JSON values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlm.data.paths import likely_path, no_path
+from vlm.data.paths import likely_path, why_not_a_path
 from vlm.file_kinds import HEAD, kind_of
 from vlm.quote import quoted
 from vlm.schema import hashed
@@ -18,7 +18,7 @@ from vlm.schema import hashed
 class Record(NamedTuple):
     """One record of a file. `problem` says why it cannot be used; it is empty for a good record."""
 
-    place: str  # "file.jsonl:12", or "file.json[3]" in a JSON list
+    location: str  # "file.jsonl:12", or "file.json[3]" in a JSON list
     fields: dict[str, Any]
     problem: str = ""
 
@@ -26,8 +26,8 @@ class Record(NamedTuple):
 class PackedJson:
     """JSON values in one block of bytes.
 
-    A list of a million dictionaries costs gigabytes, and again in every worker process: counting references writes to
-    the memory that the processes share.
+    A list of a million dictionaries takes gigabytes, and as much again in every worker process, because reference
+    counts are written to memory that the processes would otherwise share.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
@@ -42,7 +42,7 @@ class PackedJson:
         return len(self._ends) - 1
 
     def fingerprint(self) -> str:
-        """A hash of all values in their order."""
+        """A hash of all values in order."""
         return hashed(self._buffer, *self._ends[-1:])
 
     def __getitem__(self, index: int) -> Any:
@@ -51,7 +51,7 @@ class PackedJson:
 
 
 def existing_file(path: str | Path, *, option: str) -> Path:
-    """The path of a file that exists and is not empty; else a `ValueError` that names the option to set."""
+    """The path as a file that exists and is not empty. Raises `ValueError` with the option to set."""
     file = Path(path).expanduser()
     remedy = f"set data.{option}= to the annotation file"
     if not file.is_file():
@@ -67,7 +67,7 @@ def existing_file(path: str | Path, *, option: str) -> Path:
 
 
 def existing_folder(path: str | Path, *, option: str, holds: str = "the images") -> Path:
-    """The path of a folder that exists; else a `ValueError` that names the option to set."""
+    """The path as a folder that exists. Raises `ValueError` with the option to set."""
     folder = Path(path).expanduser()
     remedy = f"set data.{option}= to the folder that holds {holds}"
     if not folder.is_dir():
@@ -78,25 +78,25 @@ def existing_folder(path: str | Path, *, option: str, holds: str = "the images")
 
 
 def check_suffix(file: Path, suffixes: Sequence[str]) -> None:
-    """Raise `ValueError` unless the file's name has one of these endings, whatever their case."""
+    """Raise `ValueError` unless the file's name ends in one of `suffixes`, in lower or upper case."""
     if file.suffix.lower() not in suffixes:
-        packed = " unpack it first, and" if file.suffix.lower() in (".gz", ".zip", ".xz", ".bz2", ".zst") else ""
+        unpack = " unpack it first, and" if file.suffix.lower() in (".gz", ".zip", ".xz", ".bz2", ".zst") else ""
         given = f"ends in '{file.suffix}'" if file.suffix else "has no ending"
-        raise ValueError(f"'{file}' {given};{packed} give a {', '.join(suffixes[:-1])} or {suffixes[-1]} file")
+        raise ValueError(f"'{file}' {given};{unpack} give a {', '.join(suffixes[:-1])} or {suffixes[-1]} file")
 
 
 def _hint(path: str) -> str:
-    """Why an option's path does not exist on this machine, as far as known."""
-    if cause := no_path(path):
+    """The reason why an option's path does not exist, in parentheses; empty where it is unknown."""
+    if cause := why_not_a_path(path):
         return f" ({quoted(path)} {cause})"
     found = likely_path(path, root=Path.cwd())
     return f" (it {found[1]}; '{found[0]}' exists)" if found else ""
 
 
 def read_json(file: Path) -> dict[str, Any] | list[Record]:
-    """A `.json` file: its one object, or the records of its list. JSON lines under this name are read as such.
+    """A `.json` file: its one object, or the records of its list. JSON lines in such a file are read too.
 
-    Raises `ValueError` naming file and line where the text is not JSON.
+    Raises `ValueError` with file and line where the text is not JSON.
     """
     text = text_of(file)
     try:
@@ -115,7 +115,7 @@ def read_json(file: Path) -> dict[str, Any] | list[Record]:
 
 
 def read_jsonl(file: Path) -> Iterator[Record]:
-    """One JSON value a line, empty lines left out. Raises `ValueError` naming file and line where one is not JSON."""
+    """One record per line; empty lines are skipped. Raises `ValueError` with file and line where one is not JSON."""
     for number, line in enumerate(text_of(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -128,11 +128,11 @@ def read_jsonl(file: Path) -> Iterator[Record]:
         yield to_record(f"{file.name}:{number}", record)
 
 
-def to_record(place: str, value: Any) -> Record:
-    """A JSON value as a record; one that is not an object has a problem."""
+def to_record(location: str, value: Any) -> Record:
+    """A JSON value as a record, with a problem unless it is an object."""
     if isinstance(value, dict):
-        return Record(place, value)
-    return Record(place, {}, f"is {_kind(value)} where an object is needed; write it as {{...}}")
+        return Record(location, value)
+    return Record(location, {}, f"is {_kind(value)} where an object is needed; write it as {{...}}")
 
 
 def not_json(file: Path, line: int, error: Exception) -> ValueError:
@@ -143,7 +143,7 @@ def not_json(file: Path, line: int, error: Exception) -> ValueError:
 
 
 def text_of(file: Path) -> str:
-    """The text of a UTF-8 file. Raises `ValueError` naming the line that is not."""
+    """The text of a UTF-8 file. Raises `ValueError` with the first line that is not UTF-8."""
     data = file.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -161,5 +161,5 @@ def _is_json(text: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value", type(None): "null"}
+    names = {list: "a list", dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

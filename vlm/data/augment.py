@@ -14,11 +14,11 @@ from vlm.ranges import RatioAboveZero, RatioBelowOne
 class Augment:
     """PIL image -> PIL image of the same size; the same seed gives the same image.
 
-    Images are never flipped or rotated: captions say left and right, and images contain text.
+    Images are never flipped or rotated, because captions say left and right and images contain text.
 
     Args:
-        crop: minimum ratio of the area that a crop keeps; its position is random, its aspect ratio that of the image. 1
-            crops nothing.
+        crop: minimum ratio of the area that a crop keeps. A crop has a random position and the aspect ratio of the
+            image; 1 crops nothing.
         color: maximum change of brightness, contrast and saturation, each multiplied by its own factor in
             [1 - color, 1 + color]; 0 changes nothing.
 

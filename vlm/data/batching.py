@@ -1,4 +1,4 @@
-"""Batch samplers: the order of samples, packing into rows, and batches of a number of rows or of tokens."""
+"""Batch samplers: the order of samples, their packing into rows, and batches of a fixed number of rows or tokens."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from torch.utils.data import Sampler
 
 from vlm.schema import Source
 
-WINDOW = 512  # samples that are packed, or sorted by length, together
+WINDOW = 512  # samples that are packed together, or sorted by length together
 
-Rows = list[list[int]]  # a batch: rows, each the indices of the samples in it
+Rows = list[list[int]]  # one batch; each row is the indices of its samples
 
 
 class Batches(Sampler[Rows]):
-    """The training batches of one rank, without end: each epoch has its own order.
+    """The training batches of one rank, in endless epochs. Each epoch has its own order.
 
-    All ranks compute the same batches and take turns at them, so that R ranks read what one rank with batches R times
-    as large would. A batch may hold the end of one epoch and the start of the next. Sample i of a source of n is called
-    i in the first epoch, n + i in the second, and so on.
+    All ranks compute the same batches, and rank r of R takes batches r, r + R, r + 2R, … So R ranks read what one rank
+    with batches R times as large would read. A batch may hold the end of one epoch and the start of the next. For a
+    source of n samples, sample i has the index i in the first epoch, n + i in the second, and so on.
 
     Args:
-        source: the split to read; its `order` is followed, or it is shuffled.
-        length: tokens of a sample; called only for packing and for batches of tokens, window by window.
-        batch_size: rows a batch, with batching by samples.
+        source: the split to read, in its own `order` or shuffled.
+        length: the number of tokens of a sample. It is called only for packing and for batches of tokens.
+        batch_size: rows per batch, with batching by samples.
         batch_tokens: maximum tokens of a batch, padding included, with batching by tokens; its rows are of similar
             length.
-        row_tokens: maximum tokens of a row of several samples, with packing (first fit, longest first); None packs
-            nothing.
+        row_tokens: maximum tokens of a row of several samples (first fit, longest first); None does not pack.
         start: the `position` to resume from; None starts at the beginning.
     """
 
@@ -55,17 +54,17 @@ class Batches(Sampler[Rows]):
         self.start = start or {"epoch": 0, "index": 0, "waiting": [], "number": 0, "batches": 0}
         if (before := self.start.get("num_samples", len(source))) != len(source):
             raise ValueError(
-                f"the training data has {len(source)} samples and had {before} when this run was saved; restore them, "
-                "or start a new run with ckpt="
+                f"the training data has {len(source)} samples but had {before} when this run was saved; restore the "
+                "data, or start a new run with ckpt="
             )
 
     def __iter__(self) -> Iterator[Rows]:
         return itertools.islice(self._batches(), self.rank, None, self.num_ranks)
 
     def position(self, num_batches: int) -> dict[str, Any]:
-        """The position after `num_batches` batches of each rank, to resume from by `start`."""
+        """The position after `num_batches` batches of each rank, to be given as `start`."""
         batches = num_batches * self.num_ranks
-        while len(self._windows) > 1 and self._windows[1]["number"] <= batches:  # loaders read windows ahead
+        while len(self._windows) > 1 and self._windows[1]["number"] <= batches:  # a loader reads ahead
             self._windows.pop(0)
         return {**self._windows[0], "batches": batches, "num_samples": len(self.source)}
 
@@ -92,9 +91,9 @@ class Batches(Sampler[Rows]):
         return shuffled
 
     def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random, first: int) -> tuple[list[Rows], Rows]:
-        """The batches of a window and of the rows left over from the one before, and the rows that are left over now.
+        """The batches of a window, and the rows that wait for the next window.
 
-        `first` is the number of the epoch's sample 0.
+        `waiting` are the rows that the window before has left. `first` is the index of the epoch's sample 0.
         """
         if self.batching == "samples" and self.row_tokens is None:
             rows = [[first + index] for index in indices]
@@ -114,9 +113,10 @@ class Batches(Sampler[Rows]):
 
 
 class EvenBatches(Sampler[Rows]):
-    """The validation batches of one rank, of one sample a row.
+    """The validation batches of one rank, with one sample per row.
 
-    Sizes differ by at most one, so that the last batch never has a single image; every rank has as many batches.
+    The sizes of batches differ by at most one, so no batch has a single image. All ranks have the same number of
+    batches.
     """
 
     def __init__(self, indices: Sequence[int], *, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
@@ -138,7 +138,7 @@ class EvenBatches(Sampler[Rows]):
 
 
 def pack(lengths: Sequence[tuple[int, int]], capacity: int) -> list[list[tuple[int, int]]]:
-    """Pairs (sample, tokens) in rows of at most `capacity` tokens: longest first, each into the first that it fits."""
+    """Rows of at most `capacity` tokens for pairs (sample, tokens): longest first, into the first row that fits."""
     rows: list[list[tuple[int, int]]] = []
     free: list[int] = []  # tokens left in each row
     for pair in sorted(lengths, key=lambda pair: -pair[1]):
@@ -152,10 +152,13 @@ def pack(lengths: Sequence[tuple[int, int]], capacity: int) -> list[list[tuple[i
 
 
 def by_tokens(rows: Rows, lengths: Sequence[int], budget: int) -> list[Rows]:
-    """Batches of rows of similar length with at most `budget` tokens, padding included; a longer row is alone."""
+    """Batches of rows of similar length with at most `budget` tokens, padding included.
+
+    A row longer than `budget` is a batch of its own.
+    """
     batches: list[Rows] = []
     for length, row in sorted(zip(lengths, rows, strict=True), key=lambda pair: pair[0]):
-        # Rows come in increasing length, so the batch is padded to this one.
+        # Lengths increase, so the batch is padded to the length of this row.
         if not batches or (len(batches[-1]) + 1) * length > budget:
             batches.append([])
         batches[-1].append(row)

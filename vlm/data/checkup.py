@@ -1,4 +1,4 @@
-"""Reads every sample of a split as training would, and keeps its hashes, its lengths and its defect."""
+"""Reads every sample of a split as training does, for vlm-doctor: hashes, lengths and defects."""
 
 from __future__ import annotations
 
@@ -18,51 +18,52 @@ from torch.utils.data import Dataset
 
 from vlm.data.duplicates import ImageHash, ImageHashes, digest, hash_image
 from vlm.data.images import load_image
-from vlm.data.judge import Judge, read
+from vlm.data.sample_reader import SampleReader, read
 from vlm.schema import BadSample, Message, Sample, Source
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 DARK = 24  # of 255: 12-bit values in a 16-bit file become at most 15
-ONE_COLOR = 8  # levels of 256 between the darkest and the brightest of a channel, without 0.1 % at each end
-SHORT_ANSWER = 3  # words; two longer answers may differ and both be right
-# A word is a run of letters or digits, or two characters of a script that puts no space between words.
+# Of 256 levels: an image whose channels each have a smaller range, without 0.1 % at each end, has one color.
+ONE_COLOR = 8
+SHORT_ANSWER = 3  # words; longer answers may differ and still both be right
+# A word is a run of letters or digits, or two characters of a script that has no spaces between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]{1,2}|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class Entry(NamedTuple):
-    """The facts of one sample; only `kind` and `message` for one that the source cannot read."""
+    """What is known of one sample; only `kind` and `message` if the source cannot read it."""
 
     id: str | None = None
-    kind: str = ""  # of defect; empty for a good sample
+    kind: str = ""  # the kind of its defect; empty for a good sample
     message: str = ""
     hashes: tuple[ImageHash, ...] = ()
-    picture: int = 0  # hash of all images; 0 without images
-    name: int = 0  # hash of the images' names
-    text: int = 0  # hash of the conversation
+    image_digest: int = 0  # hash of all images; 0 without images
+    name_digest: int = 0  # hash of the images' names
+    text_digest: int = 0  # hash of the conversation
     characters: int = 0
     answers: tuple[int, ...] = ()  # hashes of the answers
-    claims: tuple[tuple[int, int], ...] = ()  # of short answers: hash of images and question, hash of the answer
-    plain: str = ""  # the defect of an image that shows almost nothing
+    short_answers: tuple[tuple[int, int], ...] = ()  # of each: hash of images and question, hash of the answer
+    image_defect: str = ""  # of an image that shows almost nothing
     language: str | None = None
     tokens: int = 0  # including visual tokens
     visual_tokens: int = 0
 
 
-class Reader(Dataset[Entry]):
-    """A split as entries; the loader's workers read, decode and tokenize here."""
+class EntryDataset(Dataset[Entry]):
+    """The entries of a split. The workers of the loader read, decode and tokenize here."""
 
-    def __init__(self, *, source: Source, judge: Judge, language: Callable[[str], str] | None) -> None:
-        self.source, self.judge, self.language = source, judge, language
-        unlimited = copy.copy(judge.text)
+    def __init__(self, *, source: Source, reader: SampleReader, language: Callable[[str], str] | None) -> None:
+        self.source, self.reader, self.language = source, reader, language
+        unlimited = copy.copy(reader.text)
         unlimited.max_length = sys.maxsize
-        self._unlimited = replace(judge, text=unlimited)
+        self._unlimited = replace(reader, text=unlimited)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Entry:
         try:
-            sample = read(self.source, index, reading=self.judge.reading)
+            sample = read(self.source, index, reading=self.reader.reading)
         except BadSample as error:
             return Entry(kind=error.kind, message=str(error))
         answers = answers_of(sample)
@@ -71,21 +72,21 @@ class Reader(Dataset[Entry]):
         except BadSample as error:
             return Entry(id=sample.id, kind=error.kind, message=str(error))
         hashes = tuple(hash_image(image) for image in sample.images)
-        picture = digest(repr([each.pixels for each in hashes]).encode()) if hashes else 0
+        image_digest = digest(repr([each.pixels for each in hashes]).encode()) if hashes else 0
         return entry._replace(
             hashes=hashes,
-            picture=picture,
-            claims=tuple(_claims(sample, picture)) if hashes else (),
-            plain=next(filter(None, map(plainness, sample.images)), ""),
-            name=digest(sample.meta.get("image", sample.id).encode("utf-8", "replace")),
-            text=digest(repr(sample.messages).encode()),
+            image_digest=image_digest,
+            short_answers=tuple(_short_answers(sample, image_digest)) if hashes else (),
+            image_defect=next(filter(None, map(image_defect, sample.images)), ""),
+            name_digest=digest(sample.meta.get("image", sample.id).encode("utf-8", "replace")),
+            text_digest=digest(repr(sample.messages).encode()),
             answers=tuple({hash_answer(answer): None for answer in answers}),
             language=self.language("\n".join(answers)) if self.language else None,
         )
 
     def _lengths(self, sample: Sample) -> Entry:
-        """The entry of a sample with its lengths, which may be too long. Raises BadSample for any other defect."""
-        self.judge.check(sample)
+        """An entry with the lengths of a sample, which may exceed the maximum. Raises BadSample for other defects."""
+        self.reader.check(sample)
         row = self._unlimited.encoded(sample)
         if "" in map(str.strip, answers_of(sample)):
             says = "has an empty answer among its turns; write it or remove the sample"
@@ -96,18 +97,18 @@ class Reader(Dataset[Entry]):
             tokens=len(row.input_ids),
             visual_tokens=sum(row.image_mask),
         )
-        if entry.tokens > self.judge.text.max_length:
+        if entry.tokens > self.reader.text.max_length:
             try:
-                self.judge.encoded(sample)
+                self.reader.encoded(sample)
             except BadSample as error:
                 return entry._replace(kind=error.kind, message=str(error))
         return entry
 
 
 class Folder(Dataset[ImageHash | None]):
-    """A folder's image files, those in its subfolders included, as hashes; None for one that cannot be read.
+    """The hashes of a folder's image files, subfolders included; None for a file that cannot be read.
 
-    `keep` takes them in order; then `hashes` holds what could be read and `kept` the names of these files.
+    `keep` receives them in order. Then `hashes` holds those of the files that could be read, and `kept` their names.
     """
 
     def __init__(self, folder: str) -> None:
@@ -141,19 +142,19 @@ class Folder(Dataset[ImageHash | None]):
 class Checkup:
     """Hashes, lengths and defects of a split's samples, in arrays; images and texts are not kept.
 
-    The entries come in the order of the split. `owners[n]` is the sample that hash n belongs to,
-    `answerers[n]` the one that gives answer n, and `claimants[n]` the one that gives answer `claims[n]` to
-    `questions[n]` about its images. ImageHashes and answers are of good samples only.
+    `entries` are in the order of the split. Hashes and answers are of good samples only; the index of their sample is
+    in `hash_owners[n]` for hash n, in `answer_owners[n]` for answer n, and in `short_answer_owners[n]` for the answer
+    `short_answers[n]` to `questions[n]` (hashes, the images included in that of the question).
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.ids: list[str | None] = []
         self.problems: dict[int, tuple[str, str]] = {}  # kind and message
-        self.hashes, self.owners = ImageHashes(), array("Q")
-        self.pictures, self.names, self.texts = array("Q"), array("Q"), array("Q")
-        self.answers, self.answerers = array("Q"), array("Q")
-        self.questions, self.claims, self.claimants = array("Q"), array("Q"), array("Q")
-        self.plain: dict[int, str] = {}  # the defect of a sample's image
+        self.hashes, self.hash_owners = ImageHashes(), array("Q")
+        self.image_digests, self.name_digests, self.text_digests = array("Q"), array("Q"), array("Q")
+        self.answers, self.answer_owners = array("Q"), array("Q")
+        self.questions, self.short_answers, self.short_answer_owners = array("Q"), array("Q"), array("Q")
+        self.image_defects: dict[int, str] = {}  # by sample
         self.characters, self.tokens, self.visual_tokens = array("Q"), array("Q"), array("Q")
         self.languages: Counter[str] = Counter()
         for entry in entries:
@@ -163,16 +164,16 @@ class Checkup:
         return len(self.ids)
 
     @property
-    def sound(self) -> list[int]:
+    def good(self) -> list[int]:
         """The indices of good samples."""
         return [index for index in range(len(self)) if index not in self.problems]
 
     def _add(self, entry: Entry) -> None:
         index = len(self)
         self.ids.append(entry.id)
-        self.pictures.append(entry.picture)
-        self.names.append(entry.name)
-        self.texts.append(entry.text)
+        self.image_digests.append(entry.image_digest)
+        self.name_digests.append(entry.name_digest)
+        self.text_digests.append(entry.text_digest)
         self.characters.append(entry.characters)
         self.tokens.append(entry.tokens)
         self.visual_tokens.append(entry.visual_tokens)
@@ -181,22 +182,22 @@ class Checkup:
             return
         for each in entry.hashes:
             self.hashes.append(each)
-            self.owners.append(index)
+            self.hash_owners.append(index)
         for answer in entry.answers:
             self.answers.append(answer)
-            self.answerers.append(index)
-        for question, answer in entry.claims:
+            self.answer_owners.append(index)
+        for question, answer in entry.short_answers:
             self.questions.append(question)
-            self.claims.append(answer)
-            self.claimants.append(index)
-        if entry.plain:
-            self.plain[index] = entry.plain
+            self.short_answers.append(answer)
+            self.short_answer_owners.append(index)
+        if entry.image_defect:
+            self.image_defects[index] = entry.image_defect
         if entry.language is not None:
             self.languages[entry.language] += 1
 
 
-def plainness(image: Image.Image) -> str:
-    """The defect of an image that shows almost nothing; empty for others."""
+def image_defect(image: Image.Image) -> str:
+    """The defect of an image that shows almost nothing; empty for other images."""
     histogram = np.array(image.histogram()).reshape(3, 256).cumsum(1) / (image.width * image.height)
     darkest, brightest = ([int(np.searchsorted(channel, at)) for channel in histogram] for at in (0.001, 0.999))
     if max(brightest) < DARK:
@@ -206,7 +207,7 @@ def plainness(image: Image.Image) -> str:
     return ""
 
 
-def _claims(sample: Sample, picture: int) -> Iterator[tuple[int, int]]:
+def _short_answers(sample: Sample, image_digest: int) -> Iterator[tuple[int, int]]:
     """For each short answer the hash of the images with its question, and the hash of the answer."""
     question = ""
     for message in sample.messages:
@@ -214,7 +215,7 @@ def _claims(sample: Sample, picture: int) -> Iterator[tuple[int, int]]:
         if message["role"] == "user":
             question = text
         elif message["role"] == "assistant" and len(words(text)) <= SHORT_ANSWER:
-            yield digest(f"{picture} {' '.join(words(question))}".encode()), hash_answer(text)
+            yield digest(f"{image_digest} {' '.join(words(question))}".encode()), hash_answer(text)
 
 
 def text_of(message: Message) -> str:

@@ -17,12 +17,12 @@ from vlm.text.row import Encoded
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a batch: a tokenized sample with its images transformed, or several packed side by side."""
+    """One row of a batch: a tokenized sample with its transformed images, or several packed one after the other."""
 
     samples: list[Sample]  # without their images
     encoded: list[Encoded]
     pixel_values: list[Tensor]  # each [3, H, W], of an image or a tile
-    layouts: list[tuple[int, ...]]  # of each image, how many tiles stand in each row of tiles
+    layouts: list[tuple[int, ...]]  # of each image, the number of tiles in each row of tiles
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
@@ -34,7 +34,7 @@ def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
 
 
 def join(rows: Sequence[Row]) -> Row:
-    """One row of the samples of several."""
+    """One row with the samples of several rows."""
     return Row(
         samples=list(chain.from_iterable(row.samples for row in rows)),
         encoded=list(chain.from_iterable(row.encoded for row in rows)),
@@ -51,27 +51,27 @@ def collate(
     side: Literal["left", "right"] = "right",
     sources: Sequence[str] = (),
 ) -> Batch:
-    """Pad rows to the longest: on the right to train, on the left to generate."""
+    """A batch of rows, padded to the longest: on the right to train, on the left to generate."""
     first = accumulate((len(row.samples) for row in rows), initial=0)
     columns = [_columns(row, number) for row, number in zip(rows, first, strict=False)]
     longest = max(len(column["input_ids"]) for column in columns)
 
     def padded(name: str, fill: int = 0) -> Tensor:
-        lines = np.full((len(columns), longest), fill)
-        for line, column in zip(lines, columns, strict=True):
+        values = np.full((len(columns), longest), fill)  # B T
+        for row_values, column in zip(values, columns, strict=True):
             size = len(column[name])
-            line[slice(size) if side == "right" else slice(longest - size, longest)] = column[name]
-        return torch.from_numpy(lines)
+            row_values[slice(size) if side == "right" else slice(longest - size, longest)] = column[name]
+        return torch.from_numpy(values)
 
     samples = list(chain.from_iterable(row.samples for row in rows))
     pixel_values = list(chain.from_iterable(row.pixel_values for row in rows))
-    last = (
+    channels_last = (
         torch.stack([each.permute(1, 2, 0) for each in pixel_values])
         if pixel_values
         else torch.zeros(0, *spec.image_size, 3)
-    )
+    )  # N H W 3, the memory layout of what `Transform` returns
     return Batch(
-        pixel_values=last.permute(0, 3, 1, 2),  # channels last in memory, as `Transform` returns them
+        pixel_values=channels_last.permute(0, 3, 1, 2),
         input_ids=padded("input_ids", pad_id),
         attention_mask=padded("attention_mask").bool(),
         position_ids=padded("position_ids"),
@@ -89,7 +89,7 @@ def collate(
 
 
 def _columns(row: Row, first: int) -> dict[str, np.ndarray]:
-    """The row's value for each token, by the names in `Batch`; `first` is the number of its first sample."""
+    """One value for each token of the row, by the names in `Batch`; `first` is the index of the row's first sample."""
     parts = []
     images = 0
     for number, (sample, encoded) in enumerate(zip(row.samples, row.encoded, strict=True), start=first):

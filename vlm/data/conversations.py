@@ -1,24 +1,43 @@
-r"""Records of conversations -> messages in the common chat form, every slip of a record named.
+r"""Records of conversations -> messages in the common chat form.
 
-Every key of a record is read, known to be harmless, or refused by name: what is dropped in silence trains wrongly
-without an error. `<image>` in a text is the place of the next image; `\<image>` is the word.
+`<image>` in a text is the placeholder of the next image; `\<image>` is the word itself. A record with a defect, or with
+a key that may hold content and is not read, raises `Malformed`: content that is dropped silently makes training wrong
+without an error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from vlm.data.record_keys import (
+    EXTRA_PAIR_KEYS,
+    IMAGE_KEYS,
+    METADATA_KEYS,
+    PAIRS,
+    PATH_KEYS,
+    RECORD_KEYS,
+    TURN_KEYS,
+    Malformed,
+    as_text,
+    check_columns,
+    has_null_image,
+    image_name,
+    is_empty,
+    record_images,
+    refuse_other_keys,
+    renamed,
+)
 from vlm.quote import named, quoted
-from vlm.schema import BadSample, Content, Message
+from vlm.schema import Content, Message
 
-MARK = "<image>"  # in a text, the place of the next image
+PLACEHOLDER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
 
-# LLaVA and ShareGPT say human and gpt, chat messages user and assistant.
+# LLaVA and ShareGPT use human and gpt; chat messages use user and assistant.
 ROLES: dict[str, Role] = {
     "user": "user",
     "human": "user",
@@ -27,76 +46,49 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 
-_TURNS = ("conversations", "messages")
-# A question and its answer; query, response and history are ms-swift's, instruction, input and output Alpaca's.
-_PAIRS = (("question", "answer"), ("query", "response"), ("instruction", "output"))
-_BESIDE_PAIR = {"query": {"history"}, "instruction": {"input", "history"}, "question": {"history"}}
-_IMAGES = ("image", "images")
-PAIR_KEYS = (*(key for pair in _PAIRS for key in pair), "input", "history")
-RECORD_KEYS = (*_TURNS, *(key for pair in _PAIRS for key in pair), "input", "history", *_IMAGES, "system", "caption")
-
-# Keys that say where a record or a turn is from, and nothing of what is to be learned.
-_HARMLESS = """
-    id ids _id idx index uid uuid key name number sample_id question_id image_id conversation_id conv_id dialog_id turn
-    turn_id model model_name generator source sources data_source dataset dataset_name dataset_id origin subset split
-    url license author annotator user_id worker_id category categories type task task_name task_type question_type
-    answer_type topic domain tag tags lang language languages width height image_width image_height image_size size hash
-    sha256 md5 date time timestamp created created_at updated_at version score scores rating quality difficulty
-    similarity length num_turns num_tokens token_count meta metadata __index_level_0__
-"""
-HARMLESS = frozenset(_HARMLESS.split())
-_REMEDIES = {  # of keys that are met often, what to do in their place
-    "weight": "write loss: false in the turns that are not to be learned",
-    "image_path": "name it image, or set data.columns={image_path: image}",
-    "video": "only images can be read",
-    "videos": "only images can be read",
-    "audio": "only images can be read",
-    "audios": "only images can be read",
-    "tools": "calls of tools are not rendered",
-    "tool_calls": "calls of tools are not rendered",
-    "reasoning_content": "write what is to be learned into the turn's text",
-}
-_MARKS = re.compile(r"\\?(?:<image>|<video>|<audio>|<img>[^<\n]*</img>)")
-_PIECE_TEXT = ("text", "input_text", "output_text")
-_PIECE_IMAGE = ("image", "image_url", "input_image")
-_PIECE_PATHS = ("image", "image_url", "path", "url")  # where a piece names its image
+_MEDIA_TAGS = re.compile(r"\\?(?:<image>|<video>|<audio>|<img>[^<\n]*</img>)")
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
 
 
-class Malformed(BadSample):
-    """What is wrong with a record, in words that follow on "sample 'x'"."""
-
-
-class Talk(NamedTuple):
-    """A conversation, and the names of its images in the order of their placeholders."""
+class Conversation(NamedTuple):
+    """Messages, and the names of their images in the order of the placeholders."""
 
     messages: list[Message]
     images: list[str]
 
 
 def caption_messages(prompt: str, caption: str) -> list[Message]:
-    """A picture, what is asked about it, and its caption; the picture comes first where the prompt has no `<image>`.
+    """The prompt about an image, and its caption; the image comes first unless the prompt has an `<image>`.
 
     Raises `ValueError` for a prompt with several.
     """
-    asked = list(_split_marks(prompt, role="user", where="in data.prompt"))
-    num_marks = sum(piece["type"] == "image" for piece in asked)
-    if num_marks > 1:
-        raise ValueError(f"data.prompt={quoted(prompt)} has {num_marks} {MARK} for one image; leave one of them")
+    question = list(_split_at_placeholders(prompt, role="user", where="in data.prompt"))
+    num_placeholders = sum(piece["type"] == "image" for piece in question)
+    if num_placeholders > 1:
+        raise ValueError(
+            f"data.prompt={quoted(prompt)} has {num_placeholders} {PLACEHOLDER} for one image; leave one of them"
+        )
     return [
-        {"role": "user", "content": asked if num_marks else [{"type": "image"}, *asked]},
+        {"role": "user", "content": question if num_placeholders else [{"type": "image"}, *question]},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
 
 
+def turns_record(turns: Any) -> dict[str, Any]:
+    """A record of turns that come without one, as in a table's column or in a shard's JSON list."""
+    return {"messages": turns}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecordReader:
-    """How the records of a dataset are read.
+    """Reads the records of a dataset.
 
-    `columns` renames keys that this project does not know (theirs -> ours, or -> None for a key to ignore), `role_map`
-    roles (theirs -> user, assistant or system). With `image_first` the one image of a user's turn comes before its
-    text, on a line of its own, as LLaVA trains; without it each text stays as it is.
+    `columns` renames keys: theirs -> ours, or -> None for a key to ignore. `role_map` renames roles: theirs -> user,
+    assistant or system. With `image_first`, the image of a user turn that has one comes before its text, on a line of
+    its own, as LLaVA trains; otherwise each text keeps its order.
 
-    Raises `ValueError` where a name on the right is none of ours.
+    Raises `ValueError` where a name on the right is unknown.
     """
 
     columns: Mapping[str, str | None] | None = None
@@ -111,146 +103,100 @@ class RecordReader:
                     f"data.role_map maps '{theirs}' to {quoted(ours)}; choose one of {', '.join(get_args(Role))}"
                 )
 
-    def __hash__(self) -> int:  # of the dictionaries too, so that what was read with one can be cached
+    def __hash__(self) -> int:  # includes the dictionaries, so that results of a reader can be cached
         return hash(repr(self))
 
     def images(self, record: Mapping[str, Any]) -> list[str]:
-        """The images that a record names, in some order, at little cost. Raises `Malformed` where one is no path."""
+        """The images that a record names, in no particular order. Raises `Malformed` where one is not a path.
+
+        Most records are not read as a conversation, because a file may have millions.
+        """
         if self.columns:
             record = renamed(record, self.columns)
         image = record.get("image")
-        if type(image) is str and image and "images" not in record:  # as most of the million that a file may have
+        if type(image) is str and image and "images" not in record:  # the most frequent form
             return [image]
         if listed := record_images(record):
             return listed
         turns = record.get("conversations") or record.get("messages")
-        return self.conversation(record).images if isinstance(turns, list) and any(map(_is_rich, turns)) else []
+        return self.conversation(record).images if isinstance(turns, list) and any(map(_may_name_images, turns)) else []
 
-    def conversation(self, record: Mapping[str, Any], *, num_images: int | None = None) -> Talk:
-        """The turns of a record, its placeholders as many as its images.
+    def conversation(self, record: Mapping[str, Any], *, num_images: int | None = None) -> Conversation:
+        """The conversation of a record, with as many placeholders as images.
 
-        The turns are `conversations` or `messages`: a list of `{"from" or "role", "value" or "content"}`, the content a
-        text or a list of pieces, or the_cauldron's `[{"user", "assistant"}]` (Laurençon et al. 2024, arXiv:2405.02246);
-        or a pair such as `question` and `answer`. Where no placeholder says otherwise, the images of pairs come before
-        the first question. An image's name stands in the record, in a turn or in a piece; where `num_images` is given
-        the images are elsewhere, so many, and the names in the record are not read.
+        The turns are one of these:
 
-        Raises `Malformed` for a key that is not read and may carry content, and where user and assistant do not take
-        turns, somebody is silent, or placeholders are too few, too many or not the user's.
+        - `conversations` or `messages`, a list of `{"from" or "role", "value" or "content"}`; the content is a string
+          or a list of pieces
+        - the same key with `[{"user", "assistant"}]`, as in the_cauldron (Laurençon et al. 2024, arXiv:2405.02246)
+        - a pair such as `question` and `answer`
+
+        Pairs without any placeholder have their images before the first question. An image is named in the record, in a
+        turn or in a piece. With `num_images`, the record's images are stored elsewhere and names in it are not read.
+
+        Raises `Malformed` for an unknown key with content, for user and assistant turns that do not alternate, for an
+        empty turn, and for placeholders that do not match the images or are not in a user turn.
         """
         if self.columns:
             record = renamed(record, self.columns)
         listed = [""] * num_images if num_images is not None else record_images(record)
         draft = _Draft(self, [], [])
         draft.read(record, num_images=len(listed))
-        messages = _one_system(draft.messages)
+        messages = _merge_system(draft.messages)
         _check_turns(messages)
-        return Talk(messages, _match(messages, listed, draft.own, null=_has_null(record)))
-
-
-def has_pair(keys: Collection[str]) -> bool:
-    """Whether a question and its answer are among the keys of records."""
-    return any(set(pair) <= set(keys) for pair in _PAIRS)
-
-
-def check_columns(columns: Mapping[str, str | None] | None, *, known: Collection[str]) -> None:
-    """Raise `ValueError` where a key is renamed to one that is not in `known`."""
-    for theirs, ours in (columns or {}).items():
-        if ours is not None and ours not in known:
-            raise ValueError(
-                f"data.columns maps '{theirs}' to {quoted(ours)}; choose one of {', '.join(known)}, or null for a key "
-                "to ignore"
-            )
-
-
-def renamed(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
-    """The record under our keys. Raises `Malformed` where two of its keys come to be one."""
-    result: dict[str, Any] = {key: value for key, value in record.items() if key not in columns}
-    for theirs, ours in columns.items():
-        if ours is None or theirs not in record:
-            continue
-        if not _is_empty(result.get(ours)) and not _is_empty(record[theirs]):
-            raise Malformed(f"has '{theirs}', which data.columns renames, and '{ours}' too; remove one")
-        result[ours] = result.get(ours) if _is_empty(record[theirs]) and ours in result else record[theirs]
-    return result
-
-
-def turns_record(turns: Any) -> dict[str, Any]:
-    """The record of turns that stand alone, as in a table's column or a shard's JSON list, whatever their form."""
-    return {"messages": turns}
-
-
-def record_images(record: Mapping[str, Any]) -> list[str]:
-    """The images that a record lists under `image` or `images`, each a path or a list of them; null is none.
-
-    Raises `Malformed` where one is no path, or where both keys list images that differ.
-    """
-    image, images = record.get("image"), record.get("images")
-    if image and images and _listed(image) != _listed(images):
-        raise Malformed("has images under 'image' and others under 'images'; list all of them under 'images'")
-    listed = _listed(image or images)
-    names = [_name(item) for item in listed]
-    wrong = [item for item, name in zip(listed, names, strict=True) if not name and item is not None]
-    if wrong:
-        raise Malformed(
-            f"lists {len(listed)} image{'s' * (len(listed) != 1)} of which {len(wrong)} are no path, the first "
-            f"{quoted(wrong[0])}; write each as a text"
-        )
-    return [name for name in names if name]
-
-
-def as_text(value: Any) -> str | None:
-    """A text, or a number as text (JSON and tables have an answer of 7 as a number); None for all else."""
-    if isinstance(value, str):
-        return value
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        names = _match_images(listed, draft.image_names, has_null=has_null_image(record))
+        return Conversation(messages, names)
 
 
 @dataclass
 class _Draft:
-    """A conversation while it is read: `own` has the name of each placeholder's image, None for the record's next."""
+    """A conversation while it is read.
+
+    `image_names` has one entry per placeholder: the name that its turn gives, or None for the record's next image.
+    """
 
     reader: RecordReader
     messages: list[Message]
-    own: list[str | None]
+    image_names: list[str | None]
 
     def read(self, record: Mapping[str, Any], *, num_images: int) -> None:
         form = _form(record)
-        _refuse_others(record, {*_IMAGES, "system", *form}, where="")
-        if not _is_empty(system := record.get("system")):
-            self.add("system", system, where="under 'system'")
-        if form[0] not in _TURNS:
-            return self._pairs(list(_pairs_of(record, form)), num_images=num_images)
+        refuse_other_keys(record, {*IMAGE_KEYS, "system", *form}, where="")
+        if not is_empty(system := record.get("system")):
+            self._add_message("system", system, where="under 'system'")
+        if form[0] not in TURN_KEYS:
+            return self._add_pairs(list(_pairs_of(record, form)), num_images=num_images)
         turns = record[form[0]]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise Malformed("has turns that are not a list of objects; write them as [{...}, {...}]")
         if turns and "user" in turns[0] and not {"role", "from"} & turns[0].keys():
             for number, turn in enumerate(turns, start=1):
-                _refuse_others(turn, {"user", "assistant"}, where=f" of turn {number}")
-            return self._pairs([(turn.get("user"), turn.get("assistant")) for turn in turns], num_images=num_images)
+                refuse_other_keys(turn, {"user", "assistant"}, where=f" of turn {number}")
+            pairs = [(turn.get("user"), turn.get("assistant")) for turn in turns]
+            return self._add_pairs(pairs, num_images=num_images)
         for number, turn in enumerate(turns, start=1):
-            self._turn(turn, number)
+            self._add_turn(turn, number)
         return None
 
-    def _pairs(self, pairs: Sequence[tuple[Any, Any]], *, num_images: int) -> None:
+    def _add_pairs(self, pairs: Sequence[tuple[Any, Any]], *, num_images: int) -> None:
         texts = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
-        if num_images and isinstance(texts[0][1], str) and not any(_num_marks(text) for _, text in texts):
-            texts[0] = ("user", MARK * num_images + texts[0][1])
+        if num_images and isinstance(texts[0][1], str) and not any(_has_placeholder(text) for _, text in texts):
+            texts[0] = ("user", PLACEHOLDER * num_images + texts[0][1])
         for number, (role, text) in enumerate(texts, start=1):
-            self.add(role, text, where=f"in turn {number}")
+            self._add_message(role, text, where=f"in turn {number}")
 
-    def _turn(self, turn: Mapping[str, Any], number: int) -> None:
+    def _add_turn(self, turn: Mapping[str, Any], number: int) -> None:
         role_key, role = _either(turn, ("role", "from"), number)
         content_key, content = _either(turn, ("content", "value"), number)
-        _refuse_others(turn, {role_key, content_key, "loss", *_IMAGES}, where=f" of turn {number}")
+        refuse_other_keys(turn, {role_key, content_key, "loss", *IMAGE_KEYS}, where=f" of turn {number}")
         mapped = (self.reader.role_map or {}).get(role) or ROLES.get(role) if isinstance(role, str) else None
         if mapped is None:
             remedy = f", or set data.role_map={{{role}: user}}" if isinstance(role, str) and role.isidentifier() else ""
             raise Malformed(
                 f"has {quoted(role)} as '{role_key}' of turn {number}; choose one of {', '.join(ROLES)}{remedy}"
             )
-        own = record_images(turn) if "image" in turn or "images" in turn else ()
-        self.add(mapped, content, where=f"in turn {number}", own=own)
+        names = record_images(turn) if "image" in turn or "images" in turn else ()
+        self._add_message(mapped, content, where=f"in turn {number}", turn_images=names)
         if (loss := turn.get("loss")) is not None:
             if loss not in (True, False) or (loss and mapped != "assistant"):
                 raise Malformed(
@@ -260,117 +206,126 @@ class _Draft:
             if mapped == "assistant" and not loss:
                 self.messages[-1]["supervised"] = False
 
-    def add(self, role: Any, value: Any, *, where: str, own: Sequence[str] = ()) -> None:
-        """A message of a text or of pieces; `own` are the images that its turn lists."""
-        if type(value) is str and "<" not in value and not own:  # no mark: as most of the millions that a file may have
+    def _add_message(self, role: Any, value: Any, *, where: str, turn_images: Sequence[str] = ()) -> None:
+        """Append a message of a string or of pieces; `turn_images` are the images that its turn lists."""
+        if type(value) is str and "<" not in value and not turn_images:  # fast: most messages have no placeholder
             self.messages.append({"role": role, "content": [{"type": "text", "text": value}] if value else []})
             return
         pieces = value if isinstance(value, list) else [value]
         if value is None or not pieces:
-            raise Malformed(f"has no text {where}; write it as a text or a list of pieces", "empty_text")
+            raise Malformed(f"has no text {where}; write it as a string or a list of pieces", "empty_text")
         content: list[Content] = []
         names: list[str | None] = []
         for piece in pieces:
-            for text in _texts(piece, where=where):
-                if isinstance(text, str):
-                    content.extend(_split_marks(text, role=role, where=where))
+            for part in _parts_of(piece, where=where):
+                if isinstance(part, str):
+                    content.extend(_split_at_placeholders(part, role=role, where=where))
                 else:
                     content.append({"type": "image"})
-                new = sum(item["type"] == "image" for item in content) - len(names)
-                names.extend([None] * new if isinstance(text, str) else [text.name])
-                if isinstance(text, _Image) and text.place not in (None, len(self.own) + len(names) - 1):
-                    raise Malformed(
-                        f"has index {text.place} at an image {where} where {len(self.own) + len(names) - 1} is due; "
-                        "list the images in the order of their places"
-                    )
-        if own:
+                num_new = sum(item["type"] == "image" for item in content) - len(names)
+                names.extend([None] * num_new if isinstance(part, str) else [part.name])
+                if isinstance(part, _Image) and part.position is not None:
+                    expected = len(self.image_names) + len(names) - 1
+                    if part.position != expected:
+                        raise Malformed(
+                            f"has index {part.position} at an image {where} where {expected} is expected; list the "
+                            "images in the order of their placeholders"
+                        )
+        if turn_images:
             if not names:
-                content[:0] = [{"type": "image"} for _ in own]
-                names = list(own)
-            elif names == [None] * len(own):
-                names = list(own)
+                content[:0] = [{"type": "image"} for _ in turn_images]
+                names = list(turn_images)
+            elif names == [None] * len(turn_images):
+                names = list(turn_images)
             else:
                 raise Malformed(
-                    f"lists {_count(len(own))} {where}, whose text has {len(names)} of {MARK}; make them equal"
+                    f"lists {_num_images(len(turn_images))} {where}, whose text has {len(names)} of {PLACEHOLDER}; "
+                    "make them equal"
                 )
         if self.reader.image_first and role == "user" and len(names) == 1:
             rest = "".join(item["text"] for item in content if item["type"] == "text").strip()
             content = [{"type": "image"}, *([Content(type="text", text="\n" + rest)] if rest else [])]
         self.messages.append({"role": role, "content": content})
-        self.own.extend(names)
+        self.image_names.extend(names)
 
 
 class _Image(NamedTuple):
-    """A piece that is an image: its name where it has one, and which of the record's images it says that it is."""
+    """A piece that is an image: the name and the position among the record's images, where the piece gives them."""
 
     name: str | None
-    place: int | None
+    position: int | None
 
 
-def _texts(piece: Any, *, where: str) -> Iterator[str | _Image]:
-    """A piece of a message as a text, whose marks are still in it, or as an image."""
+def _parts_of(piece: Any, *, where: str) -> Iterator[str | _Image]:
+    """A piece of a message as a string, which may hold placeholders, or as an image."""
     if (text := as_text(piece)) is not None:
         yield text
         return
     if not isinstance(piece, dict):
-        raise Malformed(f"has {quoted(piece)} {where}; write a text, or a list of pieces such as {{type, text}}")
+        raise Malformed(f"has {quoted(piece)} {where}; write a string, or a list of pieces such as {{type, text}}")
     given = {key: value for key, value in piece.items() if value is not None}
     kind = given.get("type", "text" if "text" in given else "image" if "image" in given else None)
-    if kind in _PIECE_TEXT and (text := as_text(given.get("text"))) is not None:
-        _refuse_others(given, {"type", "text"}, where=f" of a text {where}", more={"annotations", "cache_control"})
+    if kind in _TEXT_TYPES and (text := as_text(given.get("text"))) is not None:
+        ignored = {"annotations", "cache_control"}
+        refuse_other_keys(given, {"type", "text"}, where=f" of a text {where}", ignored=ignored)
         yield text
-    elif kind in _PIECE_IMAGE:
-        paths = [key for key in _PIECE_PATHS if not _is_empty(given.get(key))]
+    elif kind in _IMAGE_TYPES:
+        paths = [key for key in PATH_KEYS if not is_empty(given.get(key))]
         if len(paths) > 1:
             raise Malformed(f"names an image under '{paths[0]}' and '{paths[1]}' {where}; keep one of them")
-        _refuse_others(given, {"type", *paths}, where=f" of an image {where}", more={"detail", "cache_control"})
-        name = _name(given[paths[0]]) if paths else None
+        ignored = {"detail", "cache_control"}
+        refuse_other_keys(given, {"type", *paths}, where=f" of an image {where}", ignored=ignored)
+        name = image_name(given[paths[0]]) if paths else None
         if paths and not name:
-            raise Malformed(f"has {quoted(given[paths[0]])} as an image {where}; write its path as a text")
+            raise Malformed(f"has {quoted(given[paths[0]])} as an image {where}; write its path as a string")
         yield _Image(name, given.get("index"))
     else:
         raise Malformed(f"has a piece of type {quoted(kind)} {where}; choose text (with its 'text') or image")
 
 
-def _split_marks(text: str, *, role: str, where: str) -> Iterator[Content]:
-    """The text cut at its marks, and nothing else of it changed."""
+def _split_at_placeholders(text: str, *, role: str, where: str) -> Iterator[Content]:
+    """The text split at its image placeholders. Raises `Malformed` for tags of other media, except in answers."""
     at, kept = 0, ""
-    for found in _MARKS.finditer(text):
-        kept, mark, at = kept + text[at : found.start()], found[0], found.end()
-        if mark == MARK:
+    for found in _MEDIA_TAGS.finditer(text):
+        kept, tag, at = kept + text[at : found.start()], found[0], found.end()
+        if tag == PLACEHOLDER:
             if kept:
                 yield {"type": "text", "text": kept}
             yield {"type": "image"}
             kept = ""
-        elif mark[0] == "\\":
-            kept += mark[1:]
-        elif role == "assistant":  # speaks of HTML
-            kept += mark
+        elif tag[0] == "\\":
+            kept += tag[1:]
+        elif role == "assistant":  # an answer may contain HTML
+            kept += tag
         else:
-            remedy = f"write {MARK} there and list the path under 'images'" if mark[:4] == "<img" else "remove it"
+            remedy = f"write {PLACEHOLDER} there and list the path under 'images'" if tag[:4] == "<img" else "remove it"
             raise Malformed(
-                f"has {quoted(mark)} {where}, which is not read; {remedy}, or write \\{mark[:7]} for the word"
+                f"has {quoted(tag)} {where}, which is not read; {remedy}, or write \\{tag[:7]} for the word"
             )
     if kept := kept + text[at:]:
         yield {"type": "text", "text": kept}
 
 
+def _has_placeholder(value: Any) -> bool:
+    return isinstance(value, str) and re.search(rf"(?<!\\){PLACEHOLDER}", value) is not None
+
+
 def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The keys under which a record has its turns."""
-    forms: list[tuple[str, ...]] = [(key,) for key in _TURNS if not _is_empty(record.get(key))]
-    forms += [pair for pair in _PAIRS if any(not _is_empty(record.get(key)) for key in pair)]
+    forms: list[tuple[str, ...]] = [(key,) for key in TURN_KEYS if not is_empty(record.get(key))]
+    forms += [pair for pair in PAIRS if any(not is_empty(record.get(key)) for key in pair)]
     if not forms:
-        forms = [(key,) for key in _TURNS if record.get(key) is not None]
+        forms = [(key,) for key in TURN_KEYS if record.get(key) is not None]
     if not forms:
-        keys = [key for key in record if key not in HARMLESS]
+        keys = [key for key in record if key not in METADATA_KEYS]
         but = f" but {named(keys)}" if keys else ""
         raise Malformed(
             f"has neither 'conversations' nor 'messages'{but}; add its turns under one of them, or name their key by "
             "data.columns="
         )
     if len(forms) > 1:
-        raise Malformed(f"has its turns under {forms[0][0]!r} and under {forms[1][0]!r} too; keep one of them")
-    return (*forms[0], *_BESIDE_PAIR.get(forms[0][0], ()))
+        raise Malformed(f"has turns under {forms[0][0]!r} and under {forms[1][0]!r}; keep one of them")
+    return (*forms[0], *EXTRA_PAIR_KEYS.get(forms[0][0], ()))
 
 
 def _pairs_of(record: Mapping[str, Any], form: Sequence[str]) -> Iterator[tuple[Any, Any]]:
@@ -379,47 +334,36 @@ def _pairs_of(record: Mapping[str, Any], form: Sequence[str]) -> Iterator[tuple[
         raise Malformed(f"has {quoted(history)} as 'history'; write it as [[question, answer], ...]")
     yield from map(tuple, history)
     question, answer = (record.get(key) for key in form[:2])
-    more = record.get("input")
-    yield question if "input" not in form or _is_empty(more) else f"{question}\n{more}", answer
+    extra = record.get("input")
+    yield question if "input" not in form or is_empty(extra) else f"{question}\n{extra}", answer
 
 
 def _either(turn: Mapping[str, Any], keys: Sequence[str], number: int) -> tuple[str, Any]:
+    """The one of these keys that a turn has, and its value."""
     given = [key for key in keys if turn.get(key) is not None] or [key for key in keys if key in turn] or keys[:1]
     if len(given) > 1:
         raise Malformed(f"has '{given[0]}' and '{given[1]}' in turn {number}; keep one of them")
     return given[0], turn.get(given[0])
 
 
-def _refuse_others(given: Mapping[str, Any], read: Set[str], *, where: str, more: Collection[str] = ()) -> None:
-    """Raise `Malformed` for a key that is not read, is not known to be harmless, and is not empty."""
-    if read >= given.keys():
-        return
-    for key, value in given.items():
-        if key in read or key in HARMLESS or key in more or _is_empty(value):
-            continue
-        remedy = _REMEDIES.get(key, "rename or remove it")
-        ignore = "" if where else f"; to ignore it, set data.columns={{{key}: null}}"
-        raise Malformed(f"has the key {quoted(key)}{where}, which is not read ({quoted(value)}); {remedy}{ignore}")
+def _merge_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system turns at their start joined by an empty line; empty system turns are left out."""
+    num_system = 0
+    while num_system < len(messages) and messages[num_system]["role"] == "system":
+        num_system += 1
+    contents = [message["content"] for message in messages[:num_system] if _has_content(message)]
+    merged = list(contents[0]) if contents else []
+    for content in contents[1:]:
+        merged += [Content(type="text", text="\n\n"), *content]
+    return [*([Message(role="system", content=merged)] if contents else []), *messages[num_system:]]
 
 
-def _one_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages, the system turns at their start made one, an empty line between them; empty ones are left out."""
-    opening = 0
-    while opening < len(messages) and messages[opening]["role"] == "system":
-        opening += 1
-    said = [message["content"] for message in messages[:opening] if _says_something(message)]
-    content = list(said[0]) if said else []
-    for more in said[1:]:
-        content += [Content(type="text", text="\n\n"), *more]
-    return [*([Message(role="system", content=content)] if said else []), *messages[opening:]]
-
-
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return any(piece["type"] == "image" or piece["text"].strip() for piece in message["content"])
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """System (or not), then user and assistant in turn, the assistant last, and nobody silent."""
+    """Raise `Malformed` unless user and assistant alternate after an optional system turn, none of them empty."""
     roles = [message["role"] for message in messages]
     first = 1 if roles[:1] == ["system"] else 0
     if len(roles) == first:
@@ -428,45 +372,46 @@ def _check_turns(messages: Sequence[Message]) -> None:
         expected = ("user", "assistant")[(index - first) % 2]
         if roles[index] != expected:
             raise Malformed(
-                f"has {roles[index]} as turn {index + 1} of {len(roles)} where {expected} is due; "
-                "let user and assistant take turns, the user first"
+                f"has {roles[index]} as turn {index + 1} of {len(roles)} where {expected} is expected; "
+                "let user and assistant alternate, the user first"
             )
     if roles[-1] != "assistant":
         raise Malformed(f"ends with a user turn (turn {len(roles)} of {len(roles)}); add the answer or remove the turn")
     for number, message in enumerate(messages, start=1):
-        if not _says_something(message):
-            says = f"has nothing in turn {number} of {len(roles)} ({message['role']}); write its text"
+        if not _has_content(message):
+            says = f"has an empty turn {number} of {len(roles)} ({message['role']}); write its text"
             raise Malformed(says, "empty_text")
-        num_here = sum(piece["type"] == "image" for piece in message["content"])
-        if num_here and message["role"] != "user":
+        num_placeholders = sum(piece["type"] == "image" for piece in message["content"])
+        if num_placeholders and message["role"] != "user":
             raise Malformed(
-                f"has {num_here} {MARK} in turn {number} ({message['role']}); move it to a user turn, or write "
-                f"\\{MARK} for the word"
+                f"has {num_placeholders} {PLACEHOLDER} in turn {number} ({message['role']}); move it to a user turn, "
+                f"or write \\{PLACEHOLDER} for the word"
             )
 
 
-def _match(messages: Sequence[Message], listed: Sequence[str], own: Sequence[str | None], *, null: bool) -> list[str]:
-    """The name of each placeholder's image: its own, or the next of those that the record lists."""
-    num_own = sum(name is not None for name in own)
-    if num_own and listed:
-        if list(own) == list(listed):
+def _match_images(listed: Sequence[str], names: Sequence[str | None], *, has_null: bool) -> list[str]:
+    """The image name of each placeholder: from `names`, or the next of the images that the record lists."""
+    num_named = sum(name is not None for name in names)
+    if num_named and listed:
+        if list(names) == list(listed):
             return list(listed)
-        raise Malformed(f"lists {_count(len(listed))} and names {num_own} more in its turns; keep them in one place")
-    if len(own) - num_own != len(listed):
-        num_marks = len(own)
-        but = " (null is none)" if null else ""
         raise Malformed(
-            f"holds {_count(len(listed) + num_own)}{but} but its text has {num_marks} image "
-            f"placeholder{'s' * (num_marks != 1)}; add or remove an {MARK}"
-            + (f" (\\{MARK} is the word)" * (num_marks > 0)),
+            f"lists {_num_images(len(listed))} and names {num_named} more in its turns; name all of them in the record "
+            "or all of them in the turns"
+        )
+    if len(names) - num_named != len(listed):
+        null = " (null counts as no image)" if has_null else ""
+        raise Malformed(
+            f"holds {_num_images(len(listed) + num_named)}{null} but its text has {len(names)} image "
+            f"placeholder{'s' * (len(names) != 1)}; add or remove an {PLACEHOLDER}"
+            + (f" (\\{PLACEHOLDER} is the word)" * (len(names) > 0)),
             "placeholder_mismatch",
         )
     rest = iter(listed)
-    return [next(rest) if name is None else name for name in own]
+    return [next(rest) if name is None else name for name in names]
 
 
-def _is_rich(turn: Any) -> bool:
-    """Whether a turn may name images of its own."""
+def _may_name_images(turn: Any) -> bool:
     return isinstance(turn, dict) and (
         isinstance(turn.get("value"), list | dict)
         or isinstance(turn.get("content"), list | dict)
@@ -474,31 +419,5 @@ def _is_rich(turn: Any) -> bool:
     )
 
 
-def _name(item: Any) -> str | None:
-    """The path or address that an item of a list of images holds: a text, or an object with one under a usual key."""
-    if isinstance(item, dict):
-        given = [item[key] for key in _PIECE_PATHS if isinstance(item.get(key), str)]
-        item = given[0] if len(given) == 1 else None
-    return item if isinstance(item, str) and item else None
-
-
-def _listed(value: Any) -> list[Any]:
-    if not value:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _has_null(record: Mapping[str, Any]) -> bool:
-    return None in _listed(record.get("image")) or None in _listed(record.get("images"))
-
-
-def _num_marks(value: Any) -> int:
-    return len(re.findall(rf"(?<!\\){MARK}", value)) if isinstance(value, str) else 0
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value == "" or value == [] or value == {}
-
-
-def _count(number: int) -> str:
+def _num_images(number: int) -> str:
     return f"{number} image{'s' * (number != 1)}"

@@ -15,11 +15,11 @@ from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
 from vlm.data.collate import Row, collate
 from vlm.data.filter import filtered
-from vlm.data.judge import Judge
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.reading import Reading, applied
 from vlm.data.replay import with_replay
 from vlm.data.rows import STATES, Rows
+from vlm.data.sample_reader import SampleReader
 from vlm.data.shared import shared_images
 from vlm.data.workers import WorkerContext
 from vlm.quote import quoted
@@ -32,34 +32,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-COMPARED = 4096  # validation samples whose images are searched in train
+NUM_COMPARED = 4096  # validation samples whose images are compared with those of train
 
 
 class VLMDataModule(pl.LightningDataModule):
     """Serves the splits of one source.
 
     Args:
-        source: makes a split from its name.
-        batch_size: rows a batch and rank.
+        source: builds a split from its name.
+        batch_size: rows per batch and rank.
         batching: training batches of `batch_size` rows (`samples`), or of rows of similar length with up to
             `batch_tokens` tokens, padding included (`tokens`).
         batch_tokens: see `batching`.
-        packing: put several training samples in a row of up to `max_length` tokens; none sees another.
-        augment: the options of `Augment` for training images; None leaves them as they are.
+        packing: put several training samples in a row of up to `max_length` tokens; they do not attend to each other.
+        augment: the options of `Augment` for training images; None changes nothing.
         num_workers: processes that read and transform samples; 0 reads in the training process.
-        max_length: tokens a row may have, visual tokens included.
-        train_on, system_prompt, too_long: as `TextEncoder` takes them.
-        num_val_samples: how many validation samples each validation reads (None: all).
+        max_length: maximum tokens of a row, visual tokens included.
+        train_on, system_prompt, too_long: see `TextEncoder`.
+        num_val_samples: number of samples that each validation reads (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_ratio: with `skip`, the ratio of bad samples above which the run stops; above 0 it allows at least one.
-        seed: of the order of the samples.
-        bad_samples_file: a file that names skipped samples; None writes none.
-        filter: the file of `vlm-doctor` that names samples to leave out; None leaves out none.
+        seed: seed of the order of the samples.
+        bad_samples_file: a file that lists the skipped samples; None writes none.
+        filter: the file of `vlm-doctor` that lists samples to leave out; None leaves out none.
         text_replay: the ratio of training samples that are conversations without images; 0 adds none.
-        replay_annotations: a file of such conversations; None takes those of the project.
+        replay_annotations: a file of such conversations; None uses those of the project.
         reading: the options of `Reading`: limits, and the conversion of 16-bit images.
 
-    Call `connect` before the loaders: it passes what only the model knows.
+    Call `connect`, which receives what the model determines, before any loader is made.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VLMDataModule(pl.LightningDataModule):
                 )
         if batching == "tokens" and batch_tokens < max_length:
             raise ValueError(
-                f"data.batch_tokens={batch_tokens} does not hold a row of data.max_length={max_length} tokens; "
+                f"data.batch_tokens={batch_tokens} is less than one row of data.max_length={max_length} tokens; "
                 f"set data.batch_tokens={max_length} or more"
             )
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
@@ -120,7 +120,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_ratio = 0.0 if on_bad_sample == "raise" else max_bad_ratio
         self.bad_samples_file = bad_samples_file
-        self._start: dict[str, Any] | None = None  # of the training batches
+        self._start: dict[str, Any] | None = None  # position of the training batches to resume from
 
     def connect(
         self,
@@ -131,8 +131,9 @@ class VLMDataModule(pl.LightningDataModule):
         max_answers: int | None = None,
         form: Form = "conversation",
     ) -> None:
-        """Learn how the model takes images and text, how many answers a row may hold (None: any number), and what form
-        of rows the objective wants.
+        """Set what depends on model and objective: images, text, the answers that a row may have, the form of rows.
+
+        `max_answers` None allows any number.
         """
         self.spec, self.form = spec, form
         self.text = TextEncoder(
@@ -146,11 +147,11 @@ class VLMDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             too_long=self.too_long,
         )
-        self.judge = Judge(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers, form=form)
+        self.reader = SampleReader(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers, form=form)
         self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
 
     def counts(self) -> dict[str, int]:
-        """How many samples of each split all ranks have skipped, by kind, or truncated so far; zeros are left out."""
+        """Samples that all ranks have skipped, by kind, or truncated so far, for each split; zeros are left out."""
         assert self.trainer is not None
         found: dict[str, int] = {}
         for split, rows in self._rows.items():
@@ -160,7 +161,7 @@ class VLMDataModule(pl.LightningDataModule):
         return found
 
     def fingerprints(self) -> dict[str, str]:
-        """A hash of each split's rows."""
+        """A hash of each split."""
         return {split: source.fingerprint() for split, source in self.splits.items()}
 
     def preflight(self, *, num_samples: int, show: int) -> list[PreflightReport]:
@@ -168,19 +169,19 @@ class VLMDataModule(pl.LightningDataModule):
         return [preflight(rows, num_samples=num_samples, show=show) for rows in self._rows.values()]
 
     def check_shared(self) -> str | None:
-        """A warning about images that are in both splits, or None; their bytes are compared, not their names.
+        """A warning about images that are in both splits, or None. Bytes are compared, not names.
 
-        Of a large validation split, 4,096 samples are compared and those that each validation reads.
+        Of a large validation split, only `NUM_COMPARED` samples and those of each validation are compared.
         """
-        indices = sorted({*self.val_indices(COMPARED), *self.val_indices(self.num_val_samples)})
+        indices = sorted({*self.val_indices(NUM_COMPARED), *self.val_indices(self.num_val_samples)})
         num, of, example = shared_images(self.splits["train"], self.splits["val"], indices)
         if example is None:
             return None
         first = f"{'the first one' if num > 1 else 'namely'} {quoted(example[0])}, in train {quoted(example[1])}"
         return (
             f"{num:,} of {count(of, 'validation image')} {'is' if num == 1 else 'are'} also in the training split, "
-            f"{first}: metrics on them are too good. Leave them out of training by data.filter=<filter.json of "
-            "vlm-doctor>, or validate on other data, such as by data.val_annotations="
+            f"{first}: metrics on them are too good. Remove them from training with data.filter=<filter.json of "
+            "vlm-doctor>, or validate on other data, for example with data.val_annotations="
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -201,7 +202,7 @@ class VLMDataModule(pl.LightningDataModule):
         return self._loader("train", self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data, for a run that resumes here."""
+        """The position in the training data, from which a run can resume."""
         assert self.trainer is not None
         return self._batches.position(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
@@ -211,35 +212,36 @@ class VLMDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         rank, num_ranks = self._rank()
         indices = self.val_indices(self.num_val_samples)
-        return self._loader("val", EvenBatches(indices, batch_size=self._val_size, rank=rank, num_ranks=num_ranks))
+        batches = EvenBatches(indices, batch_size=self._val_batch_size, rank=rank, num_ranks=num_ranks)
+        return self._loader("val", batches)
 
     def val_batches(self, num_ranks: int) -> Iterator[Batch]:
-        """The validation batches of all ranks, read lazily in this process."""
-        collated, chosen = self._collated("val"), self.val_indices(self.num_val_samples)
+        """The validation batches of all ranks, read one by one in this process."""
+        collate_rows, chosen = self._collate_fn("val"), self.val_indices(self.num_val_samples)
         for rank in range(num_ranks):
-            for batch in EvenBatches(chosen, batch_size=self._val_size, rank=rank, num_ranks=num_ranks):
-                yield collated([self._rows["val"][indices] for indices in batch])
+            for batch in EvenBatches(chosen, batch_size=self._val_batch_size, rank=rank, num_ranks=num_ranks):
+                yield collate_rows([self._rows["val"][indices] for indices in batch])
 
     def val_indices(self, limit: int | None) -> list[int]:
-        """Up to `limit` held-out samples, spread evenly over the split."""
+        """Up to `limit` validation samples, spread evenly over the split."""
         num = len(self.splits["val"])
         wanted = num if limit is None else min(limit, num)
         return [i * num // wanted for i in range(wanted)]
 
     def prompts(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
-        """Held-out samples up to their last answer, left-padded to generate from; bad ones are left out.
+        """Batches of left-padded prompts: validation samples up to their last answer, bad samples left out.
 
-        Where `too_long` cuts rows, the last answer is the last one of which a row keeps some. Raises ValueError where
-        all are left out.
+        Where `too_long` truncates a row, the last answer is the last one that is not cut completely. Raises ValueError
+        where all samples are bad.
         """
         rows = []
         found = False
         for index in indices:
             try:
-                sample = self.text.answered(self.judge.sample(self.splits["val"], index))
-                rows.append(self.judge.row(sample, self.text.encode_prompt(sample)))
+                sample = self.text.answered(self.reader.sample(self.splits["val"], index))
+                rows.append(self.reader.row(sample, self.text.encode_prompt(sample)))
             except BadSample as error:
-                self._rows["val"].quarantine(index, error)
+                self._rows["val"].report(index, error)
             if rows and (len(rows) == batch_size or index == indices[-1]):
                 yield collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
                 rows, found = [], True
@@ -251,11 +253,11 @@ class VLMDataModule(pl.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _length(self, index: int) -> int:
-        """Tokens of a training sample; 1 for a bad one, which `Rows` names when it is read."""
+        """Tokens of a training sample; 1 for a bad one, which `Rows` reports when it is read."""
         try:
-            # The length of a tiled image depends on its size, which needs the image itself.
-            read = self.judge.outline if self.spec.tile_rows is None else self.judge.sample
-            return len(self.judge.encoded(read(self.splits["train"], index)).input_ids)
+            # The number of tiles depends on the size of an image, so tiled images have to be read.
+            read = self.reader.outline if self.spec.tile_rows is None else self.reader.sample
+            return len(self.reader.encoded(read(self.splits["train"], index)).input_ids)
         except BadSample:
             return 1
 
@@ -263,7 +265,7 @@ class VLMDataModule(pl.LightningDataModule):
         return Rows(
             source=source,
             split=split,
-            judge=self.judge,
+            reader=self.reader,
             max_bad=max(1, int(self.max_bad_ratio * len(source))) if self.max_bad_ratio else 0,
             bad_samples_file=self.bad_samples_file,
             augment=self.augment if split == "train" else None,
@@ -271,24 +273,23 @@ class VLMDataModule(pl.LightningDataModule):
         )
 
     def _loader(self, split: Split, batches: Sampler[Any]) -> DataLoader[Batch]:
-        dataset: Any = self._rows[split]  # collation makes batches of its rows
+        dataset: Any = self._rows[split]  # typed Any, because the loader yields batches, not rows
         return DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             multiprocessing_context=WorkerContext() if self.num_workers else None,
-            collate_fn=self._collated(split),
+            collate_fn=self._collate_fn(split),
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, so that a loader does not change dropout
+            generator=torch.Generator(),  # a separate one: the loader must not change the random numbers of dropout
         )
 
-    def _collated(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
-        """The collate function of a split."""
+    def _collate_fn(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         side: Literal["left", "right"] = "left" if self.form == "prompt" else "right"
         return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=self.splits[split].names, side=side)
 
     @property
-    def _val_size(self) -> int:
-        """Rows of a validation batch: at least two, so that their images can be swapped."""
+    def _val_batch_size(self) -> int:
+        """At least two rows, so that their images can be exchanged."""
         return max(2, self.batch_size)

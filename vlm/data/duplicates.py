@@ -15,17 +15,18 @@ CELLS, COLOR = 4, 16  # levels of 256 by which the colors of the 4 x 4 cells of 
 SIMILARITY = 0.99  # minimum correlation of the 16 x 18 gray cells of near duplicates
 CONTENT = (16, 18)
 CONTRAST = 32  # standard deviation, in gray levels, below which MARGIN shrinks in proportion
-MARGIN = 2  # minimum gray levels of a step: JPEG compression changes plain areas by less
-BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # 3 changed bits leave one of 4 bands unchanged
+MARGIN = 2  # minimum gray levels of a step; JPEG compression changes uniform areas by less
+BANDS = np.arange(0, 64, 16, dtype=np.uint64)  # 3 different bits leave one of 4 bands equal
 
 
 class ImageHash(NamedTuple):
     """Hashes of one image."""
 
     pixels: int  # hash of its size and pixels, 64 bits
-    steps: int  # difference hash: is each cell of 9 x 8 darker than its right neighbour? 64 bits
-    colors: bytes  # mean colors of 4 x 4 cells, because plain drawings share their steps
-    content: bytes  # 16 x 18 gray cells, int8, mean 0 and standard deviation 32, because X-rays share all else
+    steps: int  # difference hash, 64 bits: whether each cell of a 9 x 8 grid is darker than its right neighbor
+    colors: bytes  # mean colors of 4 x 4 cells, because different drawings can have the same steps
+    # 16 x 18 gray cells, int8, mean 0 and standard deviation 32, because different X-rays agree in all other hashes.
+    content: bytes
 
 
 class ImageHashes:
@@ -37,11 +38,11 @@ class ImageHashes:
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def append(self, look: ImageHash) -> None:
-        self._pixels.append(look.pixels)
-        self._steps.append(look.steps)
-        self._colors.frombytes(look.colors)
-        self._content.frombytes(look.content)
+    def append(self, image: ImageHash) -> None:
+        self._pixels.append(image.pixels)
+        self._steps.append(image.steps)
+        self._colors.frombytes(image.colors)
+        self._content.frombytes(image.content)
 
     def take(self, indices: NDArray[np.int64]) -> ImageHashes:
         """The hashes at these indices."""
@@ -103,16 +104,16 @@ def closest(
     *,
     similarity: float = SIMILARITY,
 ) -> NDArray[np.int64]:
-    """For each query the nearest reference by bits of the difference hash, the first of several; -1 if none is near.
+    """The index of the reference that is the nearest duplicate of each query, the first of several; -1 if none is near.
 
-    Near means at most `DISTANCE` different bits, similar colors, and contents that correlate by at least `similarity`;
-    two images without contrast have the same content. Equal images are near whatever `similarity` is. With `before`,
-    query q is compared with the references before index `before[q]` only.
+    An image is a near duplicate with at most `DISTANCE` different bits in the difference hash, similar colors, and
+    contents that correlate by at least `similarity`. Two images without contrast have equal content, and equal images
+    are always near. With `before`, query q is compared only with references before index `before[q]`.
     """
     wanted, known = queries.steps, references.steps
     wanted_colors, known_colors = queries.colors, references.colors
     wanted_content, known_content = _normalized(queries.content), _normalized(references.content)
-    same = queries.pixels, references.pixels
+    wanted_pixels, known_pixels = queries.pixels, references.pixels
     limits = np.full(len(wanted), len(known)) if before is None else before
     found = np.full(len(wanted), -1)
     least = np.full(len(wanted), DISTANCE + 1)
@@ -129,7 +130,7 @@ def closest(
             alike = np.abs(known_colors[near] - wanted_colors[query]).max(1, initial=0) <= COLOR
             correlation = known_content[near] @ wanted_content[query]
             flat = ~known_content[near].any(1) & ~wanted_content[query].any()
-            alike &= (correlation >= similarity) | flat | (same[1][near] == same[0][query])
+            alike &= (correlation >= similarity) | flat | (known_pixels[near] == wanted_pixels[query])
             near, distances = near[alike], distances[alike]
             if len(near):
                 best = int(distances.argmin())

@@ -1,4 +1,4 @@
-"""Reads untrusted files of samples: only regular files, inside their folder, of bounded size."""
+"""Reads untrusted files of a dataset: only regular files, inside their folder, of limited size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlm.schema import BadKind, BadSample
 
 
 def read_text(path: str | Path, *, root: Path) -> str:
-    """A UTF-8 text file under `root`. Raises BadSample naming the file, as `read_inside` does."""
+    """The text of a UTF-8 file under `root`. Raises BadSample, as `read_inside` does."""
     data = read_inside(path, root=root, what="text", option="max_text_bytes")
     try:
         return data.decode("utf-8-sig")
@@ -24,10 +24,11 @@ def read_text(path: str | Path, *, root: Path) -> str:
 
 
 def read_inside(path: str | Path, *, root: Path, what: str, option: str, limit: int | None = None) -> bytes:
-    """The bytes of a regular file under `root`, which errors call a `what` (image, text).
+    """The bytes of a regular file under `root`.
 
-    `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. `option`
-    of data.reading holds the most bytes that it may have, unless `limit` says otherwise. Raises BadSample.
+    `path` is relative to `root`, or absolute; either way it must be under `root` once symlinks are followed. `what` is
+    what errors call the file (image, text). The file may have at most `limit` bytes, by default the value of `option`
+    in data.reading. Raises BadSample.
     """
     with open_inside(path, root=root, what=what) as (handle, size):
         check_bytes(f"{what} '{path}'", size, option=option, kind=_kind(what), limit=limit)
@@ -43,10 +44,10 @@ def open_inside(path: str | Path, *, root: Path, what: str) -> Iterator[tuple[Bi
         file = os.path.realpath(os.path.join(home, path))  # takes half the time of pathlib
         if not os.path.join(file, "").startswith(os.path.join(home, "")):
             raise BadSample(
-                f"{what} '{path}' lies outside the folder '{root}'; put a copy of the file under that folder", kind
+                f"{what} '{path}' is outside the folder '{root}'; put a copy of the file under that folder", kind
             )
         status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block, reading a device would not end
             file_kind = "an image file" if what == "image" else f"a {what} file"
             raise BadSample(f"{what} '{path}' under '{root}' is not a regular file; replace it with {file_kind}", kind)
         with open(file, "rb") as handle:
@@ -59,7 +60,7 @@ def open_inside(path: str | Path, *, root: Path, what: str) -> Iterator[tuple[Bi
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise BadSample(f"{what} '{path}' cannot be read ({reason}); replace the file", kind) from error
-    except ValueError as error:  # a null byte or half a surrogate pair in the name
+    except ValueError as error:  # the name has a null byte or half a surrogate pair
         raise BadSample(f"{what} {str(path)!r} is not a usable path ({error}); rename the file", kind) from error
 
 
@@ -70,7 +71,7 @@ def _kind(what: str) -> BadKind:
 def check_bytes(
     what: str, size: int, *, option: str, kind: BadKind = "unreadable_image", limit: int | None = None
 ) -> None:
-    """Raise BadSample where `what` has more bytes than the limit, which is that of data.reading by default."""
+    """Raise BadSample where `what` has more bytes than `limit`, by default the value of `option` in data.reading."""
     limit = getattr(current(), option) if limit is None else limit
     if size > limit:
         says = f"{what} has {size:,} bytes, more than the limit of {limit:,}; make it smaller, or set data.reading."

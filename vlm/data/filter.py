@@ -1,4 +1,4 @@
-"""`data.filter=`: a split without the samples that vlm-doctor found."""
+"""`data.filter=`: leaves out the samples that vlm-doctor lists in its filter.json."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.files import read_inside
-from vlm.data.judge import read
 from vlm.data.reading import current
+from vlm.data.sample_reader import read
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
-CHECKED = 32  # samples whose ids are compared; each has to be read
-BYTES = 1024  # of the file, per sample that it may name
+NUM_CHECKED = 32  # samples whose ids are compared with the file; each has to be read
+BYTES_PER_SAMPLE = 1024  # maximum size of the file
 
 
 class Filtered(Source):
-    """A source without some of its samples; the others keep their order. `left_out` counts the removed ones too."""
+    """A source without the samples `left_out`; the others keep their order.
+
+    The attribute `left_out` counts them, together with those that the source itself leaves out.
+    """
 
     def __init__(self, source: Source, *, split: Split, left_out: Sequence[int]) -> None:
         self.source, self.names = source, source.names
@@ -46,43 +49,44 @@ class Filtered(Source):
         return self.source.stored_images(self.kept if indices is None else [self.kept[index] for index in indices])
 
     def fingerprint(self) -> str:
-        """A hash of the source's fingerprint and of the indices that are kept."""
+        """A hash of the source's fingerprint and of the remaining indices."""
         return hashed(self.source.fingerprint(), *self.kept)
 
 
 def filtered(sources: Mapping[Split, Source], file: str) -> dict[Split, Source]:
-    """The splits without the samples that the file names.
+    """The splits without the samples that the file lists.
 
-    Raises ValueError where the file does not exist or was made for other data: another number of samples, or other ids.
+    Raises ValueError where the file does not exist, or was made for other data (another number of samples or other
+    ids).
     """
     path = Path(file).expanduser().resolve()
     if not path.exists():
         raise ValueError(f"there is no file '{file}'; set data.filter= to a filter.json of vlm-doctor")
-    limit = current().max_text_bytes + BYTES * sum(map(len, sources.values()))
+    limit = current().max_text_bytes + BYTES_PER_SAMPLE * sum(map(len, sources.values()))
     data = read_inside(path.name, root=path.parent, what="filter", option="max_text_bytes", limit=limit)
     try:
-        parts = json.loads(data)
-        named = {split: _named(split, parts) for split in sources}
+        document = json.loads(data)
+        listed = {split: _listed(split, document) for split in sources}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"'{file}' is not a filter.json ({error}); run vlm-doctor again") from error
     kept: dict[Split, Source] = {}
     for split, source in sources.items():
-        num_samples, ids = named[split]
+        num_samples, ids = listed[split]
         _check(file, split, source, num_samples, ids)
         kept[split] = Filtered(source, split=split, left_out=list(ids))
     return kept
 
 
-def _named(split: Split, parts: Any) -> tuple[int, dict[int, Any]]:
-    """The number of samples of a split, and the ids of those to leave out by their index."""
-    part = parts.get(split) if isinstance(parts, dict) else None
+def _listed(split: Split, document: Any) -> tuple[int, dict[int, Any]]:
+    """The number of samples of a split, and index and id of each sample to leave out."""
+    part = document.get(split) if isinstance(document, dict) else None
     kinds = {"num_samples": int, "indices": list, "ids": list}
     if not isinstance(part, dict) or any(type(part.get(key)) is not kind for key, kind in kinds.items()):
         raise ValueError(f"it has no {split!r} with num_samples, indices and ids")
     num_samples, indices, ids = (part[key] for key in kinds)
     for index in indices:
         if type(index) is not int or not 0 <= index < num_samples:
-            raise ValueError(f"{split} has {num_samples} samples, so that index {index!r} does not exist")
+            raise ValueError(f"{split} has {num_samples} samples, so index {index!r} does not exist")
     if len(indices) != len(ids):
         raise ValueError(f"{split} has {len(indices)} indices and {len(ids)} ids")
     return num_samples, dict(zip(indices, ids, strict=True))
@@ -94,12 +98,12 @@ def _check(file: str, split: Split, source: Source, num_samples: int, ids: Mappi
             f"data.filter={file} was made for {num_samples} samples of {split}, which has {len(source)}; "
             "run vlm-doctor again"
         )
-    step = -(-len(ids) // CHECKED) or 1
+    step = -(-len(ids) // NUM_CHECKED) or 1
     for index in list(ids)[::step]:
         now = _id(source, index)
         if now != ids[index]:
             raise ValueError(
-                f"data.filter={file} names sample {index} of {split} {ids[index]!r}, which is now {now!r}; "
+                f"data.filter={file} has the id {ids[index]!r} for sample {index} of {split}, whose id is now {now!r}; "
                 "run vlm-doctor again"
             )
 

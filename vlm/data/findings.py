@@ -13,7 +13,7 @@ from vlm.data.checkup import Checkup, Folder, answers_of, hash_answer, words
 from vlm.data.duplicates import SIMILARITY, ImageHashes, closest
 from vlm.schema import Source, Split
 
-# What each kind means; training refuses the first five too.
+# The meaning of each kind. Training refuses the first five too.
 KINDS = {
     "unreadable_image": "an image is missing, broken or refused",
     "placeholder_mismatch": "more or fewer image placeholders than images",
@@ -21,22 +21,22 @@ KINDS = {
     "too_long": "more tokens than data.max_length",
     "other_defect": "refused for another reason",
     "duplicate": "the image of an earlier sample, with the same text or under another name",
-    "near_duplicate": "nearly the image of an earlier sample",
-    "shared_with_val": "a training image that is also, or nearly, in val",
-    "in_benchmark": "a training image that is also, or nearly, in the benchmark",
-    "contradiction": "another short answer than an earlier sample gives to the same question about the same image",
+    "near_duplicate": "almost the same image as an earlier sample",
+    "shared_with_val": "a training image that is also in val, the same or almost the same",
+    "in_benchmark": "a training image that is also in the benchmark, the same or almost the same",
+    "contradiction": "a short answer that differs from an earlier one to the same question about the same image",
     "plain_image": "an image that is nearly one color, or very dark",
     "long_text": "more characters than 1,000 and than 20 times the median",
     "repeated_answer": "an answer of 3 words or more that at least 5 samples and 5 % of the split give",
     "low_score": "the answer fits another image nearly as well, or better",
 }
 LONG, TIMES_MEDIAN = 1000, 20
-REPEATS, REPEATED_SHARE, REPEATED_WORDS = 5, 0.05, 3
+REPEATS, REPEATED_RATIO, REPEATED_WORDS = 5, 0.05, 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sample and its defect; `like` is the sample (split, index) that it repeats."""
+    """A sample and its defect; `like` is the sample (split, index) that it repeats or contradicts."""
 
     split: Split
     index: int
@@ -53,9 +53,9 @@ def find(
     *,
     similarity: float = SIMILARITY,
 ) -> list[Finding]:
-    """Every finding except scores, by split, kind and index; repeated answers are read from the sources again.
+    """All findings except low scores, in the order of split, kind and index; see `closest` for `similarity`.
 
-    `similarity` is that of `closest`.
+    Reads one sample of each repeated answer again, to quote it.
     """
     found: list[Finding] = []
     for split, checkup in checkups.items():
@@ -78,18 +78,19 @@ def frequent_answers(checkup: Checkup, source: Source, num: int) -> list[dict[st
     """The `num` most frequent answers, ignoring case and punctuation, each spelled as in its first sample."""
     top = _answer_counts(checkup)[:num]
     return [
-        {"answer": _answer(source, first, answer), "count": count, "share": count / len(checkup)}
+        {"answer": _answer(source, first, answer), "count": count, "ratio": count / len(checkup)}
         for answer, first, count in top
     ]
 
 
 def lowest_scores(split: Split, checkup: Checkup, scores: NDArray[np.float64], num: int) -> list[Finding]:
-    """The `num` samples with the lowest scores, in nats per token; NaN is no score."""
+    """The `num` samples with the lowest scores, in nats per token; samples without a score have NaN."""
     order = [int(index) for index in np.argsort(scores, kind="stable") if not np.isnan(scores[index])]
     return [
         _finding(
             split, checkup, index, "low_score",
-            f"loses {scores[index]:+z.3f} nats per token with another sample's image; check that its image is its own",
+            f"has a loss that rises by {scores[index]:+z.3f} nats per token with another sample's image; check that "
+            "image and answer belong together",
         )
         for index in order[:num]
     ]  # fmt: skip
@@ -107,79 +108,83 @@ def _bad(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 
 def _duplicates(split: Split, checkup: Checkup) -> Iterator[Finding]:
-    """Several texts for one image file are common (COCO has five captions an image), a copy of the file is not."""
+    """Same image and text, or copies of an image file.
+
+    Several texts for one file are no finding: COCO has five captions per image.
+    """
     by_text: dict[tuple[int, int], int] = {}
-    by_picture: dict[int, int] = {}
-    for index in checkup.sound:
-        picture, text = checkup.pictures[index], checkup.texts[index]
-        same = by_text.setdefault((picture, text), index)
-        first = by_picture.setdefault(picture, index)
+    by_image: dict[int, int] = {}
+    for index in checkup.good:
+        image, text = checkup.image_digests[index], checkup.text_digests[index]
+        same = by_text.setdefault((image, text), index)
+        first = by_image.setdefault(image, index)
         if same < index:
-            says = f"has the images and the text of sample '{checkup.ids[same]}'; remove one"
+            says = f"has the same images and text as sample '{checkup.ids[same]}'; remove one"
             yield _finding(split, checkup, index, "duplicate", says, like=(split, same))
-        elif picture and first < index and checkup.names[first] != checkup.names[index]:
-            says = f"has the images of sample '{checkup.ids[first]}' under another name; remove one"
+        elif image and first < index and checkup.name_digests[first] != checkup.name_digests[index]:
+            says = f"has the same images as sample '{checkup.ids[first]}' under another name; remove one"
             yield _finding(split, checkup, index, "duplicate", says, like=(split, first))
 
 
-def _near_duplicates(split: Split, checkup: Checkup, leave: set[int], similarity: float) -> Iterator[Finding]:
-    """The first occurrence of each image, compared with the images of earlier samples."""
+def _near_duplicates(split: Split, checkup: Checkup, skipped: set[int], similarity: float) -> Iterator[Finding]:
+    """Compares the first occurrence of each image with the images of earlier samples."""
     first = np.sort(np.unique(checkup.hashes.pixels, return_index=True)[1])
-    owners = np.array(checkup.owners, dtype=np.int64)[first]
+    owners = np.array(checkup.hash_owners, dtype=np.int64)[first]
     hashes = checkup.hashes.take(first)
     near = closest(hashes, hashes, before=np.searchsorted(owners, owners), similarity=similarity)
-    reported = set(leave)
+    reported = set(skipped)
     for owner, match in zip(owners.tolist(), near.tolist(), strict=True):
         if match >= 0 and owner not in reported:
             reported.add(owner)
             other = int(owners[match])
-            says = f"has nearly the image of sample '{checkup.ids[other]}'; look at both"
+            says = f"has almost the same image as sample '{checkup.ids[other]}'; compare the two"
             yield _finding(split, checkup, owner, "near_duplicate", says, like=(split, other))
 
 
 def _shared(train: Checkup, val: Checkup, similarity: float) -> Iterator[Finding]:
     for index, match, word in _matches(train, val.hashes, similarity):
-        other = val.owners[match]
-        says = f"has {word} image of val sample '{val.ids[other]}'; remove it, or validation measures memorized images"
+        other = val.hash_owners[match]
+        says = f"has {word} image as val sample '{val.ids[other]}'; remove it, or validation measures memorized images"
         yield _finding("train", train, index, "shared_with_val", says, like=("val", other))
 
 
 def _in_benchmark(train: Checkup, benchmark: Folder, similarity: float) -> Iterator[Finding]:
     for index, match, word in _matches(train, benchmark.hashes, similarity):
-        says = f"has {word} image of '{benchmark.kept[match]}' in the benchmark; remove it"
+        says = f"has {word} image as '{benchmark.kept[match]}' in the benchmark; remove it"
         yield _finding("train", train, index, "in_benchmark", says)
 
 
 def _matches(checkup: Checkup, references: ImageHashes, similarity: float) -> Iterator[tuple[int, int, str]]:
-    """Samples with an image among the references: index, the first such reference, and 'the' or 'nearly the'."""
+    """Samples with an image among the references: index, the first such reference, and how equal they are."""
     pixels, first, inverse = np.unique(checkup.hashes.pixels, return_index=True, return_inverse=True)
     near = closest(checkup.hashes.take(first), references, similarity=similarity)
     known = references.pixels
     last = -1
-    for owner, number in zip(checkup.owners, inverse.tolist(), strict=True):
+    for owner, number in zip(checkup.hash_owners, inverse.tolist(), strict=True):
         match = int(near[number])
         if match >= 0 and owner != last:
-            yield owner, match, "the" if known[match] == pixels[number] else "nearly the"
+            yield owner, match, "the same" if known[match] == pixels[number] else "almost the same"
             last = owner
 
 
 def _contradictions(split: Split, checkup: Checkup) -> Iterator[Finding]:
     first: dict[int, tuple[int, int]] = {}  # of a question, the answer and the sample that gives it
     reported: set[int] = set()
-    for question, answer, owner in zip(checkup.questions, checkup.claims, checkup.claimants, strict=True):
+    answers = zip(checkup.questions, checkup.short_answers, checkup.short_answer_owners, strict=True)
+    for question, answer, owner in answers:
         other, earlier = first.setdefault(question, (answer, owner))
         if answer != other and owner not in reported:
             reported.add(owner)
             whose = "itself" if earlier == owner else f"sample '{checkup.ids[earlier]}'"
-            says = f"answers a question about its image otherwise than {whose} does; keep the answer that is right"
+            says = f"answers a question about its image differently from {whose}; keep the right answer"
             like = None if earlier == owner else (split, earlier)
             yield _finding(split, checkup, owner, "contradiction", says, like=like)
 
 
 def _plain_images(split: Split, checkup: Checkup) -> Iterator[Finding]:
-    for index, odd in checkup.plain.items():
-        deep = "; for files of 16 bits set data.reading.image_range=found" if "dark" in odd else "; look at it"
-        yield _finding(split, checkup, index, "plain_image", f"has an image that {odd}{deep}")
+    for index, defect in checkup.image_defects.items():
+        remedy = "for 16-bit files set data.reading.image_range=found" if "dark" in defect else "check the file"
+        yield _finding(split, checkup, index, "plain_image", f"has an image that {defect}; {remedy}")
 
 
 def _long_text(split: Split, checkup: Checkup) -> Iterator[Finding]:
@@ -192,24 +197,24 @@ def _long_text(split: Split, checkup: Checkup) -> Iterator[Finding]:
 
 
 def _repeated_answers(split: Split, checkup: Checkup, source: Source) -> Iterator[Finding]:
-    answers, owners = np.array(checkup.answers, dtype=np.uint64), np.array(checkup.answerers, dtype=np.int64)
+    answers, owners = np.array(checkup.answers, dtype=np.uint64), np.array(checkup.answer_owners, dtype=np.int64)
     for answer, first, count in _answer_counts(checkup):
-        if count < max(REPEATS, REPEATED_SHARE * len(checkup)):
+        if count < max(REPEATS, REPEATED_RATIO * len(checkup)):
             return
         text = _answer(source, first, answer)
         if len(words(text)) < REPEATED_WORDS:
             continue
-        says = f"answers '{text[:80]}', as {count} of {len(checkup)} samples do; check where these answers are from"
+        says = f"answers '{text[:80]}', as {count} of {len(checkup)} samples do; check where these answers come from"
         for index in owners[answers == answer].tolist():
             yield _finding(split, checkup, index, "repeated_answer", says)
 
 
 def _answer_counts(checkup: Checkup) -> list[tuple[int, int, int]]:
-    """Hash of an answer, the first sample that gives it and how many do, the most frequent first."""
+    """Each answer's hash, first sample and number of samples; the most frequent first."""
     hashes, first, counts = np.unique(np.array(checkup.answers, dtype=np.uint64), return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
-    return [(int(hashes[i]), checkup.answerers[int(first[i])], int(counts[i])) for i in order]
+    return [(int(hashes[i]), checkup.answer_owners[int(first[i])], int(counts[i])) for i in order]
 
 
-def _answer(source: Source, index: int, wanted: int) -> str:
-    return next(answer.strip() for answer in answers_of(source[index]) if hash_answer(answer) == wanted)
+def _answer(source: Source, index: int, answer_hash: int) -> str:
+    return next(answer.strip() for answer in answers_of(source[index]) if hash_answer(answer) == answer_hash)

@@ -1,4 +1,4 @@
-"""Opens the image that a record names by a path or data URL; an error names the cause."""
+"""Opens the image that a record names by a path or data URL; an error says why it cannot be opened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.data.files import open_inside
 from vlm.data.images import BadImage, decode_image, load_image
-from vlm.data.paths import likely_path, no_path
+from vlm.data.paths import likely_path, why_not_a_path
 from vlm.data.split import digest
 from vlm.quote import LONGEST, quoted
 from vlm.schema import BadSample, StoredImage
@@ -21,23 +21,23 @@ _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w=.-]+)*;base64,", re.ASCI
 
 
 def is_data_url(name: str) -> bool:
-    """Whether the name is the image itself, as `data:image/png;base64,...`."""
+    """Whether the name holds the image itself, as `data:image/png;base64,...`."""
     return name.startswith("data:")
 
 
 def short_name(name: str) -> str:
-    """The name as used in reports and splits; a data URL is replaced by its hash."""
+    """The name for reports and splits: a data URL is replaced by its hash."""
     return f"data:{digest(name):016x}" if is_data_url(name) else name
 
 
 def open_image(name: str, *, root: Path) -> Image.Image:
     """The image of a path relative to `root` (or absolute and under it), or of a data URL.
 
-    Backslashes are read as slashes where no file has the name as it is. Raises `BadImage` with the cause.
+    A backslash is read as a slash unless a file has the name as it is written. Raises `BadImage` with the cause.
     """
     if is_data_url(name):
         return _decode_url(name)
-    cause = no_path(name)
+    cause = why_not_a_path(name)
     if name.startswith("~"):
         cause = "begins with '~', which is not expanded in data; write its path relative to the folder of images"
     if cause:
@@ -54,7 +54,7 @@ def open_image(name: str, *, root: Path) -> Image.Image:
 
 
 def stored_image(name: str, *, root: Path) -> StoredImage:
-    """The stored bytes of the image that `open_image` would open; the bytes of a data URL are the URL itself."""
+    """The stored bytes of the image that `open_image` opens; of a data URL, the bytes of the URL itself."""
     if is_data_url(name):
         data = name.encode()
         return StoredImage(name, lambda: len(data), lambda start, size: data[start : start + size])
@@ -86,13 +86,13 @@ def _decode_url(name: str) -> Image.Image:
 
 
 def _cause(path: str, root: Path) -> str:
-    """Why a file cannot be read, where more is known than the error of its reader."""
+    """Why a file cannot be read, where more is known than the reader's error says; else empty."""
     if found := likely_path(path, root=root):
         return f"{found[1]}: under '{root}' it is '{found[0]}'; change the names, or data.images="
     try:
         file = os.path.realpath(os.path.join(root, path))
         is_inside = file.startswith(os.path.join(os.path.realpath(root), ""))
         is_empty = is_inside and os.path.isfile(file) and os.path.getsize(file) == 0
-    except (OSError, ValueError):  # an invalid name: its reader says so
+    except (OSError, ValueError):  # an invalid name, which the reader's error explains
         return ""
     return "is an empty file (0 bytes); copy it again" if is_empty else ""

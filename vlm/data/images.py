@@ -15,12 +15,13 @@ from vlm.data.reading import current
 from vlm.file_kinds import kind_of
 from vlm.schema import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow also reads EPS (runs Ghostscript), FITS, PSD, ...
-DRAFT_SIDE = 1344  # pixels a side that a JPEG keeps at least: twice what tiles of 336 pixels, two by two, make of it
-START_OF_SCAN = b"\xff\xda"  # inside a scan, which holds most of a JPEG, no such pair occurs
+# Other formats of Pillow are refused: EPS, for example, runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+DRAFT_SIDE = 1344  # pixels that each side of a JPEG keeps at least: twice the side of 2 x 2 tiles of 336 pixels
+START_OF_SCAN = b"\xff\xda"  # a marker that cannot occur inside the data of a scan
 WHITE = (255, 255, 255)
 
-_ORIENTATION = 0x0112  # the EXIF tag; its values and the turns that undo them are those of ImageOps.exif_transpose
+_ORIENTATION = 0x0112  # the EXIF tag; the transposes below are those of ImageOps.exif_transpose
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,7 +39,7 @@ class ArrayImage(Image.Image):
     An encoder's transform only reads the array, so that most images are never copied.
     """
 
-    _array: np.ndarray | None = None  # None once it is unpickled: then the pixels are Pillow's
+    _array: np.ndarray | None = None  # None after unpickling: then Pillow holds the pixels
 
     def __init__(self, array: np.ndarray) -> None:
         super().__init__()
@@ -54,12 +55,12 @@ class ArrayImage(Image.Image):
     def __array_interface__(self) -> dict[str, Any]:
         if self._array is None:
             return super().__array_interface__
-        # The array itself and not its address, so that a reader keeps it alive.
+        # The array itself, not its address: a reader then keeps it alive.
         return {"version": 3, "shape": self._array.shape, "typestr": "|u1", "data": self._array}
 
 
 class BadImage(BadSample):
-    """An image that cannot be used; the message names it, what is wrong and the remedy."""
+    """An image that cannot be used; the message has its name, the defect and the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "unreadable_image")
@@ -68,9 +69,9 @@ class BadImage(BadSample):
 def load_image(path: str | Path, *, root: Path) -> Image.Image:
     """The file's image as RGB: upright (EXIF), transparency on white, the first frame of an animation.
 
-    `path` is relative to `root`, or absolute; either way it must lie under `root` once symlinks are followed. The
-    number of pixels is read from the header and checked before anything is decoded, whatever `Image.MAX_IMAGE_PIXELS`.
-    The limits are those of data.reading. Raises `BadSample`, naming the file, what is wrong and the remedy.
+    `path` is relative to `root`, or absolute; either way it must be under `root` once symlinks are followed. The number
+    of pixels is read from the header and checked before anything is decoded. The limits are those of data.reading;
+    `Image.MAX_IMAGE_PIXELS` has no effect. Raises `BadSample` with the file's name, the defect and the remedy.
     """
     return decode_image(read_inside(path, root=root, what="image", option="max_image_bytes"), name=str(path))
 
@@ -81,11 +82,11 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
     A JPEG of twice `DRAFT_SIDE` or more on both sides is decoded at a half, a quarter or an eighth of its size, which
     is much faster and loses nothing for an encoder that reads up to `DRAFT_SIDE` pixels a side.
 
-    Raises `BadImage`, naming what is wrong and the remedy.
+    Raises `BadImage` with the defect and the remedy.
     """
     reading = current()
     check_bytes(f"image '{name}'", len(data), option="max_image_bytes")
-    if Image.MAX_IMAGE_PIXELS is not None:  # else Pillow would refuse what data.reading allows
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow must not refuse what data.reading allows
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, reading.max_image_pixels)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -99,9 +100,9 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
             if image.format == "JPEG" and (scans := data.count(START_OF_SCAN)) > reading.max_image_scans:
                 raise BadImage(
                     f"image '{name}' has {scans} scans, more than the limit of {reading.max_image_scans}; save it "
-                    f"anew, or set data.reading.max_image_scans={scans}"
+                    f"again, or set data.reading.max_image_scans={scans}"
                 )
-            image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))  # of JPEG alone
+            image.draft(None, (DRAFT_SIDE, DRAFT_SIDE))  # has an effect on JPEG only
             decoded = _by_torchvision(image, data) if image.size == (width, height) else None
             if decoded is None:
                 image.load()
@@ -111,22 +112,21 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
     except (
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
-    ) as error:  # past Pillow's own limit, the size is unknown
+    ) as error:  # Pillow's own limit comes before the size is known
         says = f"image '{name}' has too many pixels ({str(error).rstrip('.')}); make it smaller, or set data.reading."
         raise BadImage(f"{says}max_image_pixels= higher") from error
     except UnidentifiedImageError as error:
-        kind = kind_of(data) or f"is none of {', '.join(FORMATS)}; convert it to one of them"
+        kind = kind_of(data) or f"is not one of {', '.join(FORMATS)}; convert it to one of them"
         raise BadImage(f"image '{name}' {kind}") from error
-    except Exception as error:  # a broken file may raise anything in Pillow
+    except Exception as error:  # Pillow may raise any exception for a broken file
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadImage(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
 
 
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
-    """The image in the middle of a square of color `fill`.
+    """The image at the center of a square of color `fill`.
 
-    Raises `ValueError` where the square would hold more pixels than data.reading allows: a strip of 1 x 60,000 pixels
-    is small until it is padded.
+    Raises `ValueError` where the square has more pixels than data.reading allows, as of a strip of 1 x 60,000 pixels.
     """
     width, height = image.size
     side = max(width, height)
@@ -143,9 +143,9 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
 
 
 def _by_torchvision(image: Image.Image, data: bytes) -> ArrayImage | None:
-    """The image of an RGB JPEG, equal to Pillow's in three quarters of the time; None for all else.
+    """The image of an RGB JPEG, equal to Pillow's and decoded in three quarters of the time.
 
-    Pillow reads what torchvision cannot, and reports what is wrong with it.
+    None for any other image, and for one that torchvision cannot decode: Pillow then decodes it or reports its defect.
     """
     if (image.format, image.mode) != ("JPEG", "RGB"):
         return None
@@ -160,10 +160,10 @@ def _by_torchvision(image: Image.Image, data: bytes) -> ArrayImage | None:
 
 
 def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """The image turned as its file says."""
+    """The image transposed as the EXIF orientation of its file says."""
     try:
         turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF is common; the image is used as it is
+    except Exception:  # broken EXIF is common, and the image can still be used
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -175,19 +175,18 @@ def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     """
     if image.mode in ("I", "F"):
         raise BadImage(
-            f"image '{name}' holds 32-bit values (mode {image.mode}), of which none is known to be white; "
-            "save it with 8 or 16 bits"
+            f"image '{name}' holds 32-bit values (mode {image.mode}), whose range is unknown; save it with 8 or 16 bits"
         )
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255, which makes most of the image white
+    if image.mode.startswith("I;16"):  # Pillow clips at 255, so most of the image would be white
         values = np.asarray(image)
         gray = (values >> 8).astype(np.uint8) if current().image_range == "full" else _stretched(values)
         gray[values == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(gray)
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        image = Image.new("RGB", seen.size, WHITE)
-        image.paste(seen, mask=seen.getchannel("A"))
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
+        transparent = image.convert("RGBA")
+        image = Image.new("RGB", transparent.size, WHITE)
+        image.paste(transparent, mask=transparent.getchannel("A"))
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image too
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Diagnosis of paths that do not exist: why, and which file was probably meant."""
+"""Explains why a path does not exist, and which file was probably meant."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import os
 import re
 from pathlib import Path
 
-LONGEST = 1024  # characters; Linux takes 255 for a file and 4,096 for a path
+LONGEST = 1024  # characters; Linux allows 255 for the name of a file and 4,096 for a path
 
 
-def no_path(name: str) -> str:
-    """Why a name cannot be a path, with the remedy, as a phrase to follow the name; empty where it may be one."""
+def why_not_a_path(name: str) -> str:
+    """The reason why a name cannot be a path, with a remedy; it continues a sentence. Empty where it can be a path."""
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", name)
     if scheme is not None:
         if scheme[1].lower() == "file":
-            return "is a file's address; write its path alone"
+            return "is a file: address; write the path without file://"
         return "is a web address; download the files first and write their paths"
     if re.match(r"[a-zA-Z]:[\\/]", name):
         return "is on a Windows drive; write its path on this machine, with slashes"
     if len(name) > LONGEST:
         is_base64 = re.fullmatch(r"[A-Za-z0-9+/=\s_-]*", name) is not None
-        return f"is {'base64' if is_base64 else 'text'} and no path" + (
+        return f"is {'base64' if is_base64 else 'text'}, not a path" + (
             "; begin it with data:image/png;base64," if is_base64 else "; write a path"
         )
     return ""
 
 
 def likely_path(name: str, *, root: Path) -> tuple[str, str] | None:
-    """The path under `root` of a file that exists where `name` does not, and what is wrong with the name.
+    """The path under `root` of the file that `name` probably means, and what is wrong with the name.
 
-    The name may have backslashes, or begin with the last folders of `root` itself.
+    Two mistakes are recognized: backslashes, and a name that begins with the last folders of `root` itself. None where
+    `name` exists or neither mistake explains it.
     """
     path = name.replace("\\", "/")
     try:

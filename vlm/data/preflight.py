@@ -41,13 +41,13 @@ def preflight(rows: Rows, *, num_samples: int, show: int) -> PreflightReport:
     bad: list[BadSample] = []
     for number in range(taken):
         try:
-            row = rows.judge.encoded(rows.judge.sample(source, number * len(source) // taken))
+            row = rows.reader.encoded(rows.reader.sample(source, number * len(source) // taken))
         except BadSample as error:
             bad.append(error)
             continue
         encoded.append(row)
         if len(shown) < show:
-            shown.append(rows.judge.text.display(row))
+            shown.append(rows.reader.text.display(row))
     if not encoded:
         raise ValueError(
             f"preflight of '{name}' can use none of {count(taken, 'sample')}; repair the data, first: {bad[0]}"

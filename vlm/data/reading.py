@@ -1,4 +1,4 @@
-"""Limits of what is read from a dataset, and the conversion of 16-bit images to 8 bits."""
+"""Limits on what is read from a dataset, and how 16-bit images become 8-bit images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Limit = Annotated[int, Range(1, 2**40)]
 
 @dataclass(frozen=True)
 class Reading:
-    """The options `data.reading`. Data beyond a limit is refused, by name, before it costs time or memory.
+    """The options `data.reading`. Data beyond a limit is refused before it takes time or memory.
 
     Args:
-        image_range: the range of a 16-bit image that becomes 0 to 255: 0 to 65,535 (`full`), or its own minimum to its
-            own maximum (`found`), for X-rays with 12-bit values.
+        image_range: the range of a 16-bit image that is mapped to 0 to 255: 0 to 65,535 (`full`), or from the image's
+            minimum to its maximum (`found`), for example for X-rays with 12-bit values.
         max_image_bytes: bytes of an image file.
         max_image_pixels: pixels of an image, 3 bytes each once it is decoded.
         max_image_scans: scans of a progressive JPEG, each of which decodes the whole image; cameras write 10.
@@ -43,13 +43,13 @@ _CURRENT: ContextVar[Reading] = ContextVar("reading", default=Reading())  # noqa
 
 
 def current() -> Reading:
-    """The options in effect: those of the enclosing `applied`, else the defaults."""
+    """The options of the enclosing `applied`, else the defaults."""
     return _CURRENT.get()
 
 
 @contextmanager
 def applied(reading: Reading) -> Iterator[None]:
-    """Sources that are made or read inside this context use `reading`."""
+    """Sources that are built or read inside this context use `reading`."""
     token = _CURRENT.set(reading)
     try:
         yield

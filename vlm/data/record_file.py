@@ -1,7 +1,7 @@
-"""Records of a large JSON file: each is parsed once at the start, to find its bytes, and again when it is read.
+"""Records of a large JSON file, of which only the positions are kept in memory.
 
-A list of 665,000 conversations is 1 GB of text and several GB of dictionaries, of which a run needs one batch at a
-time.
+665,000 conversations are 1 GB of text and several GB of dictionaries, but a run needs one batch at a time. So each
+record is parsed once at the start, to find its position, and again whenever it is read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ BOM = codecs.BOM_UTF8
 CHUNK = 2**20  # bytes read together
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".json", *LINES, ".txt")
-HEAD = 2**24  # maximum bytes of the first of several lines
+HEAD = 2**24  # maximum bytes of the first line of JSON lines
 LARGEST = 2**26  # maximum characters of a record
-_BETWEEN = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")  # what may stand between two items of a list
+_BETWEEN = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")  # the text between two items of a list
 _DECODER = json.JSONDecoder()
 
 
 class Item(NamedTuple):
-    """A JSON value, the bytes [start, end) that hold it, and its number: of its line, or its place in the list."""
+    """A JSON value, its bytes [start, end) in the file, and its number: its line, or its index in the list."""
 
     start: int
     end: int
@@ -38,32 +38,32 @@ class Item(NamedTuple):
 
 
 class RecordFile:
-    """`file[i]` is record i of a JSON list, or of JSON lines; three numbers a record stay in memory.
+    """`file[i]` is record i of a JSON list or of JSON lines; memory holds three numbers per record.
 
-    `visit` is called with every record, in order. Raises `ValueError` where the file is neither, naming the line of the
-    error.
+    `visit` is called with every record, in order. Raises `ValueError` with the line of the error where the file is
+    neither.
     """
 
     def __init__(self, file: Path, visit: Callable[[Record], None]) -> None:
         check_suffix(file, SUFFIXES)
         self.file, self._name = file, file.name
         self._is_lines = file.suffix.lower() in LINES or _is_lines(file)
-        places = array("q")
+        positions = array("q")
         num_wrong = 0
         for item in _lines(file) if self._is_lines else _items(file):
             record = self._record(item.number, item.value)
             num_wrong += bool(record.problem)
-            places.extend(item[:3])
+            positions.extend(item[:3])
             visit(record)
-        self._places = np.array(places).reshape(-1, 3)
+        self._positions = np.array(positions).reshape(-1, 3)
         if num_wrong and not self._is_lines:
             raise ValueError(f"'{file}' has {num_wrong} of {len(self)} items that are not objects; remove them")
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> Record:
-        start, end, number = self._places[index].tolist()
+        start, end, number = self._positions[index].tolist()
         with self.file.open("rb") as handle:
             handle.seek(start)
             data = handle.read(end - start)
@@ -79,7 +79,7 @@ class RecordFile:
 
 
 def _is_lines(file: Path) -> bool:
-    """Whether a `.json` or `.txt` file holds JSON lines: its first line is an object, and not its last."""
+    """Whether a `.json` or `.txt` file holds JSON lines: its first line is an object, and other lines follow."""
     with file.open("rb") as handle:
         head = handle.read(HEAD).removeprefix(BOM)
     first, _, rest = head.lstrip().partition(b"\n")
@@ -119,23 +119,23 @@ def _items(file: Path) -> Iterator[Item]:
 
 
 class _Window:
-    """The part of a file's text that is in memory."""
+    """The part of a file's text that is in memory, read chunk by chunk."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._handle = handle
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._text, self._at = "", 0  # index of the next character
-        self._byte = len(BOM) if handle.read(len(BOM)) == BOM else 0  # position in the file of `_at`
+        self._text, self._at = "", 0  # `_at` is the index of the next character
+        self._byte = len(BOM) if handle.read(len(BOM)) == BOM else 0  # the position of that character in the file
         handle.seek(self._byte)
 
     def kind(self) -> str:
-        """What the file holds; of a list, the opening bracket is read."""
+        """The kind of the file's value. Reads the opening bracket of a list."""
         if self.between() == "[":
             return "a list"
-        return "one object" if isinstance(self._value(), dict) else "no list"
+        return "one object" if isinstance(self._value(), dict) else "a value that is not a list"
 
     def items(self) -> Iterator[Item]:
-        """The items after the opening bracket of a list; raises unless the file ends after it."""
+        """The items after the opening bracket of a list. Raises unless the file ends after the list."""
         mark = self.between() if self._text.startswith("]", self._at) else ","
         number = 0
         while mark == ",":
@@ -148,7 +148,7 @@ class _Window:
             raise json.JSONDecodeError(reason, self._text, self._at)
 
     def between(self) -> str:
-        """Advances to the next value and returns the mark before it: a bracket, a comma, or none."""
+        """Advance to the next value. Returns the bracket or comma before it, or an empty string."""
         while (found := _BETWEEN.match(self._text, self._at)) and found.end() == len(self._text) and self._more():
             pass
         assert found is not None
@@ -172,7 +172,7 @@ class _Window:
         self._at = end
 
     def _more(self) -> bool:
-        """Reads at least as much again as is left; False at the end of the file."""
+        """Read at least as much text as is left in memory. False at the end of the file."""
         data = self._handle.read(max(CHUNK, len(self._text) - self._at))
         new = self._decode(data, final=not data)
         if data:
@@ -180,9 +180,9 @@ class _Window:
         return bool(data)
 
     def line_of(self, error: Exception) -> int:
-        """The line of the file where an error is."""
+        """The number of the line in which an error is."""
         self._handle.seek(0)
         line = 1 + self._handle.read(self._byte).count(b"\n")
-        if isinstance(error, UnicodeDecodeError):  # beyond the text in memory
+        if isinstance(error, UnicodeDecodeError):  # the error is after the text in memory
             return line + self._text.count("\n", self._at) + error.object.count(b"\n", 0, error.start)
         return line + self._text.count("\n", self._at, getattr(error, "pos", self._at))

@@ -1,4 +1,4 @@
-"""Images that are in both splits, found by the bytes of their files, few of which have to be read."""
+"""Finds images that are in both splits by the bytes of their files, and reads few of the files for it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 from vlm.data.split import content_key
 from vlm.schema import BadSample, Source, StoredImage
 
-THREADS = 16  # a network mount answers slowly, but many requests at a time
+THREADS = 16  # a network mount is slow, but answers many requests at a time
 BATCH = 10_000  # images whose sizes are read together
 
 
 class Shared(NamedTuple):
-    """How many of the compared validation images are in train too, with an example."""
+    """The number of compared validation images that are also in train, with an example."""
 
     num_shared: int
     num_compared: int
@@ -26,8 +26,8 @@ class Shared(NamedTuple):
 def shared_images(train: Source, val: Source, indices: Sequence[int]) -> Shared:
     """Compare the images of these validation samples with all images of train.
 
-    The sizes of files are compared first, then a few kilobytes of those of equal size, then all bytes. An image that
-    cannot be read equals no other.
+    First the sizes of files are compared, then a few kilobytes of files of equal size, and then all bytes. An image
+    that cannot be read is equal to no other.
     """
     with ThreadPool(THREADS) as pool:
         sizes: dict[StoredImage, int] = dict(_sized(val.stored_images(indices), pool))
@@ -56,7 +56,7 @@ def _size(image: StoredImage) -> int:
 
 
 def _key(image: StoredImage) -> str:
-    """A key of some of its bytes; empty where they cannot be read."""
+    """A hash of some of the image's bytes; empty where they cannot be read."""
     try:
         return content_key(image.size(), image.read)
     except (BadSample, OSError):

@@ -1,4 +1,4 @@
-"""The split into train and val by a hash of a name: the same over runs, machines and when files are added."""
+"""The split into train and val by a hash of names: the same in all runs, on all machines, and when files are added."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PART = 4096  # bytes of each part of a file that `content_key` hashes
 
 
 def check_split(*, split: Split, val_fraction: float) -> None:
-    """Raise `ValueError` unless `split` is one of the two and `val_fraction` lies in [0, 1)."""
+    """Raise `ValueError` unless `split` is train or val and `val_fraction` is in [0, 1)."""
     if split not in ("train", "val"):
         raise ValueError(f"split is '{split}'; choose train or val")
     if not 0 <= val_fraction < 1:
@@ -34,14 +34,14 @@ def held_out(digests: UInt64[np.ndarray, " n"], *, val_fraction: float) -> Bool[
 
 
 def digest(key: str) -> int:
-    """A hash in 64 bits that is the same in every process, unlike Python's own `hash`."""
+    """A 64-bit hash that is the same in every process, unlike Python's `hash`."""
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def image_key(name: str, *, root: Path) -> str:
-    """One spelling per image: `./a.jpg`, `x/../a.jpg`, `x\\..\\a.jpg` and `<root>/a.jpg` are all `a.jpg`."""
-    odd = name[:1] in "/." or name[-1:] == "/" or "//" in name or "/." in name or "\\" in name
-    if not odd:  # nearly all names of a large dataset
+    """The normal form of an image's path: `./a.jpg`, `x/../a.jpg`, `x\\..\\a.jpg` and `<root>/a.jpg` are `a.jpg`."""
+    may_differ = name[:1] in "/." or name[-1:] == "/" or "//" in name or "/." in name or "\\" in name
+    if not may_differ:  # fast: nearly all names of a dataset
         return name
     name = name.replace("\\", "/")  # Windows
     if os.path.isabs(name):
@@ -52,8 +52,7 @@ def image_key(name: str, *, root: Path) -> str:
 def content_key(size: int, read: Callable[[int, int], bytes]) -> str:
     """A key of an image by the bytes of its file, which `read(start, size)` returns.
 
-    Equal files have equal keys. Of a large file only its size and three parts are hashed, so that millions of files
-    cost little.
+    Equal files have equal keys. To be fast, the key of a large file depends only on its size and on three parts of it.
     """
     starts = (0, (size - PART) // 2, size - PART) if size > 3 * PART else (0,)
     parts = [read(start, PART if len(starts) > 1 else size) for start in starts]
@@ -63,8 +62,8 @@ def content_key(size: int, read: Callable[[int, int], bytes]) -> str:
 def group_keys(names: Sequence[Sequence[str]]) -> list[str]:
     """A key for every item, equal for items that share a name, directly or through other items.
 
-    The key is the smallest name in the group. Split by it, train and val have no name in common, also where one
-    sample shows several images.
+    The key is the smallest name of the group. A split by these keys puts no name into both train and val, even where a
+    sample has several images.
     """
     parent: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Tables in text files to records: separated by commas, semicolons, tabs or bars, with a header or as Flickr30k's."""
+"""Tables in text files -> records. Fields are separated by commas, semicolons, tabs or bars."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from vlm.data.annotations import Record
 from vlm.quote import named
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# Flickr8k.token.txt and Flickr30k's results.token: `1000092795.jpg#0<tab>Two men ...`, without a header.
+# The first field in Flickr8k.token.txt and in Flickr30k's results.token: `1000092795.jpg#0<tab>Two men ...`.
 _NUMBERED = re.compile(r"(.+\.(?:jpe?g|png|webp|gif|bmp|tiff?))(?:#\d+)?", re.IGNORECASE)
 
 
 def read_table(
     file: Path, text: str, *, names: Sequence[Sequence[str]], columns: Mapping[str, str | None]
 ) -> Iterator[Record]:
-    """The records of a table under its header, which has a column of each kind in `names`.
+    """The records of a table.
 
-    The separator is the one with which it has; `columns` renames columns. Without a header, a table of two columns
-    separated by tabs is of images, perhaps numbered (`a.jpg#0`), and captions. Quotes are CSV's, except that between
-    tabs or bars, where many a file has quotes in its texts, only those around a whole field are.
+    The header must have a column of each kind; `names` lists the names of each kind, and `columns` renames columns. The
+    separator is the first one in `SEPARATORS` with which the header has these columns. A table without a header must
+    have two columns separated by a tab: the image, which may be numbered (`a.jpg#0`), and the caption.
+
+    Commas and semicolons follow CSV's rules for quotes. Tabs and bars do not, because their texts often contain quotes:
+    there, only quotes around a whole field are removed.
+
     Raises `ValueError` where no header is found, or a quote is not closed.
     """
     first = text.lstrip("\ufeff\r\n").split("\n", 1)[0].rstrip("\r")
@@ -38,7 +42,7 @@ def read_table(
     missing = next(kind[0] for kind in names if not any(name in header for name in kind))
     raise ValueError(
         f"'{file}' has no column '{missing}' in its first line ({named(header)}); write "
-        f"{','.join(kind[0] for kind in names)} there, or name its columns by data.columns="
+        f"{','.join(kind[0] for kind in names)} there, or rename its columns with data.columns="
     )
 
 
@@ -58,7 +62,7 @@ def _records(file: Path, text: str, separator: str, header: Sequence[str], skip:
     line = 1
     try:
         for number, values in enumerate(reader):
-            place, line = f"{file.name}:{line}", reader.line_num + 1
+            location, line = f"{file.name}:{line}", reader.line_num + 1
             if number < skip or not values:
                 continue
             if not is_csv:
@@ -67,19 +71,17 @@ def _records(file: Path, text: str, separator: str, header: Sequence[str], skip:
                 values[0] = match[1]
             problem = ""
             if len(values) != len(header):
+                remedy = f"put quotes around a caption with {SEPARATORS[separator]}" if is_csv else "correct that line"
                 problem = (
-                    f"has {len(values)} fields under a header of {len(header)}; put quotes around a caption with "
-                    f"{SEPARATORS[separator]}"
-                    if is_csv
-                    else f"has {len(values)} fields where there should be {len(header)}, separated by "
-                    f"{SEPARATORS[separator]}; correct that line"
+                    f"has {len(values)} fields separated by {SEPARATORS[separator]}, but the table has {len(header)} "
+                    f"columns; {remedy}"
                 )
-            yield Record(place, dict(zip(header, values, strict=False)), problem)
+            yield Record(location, dict(zip(header, values, strict=False)), problem)
     except csv.Error as error:
         raise ValueError(f"'{file}' line {line} is not CSV ({error}); correct that line") from error
 
 
 def _unquoted(value: str) -> str:
-    """A field without the quotes around it, as pandas writes them where a text has some."""
+    """A field without the quotes around it, which pandas writes where a text contains quotes."""
     is_quoted = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in value[1:-1].replace('""', "")
     return value[1:-1].replace('""', '"') if is_quoted else value

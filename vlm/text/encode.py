@@ -1,10 +1,12 @@
-"""From a conversation to token ids, labels and image placeholders, by the characters of the rendered text.
+"""A conversation -> token ids, labels and image placeholders.
 
-The chat template renders the whole conversation once and the text is tokenized once. The same conversation rendered
-with a sentinel for each text shows what the template itself writes; that locates every assistant turn by characters,
-for any template. A supervised turn is all that follows its generation prompt, up to and with the special token that
-ends it. The text is split before it, so that no token joins the end of a generation prompt with the start of the
-answer, as two newlines would: generation too starts after the prompt's own tokens.
+The chat template renders the whole conversation once, and the text is tokenized once. To locate the assistant turns in
+the text, for any template, the conversation is also rendered with a sentinel in place of each text: this shows what the
+template itself writes.
+
+The supervised part of a turn begins after its generation prompt and ends with its end-of-turn token. The text is split
+before it, because no token may contain both the end of the prompt and the start of the answer (two newlines, for
+example, can be one token). Generation also starts after the tokens of the prompt alone.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from vlm.text.row import Encoded
 from vlm.text.spans import (
     Skeleton,
     Span,
-    across,
     answer_spans,
     answers_at,
+    crossed,
     cut_spaces,
     sentinels,
     skeleton_of,
     with_breaks,
 )
 from vlm.text.templates import IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
-from vlm.text.tokenizer import BREAK, disarmer, opens_with_space, private_tokenizer, splits_cleanly
+from vlm.text.tokenizer import BREAK, breaker, opens_with_space, private_tokenizer, splits_cleanly
 from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
 if TYPE_CHECKING:
@@ -41,31 +43,37 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # width and height in pixels
 CHOOSE = f"set llm.chat_template= to one of {', '.join(sorted(TEMPLATES))}"
-REPAIR = "repair or remove it, or set llm.chat_template="
+REPAIR = "repair or remove the sample, or set llm.chat_template="
 PROBE: list[tuple[Literal["user", "assistant"], str]]
 PROBE = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-EXTRA, EXTRA_PER_TURN = 1_000_000, 1_000  # characters that a chat template may add to ten times the texts
-FIRST_LETTERS = ["d", "2", " d", "\nd", "日", "🙂"]  # of answers; many may form a token with the end of the prompt
+# A chat template may write ten times the characters of the texts and these on top.
+EXTRA, EXTRA_PER_TURN = 1_000_000, 1_000
+# Starts of answers that a tokenizer may join with the end of the prompt.
+ANSWER_STARTS = ["d", "2", " d", "\nd", "日", "🙂"]
 
 
 class TextEncoder:
-    """Tokenizes conversations for one tokenizer and chat template; the tokenizer itself is never changed.
+    """Tokenizes conversations for one tokenizer and one chat template. The tokenizer is not changed.
 
-    `chat_template` is a name in `TEMPLATES`, or None for the tokenizer's own. `num_image_tokens` is 0 where the LLM's
-    layers attend to the visual tokens: an image then has no placeholder and only `images_before` counts it. Where
-    images are tiled, `tile_rows` gives the tiles in each row for an image's width and height, and `row_separator` is
-    the text between these rows.
+    Args:
+        tokenizer: a fast tokenizer of Transformers.
+        num_image_tokens: placeholders per image or tile. It is 0 where the LLM's layers attend to the visual tokens;
+            then only `images_before` counts the images.
+        max_length: maximum tokens of a conversation.
+        chat_template: a name in `TEMPLATES`, or None for the tokenizer's own.
+        tile_rows: (width, height) of an image -> number of tiles in each row; None without tiles.
+        row_separator: the text between two rows of tiles.
+        train_on: supervise the tokens of every `assistant` turn, of the `last_assistant` turn only, or `all` tokens
+            except visual ones (including what the template writes).
+        system_prompt: the system message of each conversation that has none.
+        too_long: `drop` refuses a conversation of more than `max_length` tokens, `truncate_text` cuts it (see
+            `kept_length`).
 
-    `train_on` says which tokens are supervised: those of every `assistant` turn, of the `last_assistant` turn only, or
-    `all` tokens except visual ones (the template's own words too, as in other trainers). `system_prompt` opens each
-    conversation that has no system message. `too_long` says what happens to a conversation of more than `max_length`
-    tokens: `drop` refuses it, `truncate_text` cuts it (see `kept_length`).
+    The name of a special token in a message is tokenized as plain characters; only the template writes special tokens.
 
-    A special token's name in a message is read as plain characters; only the template writes special tokens.
-
-    Raises ValueError for an unknown or missing template, one that rewrites the turns so that they cannot be located,
-    that does not end answers with a special token of the tokenizer, or whose generation prompt is tokenized otherwise
-    in training; also for a tokenizer with neither pad nor eos token.
+    Raises ValueError for a tokenizer with neither pad nor eos token, for an unknown or missing template, and for a
+    template whose turns cannot be located, whose answers do not end with a special token of the tokenizer, or whose
+    generation prompt is tokenized differently in training.
     """
 
     def __init__(
@@ -96,7 +104,7 @@ class TextEncoder:
         self.pad_id: int = pad_id
         self.template = resolve(chat_template, tokenizer)
         self._variables = {**tokenizer.special_tokens_map, **(OWN_OPTIONS if chat_template is None else {})}
-        self._disarm = disarmer(tokenizer)
+        self._break_special_tokens = breaker(tokenizer)
         self._private = private_tokenizer(tokenizer)
         self._splits = splits_cleanly(self._private)
         self._plain_texts = chat_template in PLAIN_TEXTS and opens_with_space(self._private)
@@ -109,17 +117,17 @@ class TextEncoder:
         self._form, self._end_of_turn = self._probe()
 
     def encode(self, sample: Sample) -> Encoded:
-        """The whole conversation, supervised as `train_on` says; it must end with an answer.
+        """The whole conversation, which must end with an answer, with labels as `train_on` says.
 
-        Only tiling needs the images; elsewhere the sample may be an outline. Raises BadSample where turns do not
-        alternate, nothing is supervised, the conversation is longer than `max_length`, or the chat template refuses it.
+        The sample needs its images only where they are tiled. Raises BadSample where turns do not alternate, nothing is
+        supervised, the conversation is longer than `max_length`, or the chat template refuses it.
         """
         return self._supervise(sample.id, *self._whole(sample))
 
     def encode_prompt(self, sample: Sample) -> Encoded:
-        """The conversation before its last answer, up to the generation prompt; no label is set and nothing is cut.
+        """The conversation before its last answer, with the generation prompt; it has no labels and is not truncated.
 
-        A conversation that ends with a user message is a prompt already. Raises as `encode` does, and for an image in
+        A conversation that ends with a user message is taken as a whole. Raises as `encode` does, and for an image in
         the last answer.
         """
         messages = sample.messages
@@ -135,9 +143,9 @@ class TextEncoder:
         return row
 
     def answered(self, sample: Sample) -> Sample:
-        """The sample up to the last answer of which a row keeps some: all of it, unless `too_long` cuts.
+        """The sample up to the last answer that is not cut completely; the whole sample unless it is truncated.
 
-        Its prompt then fits. Raises as `encode` does.
+        Its prompt fits into `max_length`. Raises as `encode` does.
         """
         if self.too_long != "truncate_text":
             return sample
@@ -153,11 +161,11 @@ class TextEncoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the end-of-turn token of the labels, and the end of text."""
+        """Ids that end an answer: the end-of-turn token, which is supervised, and the tokenizer's eos token."""
         return sorted({self._end_of_turn, self.tokenizer.eos_token_id} - {None})
 
     def runs(self, encoded: Encoded) -> list[tuple[str, bool]]:
-        """The decoded tokens in runs: (text, whether it is supervised); an image is written `<image×K>`."""
+        """The decoded tokens as runs of (text, is supervised); an image of K visual tokens is `<image×K>`."""
         runs: list[tuple[str, bool]] = []
         pending: list[int] = []
         seen = 0
@@ -186,7 +194,7 @@ class TextEncoder:
         return "".join(f"⟦{text}⟧" if supervised else text for text, supervised in self.runs(encoded))
 
     def _decode(self, ids: list[int]) -> str:
-        """The text of ids inside a row; SentencePiece's decoder removes the first space of a text."""
+        """The text of ids inside a row, decoded after a pad token because SentencePiece drops a first space."""
         before, text = (
             self.tokenizer.decode(each, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             for each in ([self.pad_id], [self.pad_id, *ids])
@@ -196,15 +204,15 @@ class TextEncoder:
         return text.removeprefix(before)
 
     def _turns(self, sample_id: str, messages: Sequence[Message], num_images: int) -> tuple[list[str], list[str]]:
-        """Roles and texts as input of the template."""
+        """Roles and texts for the template, with the system prompt."""
         if self.system_prompt is not None and messages[0]["role"] != "system":
-            opening = Message(role="system", content=[{"type": "text", "text": self.system_prompt}])
-            messages = [opening, *messages]
+            system = Message(role="system", content=[{"type": "text", "text": self.system_prompt}])
+            messages = [system, *messages]
         texts = texts_of(sample_id, messages, num_images)
-        return [message["role"] for message in messages], [self._disarm(text) for text in texts]
+        return [message["role"] for message in messages], [self._break_special_tokens(text) for text in texts]
 
     def _whole(self, sample: Sample) -> tuple[Encoded, list[int | None], list[bool]]:
-        """The tokens of a conversation, the answer that each belongs to (or None), and which answers are supervised."""
+        """The tokens of a conversation, the answer of each token (or None), and which answers are supervised."""
         messages = sample.messages
         check_turns(sample.id, messages, last="assistant")
         roles, texts = self._turns(sample.id, messages, sample.num_images)
@@ -213,7 +221,7 @@ class TextEncoder:
         first = len(answers) - 1 if self.train_on == "last_assistant" else 0
         learned = list(compress(answers[first:], supervised[first:]))
         if not any(answer.replace(IMAGE_PLACEHOLDER, "").strip() for answer in learned):
-            why = "its assistant messages are empty" if learned else "its assistant messages are not to be learned"
+            why = "its assistant messages are empty" if learned else "its assistant messages have loss: false"
             raise BadSample(f"sample '{sample.id}' has no supervised token: {why}; remove it", "empty_text")
         try:
             return *self._row(*self._answered(roles, texts, self._form), sample.sizes), supervised
@@ -221,9 +229,9 @@ class TextEncoder:
             raise BadSample(f"sample '{sample.id}': {error}; {REPAIR}") from error
 
     def _probe(self) -> tuple[Callable[[str], object], int]:
-        """The form of content that the template expects, a string or a list of items, and the end-of-turn id.
+        """The form of content that the template takes, a string or a list of items, and the end-of-turn id.
 
-        Strings are tried first: a template for strings would print a list's Python syntax without an error.
+        A string is tried first, because a template for strings prints a list in Python's syntax without an error.
         """
         try:
             return as_string, self._end_of(as_string)
@@ -234,7 +242,7 @@ class TextEncoder:
                 raise ValueError(f"{error}; {CHOOSE}") from None
 
     def _end_of(self, form: Callable[[str], object]) -> int:
-        """The id that ends an answer; also checks that the template can be used."""
+        """The end-of-turn id. Raises ValueError for a template that cannot be used for training."""
         turns = [Message(role=role, content=[{"type": "text", "text": text}]) for role, text in PROBE]
         roles, texts = self._turns("data.system_prompt", turns, 0)
         rendered = self._render(roles, texts, form)
@@ -242,16 +250,16 @@ class TextEncoder:
         opening, prompt = rendered[: last.start], self._render(roles[:-1], texts[:-1], form, prompt=True)
         if opening != cut_spaces(prompt):
             raise ValueError(
-                f"the chat template opens an answer with {opening[-20:]!r} but its generation prompt ends with "
-                f"{prompt[-20:]!r}, so that no answer could begin as it was learned"
+                f"the chat template writes {opening[-20:]!r} before an answer but its generation prompt ends with "
+                f"{prompt[-20:]!r}, so generated answers would not start as in training"
             )
         start, _ = self._row(*self._prompt(roles[:-1], texts[:-1], form), ())
-        for answer in FIRST_LETTERS:
+        for answer in ANSWER_STARTS:
             row, answers = self._row(*self._answered(roles, [*texts[:-1], answer], form), ())
             if row.input_ids[: answers.index(1)] != start.input_ids:
                 raise ValueError(
-                    f"the tokenizer splits the generation prompt {prompt[-20:]!r} otherwise where the answer "
-                    f"{answer!r} follows, so that no such answer could begin as it was learned"
+                    f"the tokenizer splits the generation prompt {prompt[-20:]!r} differently before the answer "
+                    f"{answer!r}, so generated answers would not start as in training"
                 )
         return last.mark
 
@@ -264,13 +272,13 @@ class TextEncoder:
         text = jinja.render(self.template, chat, add_generation_prompt=prompt, **self._variables)
         limit = EXTRA + EXTRA_PER_TURN * len(texts) + 10 * sum(map(len, texts))
         if len(text) > limit:
-            raise ValueError(f"the chat template writes {len(text):,} characters where {limit:,} should be enough")
+            raise ValueError(f"the chat template writes {len(text):,} characters, more than the limit of {limit:,}")
         return text
 
     def _answered(
         self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object]
     ) -> tuple[str, list[int], list[int | None]]:
-        """The conversation as text and ids, and the answer that each token belongs to."""
+        """The conversation as text and ids, and the answer of each token (or None)."""
         text = self._render(roles, texts, form)
         text, ids, offsets, spans = self._tokenize(text, self._spans(roles, texts, text, form))
         return text, ids, answers_at(text, ids, offsets, spans)
@@ -278,7 +286,7 @@ class TextEncoder:
     def _prompt(
         self, roles: Sequence[str], texts: Sequence[str], form: Callable[[str], object]
     ) -> tuple[str, list[int], list[int | None]]:
-        """The conversation up to the generation prompt, split at earlier answers as the whole is; it has no labels."""
+        """The conversation with the generation prompt, as text and ids; split at earlier answers as in training."""
         text = self._render(roles, texts, form, prompt=True)
         spans = self._spans(roles, texts, text, form, prompt=True)
         skeleton = self._skeleton(roles, form, prompt=True)
@@ -291,17 +299,18 @@ class TextEncoder:
     def _tokenize(
         self, text: str, spans: Sequence[Span]
     ) -> tuple[str, list[int], list[tuple[int, int]], Sequence[Span]]:
-        """Ids and offsets, with BREAK at the start of each span, or of those that a token would lie across."""
+        """Ids and offsets of the text, with BREAK before each span, or only where a token would cross its start."""
         starts = [span.start for span in spans]
         if not self._splits:
-            starts = across(self._ids(text)[1], starts)
+            starts = crossed(self._ids(text)[1], starts)
         text, spans = with_breaks(text, spans, starts, BREAK)
         return text, *self._ids(text), spans
 
     def _ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a rendered text and the characters of each; see PLAIN_TEXTS for what is split at its images.
+        """The ids of a rendered text and their character offsets.
 
-        Only a tokenizer that puts a space before a text makes other tokens of the parts.
+        A text of a template in PLAIN_TEXTS is tokenized in parts, which are separated by the images. This matters only
+        for a tokenizer that puts a space before each text.
         """
         if not self._plain_texts:
             tokens = self._private.encode(text, add_special_tokens=False)
@@ -317,7 +326,7 @@ class TextEncoder:
                 ids.append(self._image_id)
                 offsets.append((at, at + len(IMAGE_PLACEHOLDER)))
                 at += len(IMAGE_PLACEHOLDER)
-            # SentencePiece itself writes a space before a text that begins with one, too.
+            # SentencePiece puts a space before every text, even one that begins with a space.
             space = " " if part.startswith(" ") else ""
             tokens = self._private.encode(space + part, add_special_tokens=False)
             ids += tokens.ids
@@ -333,9 +342,9 @@ class TextEncoder:
         form: Callable[[str], object],
         prompt: bool = False,
     ) -> list[Span]:
-        """Where the answers lie in `rendered`. What the template writes is known after the first such conversation."""
+        """The spans of the answers in `rendered`."""
         spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=self._marks)
-        with suppress(ValueError):  # a template may write the date
+        with suppress(ValueError):  # the cached skeleton may be outdated, if the template writes the date
             return spans(skeleton=self._skeleton(roles, form, prompt))
         self._skeletons.pop(self._key(roles, form, prompt), None)
         return spans(skeleton=self._skeleton(roles, form, prompt))
@@ -345,7 +354,7 @@ class TextEncoder:
         if key not in self._skeletons:
             rendered = self._render(roles, sentinels(len(roles)), form, prompt)
             skeleton = skeleton_of(rendered, len(roles))
-            if len(roles) > 100:  # rare, and large
+            if len(roles) > 100:  # too rare and too large to be cached
                 return skeleton
             self._skeletons[key] = skeleton
         return self._skeletons[key]
@@ -356,12 +365,12 @@ class TextEncoder:
     def _row(
         self, text: str, ids: Sequence[int], answers: Sequence[int | None], sizes: Sequence[Size]
     ) -> tuple[Encoded, list[int | None]]:
-        """The tokens, all but visual ones as labels, and the answer that each belongs to (or None)."""
+        """The tokens, with labels everywhere except at visual tokens, and the answer of each token (or None)."""
         row = Encoded([], [], [], [], text=text.replace(BREAK, ""))
         owners: list[int | None] = []
         num_images = start = 0
         private = [at for at, token in enumerate(ids) if token in (self._image_id, self._break_id)]
-        for at in [*private, len(ids)]:  # by runs, because 576 visual tokens one by one would take longer than the text
+        for at in [*private, len(ids)]:  # whole runs, which is faster than one of 576 visual tokens after the other
             plain = ids[start:at]
             row.input_ids.extend(plain)
             row.labels.extend(plain)
@@ -382,9 +391,9 @@ class TextEncoder:
     def _supervise(
         self, sample_id: str, row: Encoded, answers: Sequence[int | None], supervised: Sequence[bool]
     ) -> Encoded:
-        """The tokens, truncated if `too_long` says so, with the labels of the `supervised` answers.
+        """The tokens, truncated if `too_long` says so, with labels at the `supervised` answers only.
 
-        With `train_on=all` the text between the answers has labels too.
+        With `train_on=all`, the text between the answers keeps its labels too.
         """
         kept = kept_length(row, answers, self.max_length) if len(answers) > self.max_length else None
         length = kept if self.too_long == "truncate_text" else None
@@ -402,7 +411,7 @@ class TextEncoder:
             num_cut=len(row.labels) - len(labels),
         )
         check_length(sample_id, row, self.max_length, may_cut=kept is not None)
-        if all(label == IGNORE for label in labels):  # only answers that are not supervised are left
+        if all(label == IGNORE for label in labels):  # the supervised answers were cut
             raise BadSample(
                 f"sample '{sample_id}' has no supervised token in its first {len(labels)} of "
                 f"{len(labels) + row.num_cut} tokens; raise data.max_length",
@@ -411,7 +420,7 @@ class TextEncoder:
         return row
 
     def _placeholders(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
-        """The ids of an image, with separators between its rows of tiles, and which of them are visual tokens."""
+        """The ids of an image, with separators between rows of tiles, and which of the ids are placeholders."""
         rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
         ids: list[int] = []
         visual: list[bool] = []

@@ -1,6 +1,6 @@
-"""Chat templates are untrusted code: they run in Jinja's sandbox, as in Transformers, with a limit on their work.
+"""Renders chat templates, which are untrusted code, in Jinja's sandbox with a limit on their work.
 
-The dialect is that of Transformers' `apply_chat_template` (the same extensions, filters and globals).
+The dialect is that of Transformers' `apply_chat_template`: the same extensions, filters and globals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 # Loop iterations and calls: a million takes about a second. Published templates need about ten per message.
 MAX_STEPS = 1_000_000
 STEPS_PER_MESSAGE = 100
-MAX_SIZE = 100_000_000  # characters or items of a value that an operator makes
+MAX_SIZE = 100_000_000  # characters or items in the result of an operator
 
 _steps: ContextVar[Iterator[int]] = ContextVar("_steps")
 
@@ -23,20 +23,20 @@ _steps: ContextVar[Iterator[int]] = ContextVar("_steps")
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **variables: Any
 ) -> str:
-    """The conversation as the template writes it.
+    """The conversation as the template renders it.
 
     Raises ValueError where the template is broken, refuses the conversation, does what the sandbox forbids, or takes
     more than `MAX_STEPS` loop iterations and calls.
     """
-    from jinja2 import TemplateError  # slow to import, and Transformers imports it here anyway
+    from jinja2 import TemplateError  # imported here, because it is slow
 
-    wrong = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+    errors = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
     token = _steps.set(iter(range(MAX_STEPS + STEPS_PER_MESSAGE * len(messages))))
     try:
         return _compile(template).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
         )
-    except wrong as error:
+    except errors as error:
         raise ValueError(f"the chat template refuses the conversation ({str(error)[:200]})") from error
     finally:
         _steps.reset(token)
@@ -65,7 +65,7 @@ def _compile(template: str) -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant says for other trainers; it writes its body."""
+        """`{% generation %}` marks the assistant's text for other trainers; here only its body is rendered."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -114,7 +114,7 @@ def _compile(template: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
     class PlainNamespace(Namespace):
-        """Without names that begin with an underscore, which are Python's own."""
+        """A namespace without names that begin with an underscore, which would reach Python's internals."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             values = dict(*args[1:], **kwargs)

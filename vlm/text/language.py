@@ -1,10 +1,10 @@
-"""Identifies the language of a text by py3langid (139 languages; its model comes with the package)."""
+"""Identifies the language of a text with py3langid (139 languages; the package contains its model)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-SHORT = 32  # bytes of UTF-8, 32 Latin letters or about 11 Japanese characters: with less it is a guess
+SHORT = 32  # bytes of UTF-8 (32 Latin letters or about 11 Japanese characters), below which the result is unreliable
 LONGEST = 1000  # characters that are read
 
 

@@ -1,4 +1,4 @@
-"""The maximum length of a conversation in tokens, and where a longer one may be cut."""
+"""The maximum length of a conversation in tokens, and the truncation of longer ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlm.text.turns import count
 
 
 def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool = False) -> None:
-    """Raise BadSample for a row of more than `max_length` tokens; `may_cut`: truncation would work."""
+    """Raise BadSample for more than `max_length` tokens; with `may_cut`, the error also suggests truncation."""
     length = len(row.input_ids)
     if length <= max_length:
         return
@@ -27,15 +27,15 @@ def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool
 
 
 def kept_length(row: Encoded, answers: Sequence[int | None], max_length: int) -> int | None:
-    """How many tokens of a row longer than `max_length` to keep; None where a cut would lose an image or all answers.
+    """The length to which a conversation of more than `max_length` tokens is truncated.
 
-    `answers[t]` is the number of the answer that token t belongs to. Turns at the end are cut first, back to a
-    non-empty answer that fits as a whole; where there is none, the row ends inside an answer, without the end-of-turn
-    token. No image is cut.
+    `answers[t]` is the index of the answer to which token t belongs, or None. The result ends with the last complete,
+    non-empty answer that fits. If no answer fits as a whole, it ends inside an answer, without an end-of-turn token. It
+    is None where an image or all answers would be cut.
     """
-    all_seen = row.images_before.index(row.images_before[-1]) + 1
-    last_image = max((index + 1 for index, is_image in enumerate(row.image_mask) if is_image), default=0)
-    at_least = max(all_seen, last_image)
+    all_counted = row.images_before.index(row.images_before[-1]) + 1  # tokens until all images are counted
+    last_visual = max((index + 1 for index, is_image in enumerate(row.image_mask) if is_image), default=0)
+    at_least = max(all_counted, last_visual)
     kept = None
     end = 0
     for answer, run in itertools.groupby(answers):

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-LONGEST_MARK = 128  # maximum characters of an end-of-turn token
+LONGEST_MARK = 128  # maximum characters of an end-of-turn token, called a mark here
 _SENTINEL = re.compile(r"vlm-turn-(\d+)-vlm")
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of a supervised turn: all after its generation prompt, end-of-turn mark included."""
+    """Characters [start, end) of a supervised turn: from its generation prompt to its mark, the mark included."""
 
     start: int
     end: int
@@ -19,14 +19,14 @@ class Span(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """The template's own text: `pieces[n]` is before the text `order[n]`, the last piece after all texts."""
+    """What the template itself writes: `pieces[n]` comes before text `order[n]`, the last piece after all texts."""
 
     pieces: list[str]
     order: list[int]
 
 
 def sentinels(number: int) -> list[str]:
-    """Texts that no template writes, to find where it puts the texts of a conversation."""
+    """Texts that no template writes. They show where a template puts the texts of a conversation."""
     return [f"vlm-turn-{index}-vlm" for index in range(number)]
 
 
@@ -40,17 +40,17 @@ def skeleton_of(rendered: str, number: int) -> Skeleton | None:
 def answer_spans(
     rendered: str, *, skeleton: Skeleton | None, roles: Sequence[str], texts: Sequence[str], marks: Mapping[str, int]
 ) -> list[Span]:
-    """The assistant's turns in `rendered`, each with the mark in `marks` (added token -> id) that ends it.
+    """The assistant's turns in `rendered`, each with its mark in `marks` (added token -> id).
 
-    A turn begins with the spaces that the template writes before the answer: a generation prompt is cut before them
-    (`cut_spaces`), because many tokenizers make one token of a space and the word after it.
-    A blank mark (Gemma has "\\n" as a token) ends a line, not a turn, and is never taken.
+    A turn includes the spaces that the template writes before the answer, and a generation prompt ends before them
+    (`cut_spaces`), because many tokenizers have one token for a space and the word after it. White space is not a mark,
+    even if it is an added token, as "\\n" is for Gemma.
 
-    Raises ValueError where skeleton and texts do not rebuild `rendered` exactly, and for a turn without an end mark.
+    Raises ValueError where skeleton and texts do not give exactly `rendered`, and for a turn without a mark.
     """
     positions = _positions(rendered, skeleton, texts)
     if skeleton is None or not positions:
-        raise ValueError("the chat template rewrites the turns, so that the spans to supervise cannot be found")
+        raise ValueError("the chat template rewrites the turns, so the spans to supervise cannot be found")
     spans = []
     for number, (index, (start, end)) in enumerate(zip(skeleton.order, positions, strict=True)):
         if roles[index] != "assistant":
@@ -63,9 +63,9 @@ def answer_spans(
         if mark is None:
             raise ValueError(
                 f"an assistant turn is followed by {piece[:20]!r}, which is not a special token of this tokenizer, so "
-                "that the end of turn cannot be learned"
+                "the end of turn cannot be learned"
             )
-        # The model also has to write the space that some templates put before the mark.
+        # Some templates put a space before the mark, which the model has to generate too.
         spans.append(
             Span(
                 start - (len(before) - len(cut_spaces(before))),
@@ -77,12 +77,12 @@ def answer_spans(
 
 
 def cut_spaces(text: str) -> str:
-    """The text before an answer as a generation prompt ends: without trailing spaces."""
+    """The text of a generation prompt without its trailing spaces."""
     return text.rstrip(" ")
 
 
 def _positions(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Start and end of each text, possibly stripped, in `rendered`; empty where these do not rebuild it."""
+    """Start and end of each text, which may be stripped, in `rendered`; empty where the result is not `rendered`."""
     if skeleton is None or not rendered.startswith(skeleton.pieces[0]):
         return []
     positions = []
@@ -98,8 +98,8 @@ def _positions(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -
     return positions if at == len(rendered) else []
 
 
-def across(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
-    """Those of `starts`, in order, that lie inside a token, which joins the end of a prompt with an answer."""
+def crossed(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
+    """Those of `starts` (sorted) that are inside a token, which then has parts of both the prompt and the answer."""
     inside = []
     index = 0
     for start in starts:
@@ -111,7 +111,7 @@ def across(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[in
 
 
 def with_breaks(text: str, spans: Sequence[Span], starts: Sequence[int], mark: str) -> tuple[str, list[Span]]:
-    """The text with `mark` before each of `starts`, which are starts of spans, and all spans, shifted accordingly."""
+    """The text with `mark` inserted at each of `starts`, which are starts of spans, and all spans, shifted."""
     broken = set(starts)
     pieces, moved = [], []
     at = shift = 0
@@ -127,10 +127,9 @@ def with_breaks(text: str, spans: Sequence[Span], starts: Sequence[int], mark: s
 def answers_at(
     text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
 ) -> list[int | None]:
-    """The number (from 0) of the span that each token begins in, or None.
+    """The index of the span in which each token starts, or None.
 
-    Several byte tokens may share one character; an empty token counts at its own position. Raises ValueError for a span
-    that does not end with its mark.
+    Several byte tokens may have the same character. Raises ValueError for a span that does not end with its mark.
     """
     answers: list[int | None] = [None] * len(ids)
     index = 0

@@ -1,11 +1,12 @@
-"""Chat templates by name: how a conversation becomes one string, in the Jinja dialect of Transformers.
+"""Chat templates by name, in the Jinja dialect of Transformers. They render a conversation as one string.
 
-A message's content is a string or a list of `{"type": "text" | "image"}`; an image is rendered as `IMAGE_PLACEHOLDER`.
-No template looks at what a content says (not even whether it is empty), so that `TextEncoder` can find every turn.
+The content of a message is a string or a list of `{"type": "text" | "image"}`; an image is rendered as
+`IMAGE_PLACEHOLDER`. What a template writes does not depend on the content, not even on whether it is empty: otherwise
+`TextEncoder` could not locate the turns.
 
-The templates of named LLMs write what the LLM's published template writes, byte for byte, for conversations without
-tools; a comment says where ours differs on purpose. Where a published template has options, ours has fixed values, so
-that a row is the same on every day and in every run.
+The template of a named LLM writes the same bytes as the published template, for conversations without tools. A comment
+says where ours differs deliberately. Where a published template has options, such as today's date, ours has fixed
+values, so rows are the same in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private: no tokenizer has it and no text may contain it. `TextEncoder` replaces it by visual tokens.
+# A private token: no tokenizer has it, and no text may contain it. `TextEncoder` replaces it by visual tokens.
 IMAGE_PLACEHOLDER = "<|vlm:image|>"
 
 _CONTENT = (
@@ -27,7 +28,7 @@ _CONTENT = (
     "{%- endmacro -%}"
 )
 
-# No roles, as in LLaVA's alignment stage: the question's line, then the answer. For captions and base models.
+# For captions and base models, as in LLaVA's first stage: the question, a newline, the answer, and no roles.
 _PLAIN = (
     "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"
@@ -36,7 +37,7 @@ _PLAIN = (
     "{%- endfor -%}"
 )
 
-# Some tokenizers (SmolLM) name `<|im_start|>` itself as their bos token; it must not stand twice.
+# Some tokenizers (SmolLM) have `<|im_start|>` as their bos token, which must not be written twice.
 _CHATML = (
     "{{- bos_token if bos_token and bos_token != '<|im_start|>' else '' -}}"
     "{%- for message in messages -%}"
@@ -45,7 +46,7 @@ _CHATML = (
     "{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}"
 )
 
-# SmolLM2's own: no bos token, and a system text where the conversation has none.
+# SmolLM2: no bos token, and a default system text.
 _SMOLLM2 = (
     "{{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' "
     "if messages[0]['role'] != 'system' else '' -}}"
@@ -55,8 +56,8 @@ _SMOLLM2 = (
     "{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}"
 )
 
-# Qwen3's own with `enable_thinking=False`: an empty thought is written before the last answer and before what is
-# generated; answers that others follow have none. On purpose, a "</think>" in a text stays as it was written.
+# Qwen3 with `enable_thinking=False`: an empty thought comes before the last answer and before a generated one. Earlier
+# answers have none. Deliberate difference: a "</think>" in a text is kept.
 _QWEN3 = (
     "{%- for message in messages -%}"
     "{%- set answers = message['role'] == 'assistant' and loop.last -%}"
@@ -67,7 +68,7 @@ _QWEN3 = (
     "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' if add_generation_prompt else '' -}}"
 )
 
-# Gemma has no system role: its text opens the first user turn. It trims what stands around each other text.
+# Gemma has no system role: the system text comes first in the first user turn. All other texts are stripped.
 _GEMMA = (
     "{{- bos_token or '' -}}"
     "{%- set fold = messages[0]['role'] == 'system' -%}"
@@ -79,7 +80,7 @@ _GEMMA = (
     "{{- '<start_of_turn>model\\n' if add_generation_prompt else '' -}}"
 )
 
-# Llama 3 trims what stands around each text.
+# Llama 3 strips each text.
 _LLAMA3 = (
     "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"
@@ -89,8 +90,8 @@ _LLAMA3 = (
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}"
 )
 
-# Llama 3.1 and 3.2 open with a system header that holds two dates, with the user's system text after them. On purpose,
-# the second is the date that the published template falls back on; with today's, a run could not be repeated.
+# Llama 3.1 and 3.2 begin with a system header of two dates and the conversation's system text. Deliberate difference:
+# the second date is the default of the published template, not today's, because runs must be repeatable.
 _LLAMA3_2 = (
     "{{- bos_token or '' -}}"
     "{%- set own = messages[0]['role'] == 'system' -%}"
@@ -103,8 +104,8 @@ _LLAMA3_2 = (
     "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt else '' -}}"
 )
 
-# Roles as words on one line. A system text takes the place of the preamble that Vicuna learned with. The prompt ends at
-# the colon, for SentencePiece makes one token of the space and the first word of the answer.
+# Vicuna: roles as words, all on one line. A system text replaces Vicuna's default one. The prompt ends at the colon,
+# because SentencePiece has one token for the space and the first word of the answer.
 _VICUNA_V1 = (
     "{{- bos_token or '' -}}"
     "{%- set own = messages[0]['role'] == 'system' -%}"
@@ -118,7 +119,7 @@ _VICUNA_V1 = (
     "{{- 'ASSISTANT:' if add_generation_prompt else '' -}}"
 )
 
-# Every pair of turns opens with a bos token. The marks are plain words, and so is one that a user types.
+# Llama 2: every pair of turns begins with a bos token. [INST] and <<SYS>> are plain text, even if a user writes them.
 _LLAMA2 = (
     "{%- set fold = messages[0]['role'] == 'system' -%}"
     "{%- for message in (messages[1:] if fold else messages) -%}"
@@ -131,8 +132,8 @@ _LLAMA2 = (
     "{%- endif -%}{%- endfor -%}"
 )
 
-# Mistral (v0.3) has no system role: its text opens the last user turn. It trims the answers. On purpose, the system
-# text stays where an answer follows, as it stood in the prompt of that answer; the published template then drops it.
+# Mistral (v0.3) has no system role: the system text comes first in the last user turn. Answers are stripped. Deliberate
+# difference: the system text is kept if an answer follows, as in the prompt for it; the published template drops it.
 _MISTRAL = (
     "{{- bos_token or '' -}}"
     "{%- set fold = messages[0]['role'] == 'system' -%}"
@@ -147,7 +148,7 @@ _MISTRAL = (
     "{%- endif -%}{%- endfor -%}"
 )
 
-# Phi-4-mini closes a conversation with the end of text; an answer is over at <|end|>.
+# Phi-4-mini ends an answer with <|end|>, and a conversation with the eos token.
 _PHI = (
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' + render(message['content']) + '<|end|>' -}}"
@@ -155,7 +156,7 @@ _PHI = (
     "{{- '<|assistant|>' if add_generation_prompt else eos_token -}}"
 )
 
-# An encoder-decoder LLM was trained with an end mark on the input of its encoder too.
+# T5 was trained with an eos token at the end of the encoder's input too.
 _T5 = (
     "{%- for message in messages -%}"
     "{{- render(message['content']) + ('\\n' if message['role'] == 'system' else eos_token) -}}"
@@ -178,19 +179,19 @@ _BODIES = {
 }
 TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
 
-# Templates whose published rows come from the tokenizer's own way with a plain text (as LLaVA and FastChat call it): it
-# writes bos itself, and each part between images begins as a text does ("<s> ▁A", not "<s> A", with SentencePiece).
+# Templates whose published training code tokenizes each text between images separately, as LLaVA and FastChat do. The
+# tokenizer adds bos, and with SentencePiece each such text begins with a space ("<s> ▁A", not "<s> A").
 PLAIN_TEXTS = frozenset({"plain", "vicuna_v1"})
 
-# What a tokenizer's own template is given beside the messages: Qwen3's and others then write no thought, and Llama
-# 3.1's and 3.2's the date that they fall back on, not today's.
+# Variables for a tokenizer's own template: Qwen3's and others then write no thought, and those of Llama 3.1 and 3.2
+# write their default date, not today's.
 OWN_OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def resolve(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text of the template `name`, or of the tokenizer's own where that is None.
+    """The Jinja text of the template `name`; None is the tokenizer's own template.
 
-    Raises ValueError for an unknown name, and for a tokenizer without a template of its own.
+    Raises ValueError for an unknown name, or if `name` is None and the tokenizer has no template.
     """
     choices = ", ".join(sorted(TEMPLATES))
     if name is None:

@@ -10,14 +10,15 @@ from vlm.text.tokenizer import BREAK
 
 
 def check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> None:
+    """Raise BadSample unless user and assistant alternate after an optional system message, ending with `last`."""
     roles = [message["role"] for message in messages]
     offset = int(roles[:1] == ["system"])
     for index, role in enumerate(roles[offset:]):
         expected = ("user", "assistant")[index % 2]
         if role != expected:
             raise BadSample(
-                f"sample '{sample_id}' has '{role}' as message {index + offset + 1} where '{expected}' is due; after "
-                "an optional system message, user and assistant must take turns"
+                f"sample '{sample_id}' has '{role}' as message {index + offset + 1} where '{expected}' is expected; "
+                "after an optional system message, user and assistant must alternate"
             )
     if roles[offset:][-1:] != [last]:
         found = f"ends with '{roles[-1]}'" if roles else "has no message"
@@ -25,6 +26,7 @@ def check_turns(sample_id: str, messages: Sequence[Message], *, last: str) -> No
 
 
 def check_placeholders(sample_id: str, num_images: int, num_placeholders: int) -> None:
+    """Raise BadSample unless there are as many images as placeholders."""
     if num_images != num_placeholders:
         raise BadSample(
             f"sample '{sample_id}' holds {count(num_images, 'image')} but its text has "
@@ -34,14 +36,14 @@ def check_placeholders(sample_id: str, num_images: int, num_placeholders: int) -
 
 
 def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> list[str]:
-    """The text of each message with a placeholder for each image."""
-    num_marks = sum(item["type"] == "image" for message in messages for item in message["content"])
-    check_placeholders(sample_id, num_images, num_marks)
+    """The text of each message, with IMAGE_PLACEHOLDER for each image."""
+    num_placeholders = sum(item["type"] == "image" for message in messages for item in message["content"])
+    check_placeholders(sample_id, num_images, num_placeholders)
     texts = [
         "".join(IMAGE_PLACEHOLDER if item["type"] == "image" else item["text"] for item in message["content"])
         for message in messages
     ]
-    for reserved, expected in ((IMAGE_PLACEHOLDER, num_marks), (BREAK, 0)):
+    for reserved, expected in ((IMAGE_PLACEHOLDER, num_placeholders), (BREAK, 0)):
         if sum(text.count(reserved) for text in texts) != expected:
             raise BadSample(f"sample '{sample_id}' has the reserved {reserved} in its text; remove it")
     try:
@@ -52,12 +54,15 @@ def texts_of(sample_id: str, messages: Sequence[Message], num_images: int) -> li
 
 
 def count(number: int, noun: str) -> str:
+    """The number and the noun, in the plural unless the number is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def as_string(text: str) -> str:
+    """The content of a message as a string."""
     return text
 
 
 def as_list(text: str) -> list[dict[str, str]]:
+    """The content of a message as a list of items."""
     return [{"type": "text", "text": text}]

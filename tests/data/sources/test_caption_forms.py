@@ -113,9 +113,7 @@ def test_ids_of_coco_may_be_strings_and_repeat_for_one_image(images: Path) -> No
 
 def test_images_of_coco_that_share_an_id_are_refused(images: Path) -> None:
     file = coco((7, "0.png"), (8, "2.png"), ("7", "1.png"), annotations=[(5, 7, "A")])
-    with pytest.raises(
-        ValueError, match=r"a\.json' has two images of id '7', '0\.png' and '1\.png', so that a caption"
-    ):
+    with pytest.raises(ValueError, match=r"a\.json' has two images of id '7', '0\.png' and '1\.png', so a caption"):
         read(images, "a.json", file)
 
 
@@ -128,15 +126,15 @@ def test_images_of_coco_that_share_an_id_are_refused(images: Path) -> None:
         ({"image": {"url": "x"}, "caption": "A"}, "has no image name under 'image' but an object of 'url'; write the"),
         (
             {"path": "0.png", "img": "1.png", "caption": "A"},
-            "has no 'image' but 'img' and 'path' too; say which it is by",
+            "has no 'image' but both 'img' and 'path'; choose one",
         ),
         (
             {"image": "0.png", "text": "A", "comment": "B"},
-            "has no 'caption' but 'text' and 'comment' too; say which it",
+            "has no 'caption' but both 'text' and 'comment'; choose one",
         ),
         (
             {"image": "1.png", "conversations": [*LLAVA, *HI]},
-            "has 4 turns and 1 images where a caption has a question, its",
+            "has 4 turns and 1 images where a caption needs 2 turns (a question",
         ),
         (
             {"image": "1.png", "conversations": LLAVA[:1]},
@@ -154,7 +152,7 @@ def test_a_line_of_flickr30k_without_its_number_is_a_bad_sample(images: Path) ->
     text = "image_name| comment_number| comment\n0.png| 4   A dog runs .\n1.png| 0| Blue.\n"
     source = read(images, "results.csv", text)
     assert refusal(source).startswith(
-        "sample 'results.csv:2' has 2 fields where there should be 3, separated by bars; cor"
+        "sample 'results.csv:2' has 2 fields separated by bars, but the table has 3 columns; cor"
     )
     assert answer(source[1]) == "Blue."
 
@@ -172,9 +170,7 @@ def test_names_of_columns_can_be_given(images: Path) -> None:
 
 
 def test_an_object_of_many_keys_is_told_in_one_line(images: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has no list 'images' beside its '0', '1', '2', '3', '4' and 4,995 more; give"
-    ):
+    with pytest.raises(ValueError, match=r"has no list 'images' but '0', '1', '2', '3', '4' and 4,995 more; give"):
         read(images, "a.json", {str(key): "x" for key in range(5000)})
 
 

@@ -114,7 +114,7 @@ def test_spellings_of_one_image_stay_on_one_side(images: Path, tmp_path: Path) -
         ("a.json", '{\n"images": []}\n}', r"a\.json' line 3 is not JSON \(Extra data\)"),
         ("a.json", "7", r"a\.json' holds a number; give a list of samples or an object"),
         ("a.json", "[" * 100_000, r"a\.json' is JSON that cannot be read"),
-        ("a.json", {"images": []}, r"a\.json' has no list 'annotations' beside its 'images'; give COCO captions"),
+        ("a.json", {"images": []}, r"a\.json' has no list 'annotations' but 'images'; give COCO captions"),
         ("a.json", [], r"a\.json' holds 0 captions; set data\.annotations="),
         ("a.jsonl", '{"image": "0.png", "caption": "x"}\n\n{"image"\n', r"a\.jsonl' line 3 is not JSON"),
         (
@@ -124,7 +124,11 @@ def test_spellings_of_one_image_stay_on_one_side(images: Path, tmp_path: Path) -
         ),
         ("a.csv", "\ufeff \n", r"a\.csv' is an empty file; set data\.annotations="),
         ("a.csv", 'image,caption\n0.png,x\n0.png,"un\nclosed', r"a\.csv' line 3 is not CSV"),
-        ("a.txt", "x", r"a\.txt' has no column 'image' in its first line \('x'\); write image,caption there, or name"),
+        (
+            "a.txt",
+            "x",
+            r"a\.txt' has no column 'image' in its first line \('x'\); write image,caption there, or rename",
+        ),
         (
             "a.xml",
             "x",
@@ -163,9 +167,13 @@ def test_caption_files_that_are_not_there_or_not_text(images: Path, tmp_path: Pa
         ("a.jsonl", [{"image": "0.png", "caption": []}], "'a.jsonl:1' has 0 captions; write one or remove the sample"),
         ("a.jsonl", [["0.png"]], "'a.jsonl:1' is a list where an object is needed; write it as {...}"),
         ("a.jsonl", [{"image": "no.png", "caption": "x"}], "'a.jsonl:1': image 'no.png' does not exist under"),
-        ("a.jsonl", [{"image": "../a.jsonl", "caption": "x"}], "'a.jsonl:1': image '../a.jsonl' lies outside the"),
-        ("a.csv", "image,caption\n0.png,A dog, red\n", "'a.csv:2' has 3 fields under a header of 2; put quotes around"),
-        ("a.csv", "caption,image\n0.png\n", "'a.csv:2' has 1 fields under a header of 2;"),
+        ("a.jsonl", [{"image": "../a.jsonl", "caption": "x"}], "'a.jsonl:1': image '../a.jsonl' is outside the"),
+        (
+            "a.csv",
+            "image,caption\n0.png,A dog, red\n",
+            "'a.csv:2' has 3 fields separated by commas, but the table has 2 columns; put quotes around",
+        ),
+        ("a.csv", "caption,image\n0.png\n", "'a.csv:2' has 1 fields separated by commas, but the table has 2 columns;"),
         (
             "a.json",
             {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"id": 5, "image_id": 2, "caption": "x"}]},
@@ -224,4 +232,4 @@ def test_a_link_as_the_annotation_file_is_followed_and_one_as_a_picture_is_not(i
     (images / "rows.jsonl").symlink_to(tmp_path / "elsewhere" / "rows.jsonl")
     source = Captions(split="train", annotations=images / "rows.jsonl", images=images, val_fraction=0.0)
     assert answer(source[0]) == "In."
-    assert f"image 'away.png' lies outside the folder '{images}'" in refusal(source, 1)
+    assert f"image 'away.png' is outside the folder '{images}'" in refusal(source, 1)

@@ -163,7 +163,7 @@ def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
 
     paths = datasets.Dataset.from_dict({"image": ["/etc/hostname"], "text": ["x"]})
     paths.save_to_disk(tmp_path / "paths")
-    outside = "sample 'train/0': image '/etc/hostname' lies outside the folder"
+    outside = "sample 'train/0': image '/etc/hostname' is outside the folder"
     assert refusal(source(tmp_path / "paths")).startswith(outside)
 
 
@@ -174,8 +174,8 @@ def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
             {"path": "owner/name"},
             r"there is no folder .owner/name.; set data\.path= to the folder that holds the dataset, or data\.n",
         ),
-        ({"path": None}, r"data\.path=None and data\.name=None are neither given; set data\.path="),
-        ({"name": "x/y"}, r"are both given; set"),
+        ({"path": None}, r"data\.path=None and data\.name=None, but exactly one must be given; set data\.path="),
+        ({"name": "x/y"}, r"but exactly one must be given; set"),
         ({"text_column": "caption"}, r"no column 'caption', only 'image', 'text', 'of'; set data\.image_column="),
         ({"val_split": "test", "split": "val"}, r"has no split 'test', only train; set data\.train_split= or"),
         ({"split": "val"}, r"none of the 12 rows of 'train' falls into val with val_fraction 0\.0; set"),

@@ -106,19 +106,19 @@ def test_conversations_that_share_an_image_stay_on_one_side(images: Path, tmp_pa
         (llava("?", "See <image>", image="0.png"), "has 1 <image> in turn 2 (assistant); move it to a user turn"),
         (
             llava("?", "!", image=["0.png", 3]),
-            "lists 2 images of which 1 are no path, the first 3; write each as a text",
+            "lists 2 images, 1 of which cannot be read as a path, the first 3; write each as a string",
         ),
         (llava("?", "!", "More?"), "ends with a user turn (turn 3 of 3); add the answer or remove the turn"),
-        (llava("?", " \n"), "has nothing in turn 2 of 2 (assistant); write its text"),
+        (llava("?", " \n"), "has an empty turn 2 of 2 (assistant); write its text"),
         (llava(), "has 0 turns of a conversation; add a user turn and its answer"),
         ({"id": "x", "conversations": [{"from": "system", "value": "s"}]}, "has 0 turns of a conversation; add"),
         (
             {"id": "x", "conversations": [{"from": "gpt", "value": "!"}]},
-            "has assistant as turn 1 of 1 where user is due; let user and assistant take turns, the user first",
+            "has assistant as turn 1 of 1 where user is expected; let user and assistant alternate, the user first",
         ),
         (
             {"id": "x", "messages": [{"role": role, "content": "t"} for role in ("system", "user", "user")]},
-            "has user as turn 3 of 3 where assistant is due; let user",
+            "has user as turn 3 of 3 where assistant is expected; let user",
         ),
         (
             {"id": "x", "conversations": [{"from": "bot", "value": "!"}]},
@@ -130,7 +130,7 @@ def test_conversations_that_share_an_image_stay_on_one_side(images: Path, tmp_pa
         ),
         (
             {"id": "x", "conversations": [{"from": "human"}]},
-            "has no text in turn 1; write it as a text or a list of pieces",
+            "has no text in turn 1; write it as a string or a list of pieces",
         ),
         (
             {"id": "x", "messages": [{"role": "user", "content": [{"type": "video"}]}]},
@@ -156,7 +156,7 @@ def test_conversations_whose_images_cannot_be_read(images: Path, tmp_path: Path)
     assert refusal(source, 0).startswith("sample 'gone.png': image 'gone.png' does not exist under")
     for index in (1, 2, 3):
         assert refusal(source, index).startswith(
-            f"sample '{names[index]}': image '{names[index]}' lies outside the folder"
+            f"sample '{names[index]}': image '{names[index]}' is outside the folder"
         )
     assert refusal(source, 4).startswith("sample 'cut.png': image 'cut.png' cannot be decoded (")
     assert refusal(source, 5) == "sample 'a.jsonl:6' is a list where an object is needed; write it as {...}"

@@ -85,9 +85,9 @@ def test_a_source_keeps_its_own_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": {"a": 1}}, r"data\.weights names a and data\.sources a, b; give every source its weight"),
-        ({"weights": {"a": 1, "b": -1}}, r"must be 0 or more, one of them above 0"),
-        ({"weights": {"a": 0, "b": 0}}, r"must be 0 or more"),
+        ({"weights": {"a": 1}}, r"data\.weights has the keys a and data\.sources a, b; give every source a weight"),
+        ({"weights": {"a": 1, "b": -1}}, r"must be at least 0, and one of them above 0"),
+        ({"weights": {"a": 0, "b": 0}}, r"must be at least 0"),
         ({"temperature": 0.0}, r"data\.temperature=0\.0 must be above 0"),
         ({"num_samples": 0}, r"data\.num_samples=0 must be at least 1"),
     ],
@@ -98,7 +98,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_name_that_reads_like_a_loss_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.sources has the name 'b_loss', .* does not end in _loss"):
+    with pytest.raises(ValueError, match=r"data\.sources has the name 'b_loss', .* choose another name"):
         Mixture(split="train", sources={name: partial(Numbers, split="train", size=9) for name in ("a", "b_loss")})
 
 

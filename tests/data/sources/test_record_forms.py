@@ -151,7 +151,7 @@ def test_forms_that_are_read(images: Path, record: dict[str, Any], expected: lis
     [
         (
             {"tools": [{"name": "f"}], "messages": TEXT},
-            "has the key 'tools', which is not read (a list of 1); calls of",
+            "has the key 'tools', which is not read (a list of 1); tool calls",
         ),
         ({"video": "a.mp4", "messages": TEXT}, "has the key 'video', which is not read ('a.mp4'); only images can be"),
         ({"videos": ["a.mp4"], "messages": TEXT}, "has the key 'videos', which is not read (a list of 1); only images"),
@@ -172,13 +172,13 @@ def test_forms_that_are_read(images: Path, record: dict[str, Any], expected: lis
         ),
         (
             {"messages": TEXT, "conversations": TEXT},
-            "has its turns under 'conversations' and under 'messages' too; keep one",
+            "has turns under 'conversations' and under 'messages'; keep one",
         ),
         (
             {"messages": TEXT, "question": "Hi"},
-            "has its turns under 'messages' and under 'question' too; keep one of them",
+            "has turns under 'messages' and under 'question'; keep one of them",
         ),
-        ({"question": "Hi"}, "has no text in turn 2; write it as a text or a list of pieces"),
+        ({"question": "Hi"}, "has no text in turn 2; write it as a string or a list of pieces"),
         (
             {"query": "A", "response": "B", "history": ["A?"]},
             "has a list of 1 as 'history'; write it as [[question, answer",
@@ -213,29 +213,32 @@ def test_forms_that_are_read(images: Path, record: dict[str, Any], expected: lis
             {"messages": pieces({"type": "image", "image": ONE, "url": ONE})},
             "names an image under 'image' and 'url' in turn 1; keep one of",
         ),
-        ({"messages": pieces({"type": "image", "image": 5})}, "has 5 as an image in turn 1; write its path as a text"),
+        (
+            {"messages": pieces({"type": "image", "image": 5})},
+            "has 5 as an image in turn 1; write its path as a string",
+        ),
         (
             {"messages": pieces({"type": "input_audio", "input_audio": {}})},
             "has a piece of type 'input_audio' in turn 1; choose",
         ),
         (
             {"messages": pieces(["Hi"])},
-            "has a list of 1 in turn 1; write a text, or a list of pieces such as {type, text}",
+            "has a list of 1 in turn 1; write a string, or a list of pieces such as {type, text}",
         ),
         (
             {"messages": say(("user", True), ("assistant", "No"))},
-            "has True in turn 1; write a text, or a list of pieces",
+            "has True in turn 1; write a string, or a list of pieces",
         ),
         (
             {
                 "images": ["a/1.png", "a/2.png"],
                 "messages": pieces({"type": "image", "index": 1}, {"type": "image", "index": 0}),
             },
-            "has index 1 at an image in turn 1 where 0 is due; list the images in the order of their places",
+            "has index 1 at an image in turn 1 where 0 is expected; list the images in the order of their placeholders",
         ),
         (
             {"images": [ONE], "messages": pieces({"type": "image", "image": "a/2.png"}, "Red?")},
-            "lists 1 image and names 1 more in its turns; keep them in one place",
+            "lists 1 image and names 1 more in its turns; name all of them in the record or all",
         ),
         (
             {"messages": [{**TALK[0], "images": ["a/1.png", "a/2.png"]}, TALK[1]]},
@@ -243,7 +246,7 @@ def test_forms_that_are_read(images: Path, record: dict[str, Any], expected: lis
         ),
         (
             {"image": [None], "messages": TALK},
-            "holds 0 images (null is none) but its text has 1 image placeholder; add or remove an <image> (",
+            "holds 0 images (null counts as no image) but its text has 1 image placeholder; add or remove an <image> (",
         ),
         (
             {"image": ONE, "messages": pieces("Is <image> a tag?", {"type": "image"})},
@@ -278,7 +281,7 @@ def test_what_would_be_lost_is_refused_by_name(images: Path, record: dict[str, A
     [
         ("https://x.org/1.png", "is a web address; download the files first and write their paths"),
         ("s3://x/1.png", "is a web address; download the files first and write their paths"),
-        ("file:///x/1.png", "is a file's address; write its path alone"),
+        ("file:///x/1.png", "is a file: address; write the path without file://"),
         ("~/photos/1.png", "begins with '~', which is not expanded in data; write its path relative to the folder of"),
         ("C:\\photos\\1.png", "is on a Windows drive; write its path on this machine, with slashes"),
         ("photos/a/1.png", "begins with the folder 'photos' a second time: under "),
@@ -286,7 +289,7 @@ def test_what_would_be_lost_is_refused_by_name(images: Path, record: dict[str, A
         ("data:image/png;base64,AAA", "is not base64 (Incorrect padding); encode it again"),
         ("data:image/png,AAA", "is not a base64 data URL; begin it with data:image/png;base64,"),
         ("a/" * 300 + "1.png", f"image '{'a/' * 40}…' does not exist under"),
-        ("iVBORw0KGgo" * 9999, "is base64 and no path; begin it with data:image/png;base64,"),
+        ("iVBORw0KGgo" * 9999, "is base64, not a path; begin it with data:image/png;base64,"),
     ],
 )
 def test_an_image_that_is_not_there_is_told_with_the_cause(images: Path, name: str, message: str) -> None:

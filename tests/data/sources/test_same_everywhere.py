@@ -125,7 +125,7 @@ def test_records_are_found_wherever_a_chunk_ends(tmp_path: Path, monkeypatch: py
     for name in ("d.json", "d.jsonl"):
         made = records_of(write(tmp_path / name, lines))
         assert [record.fields for record in made] == odd
-        assert [row.place for row in made] == [f"{name}:{line}" for line in (1, 3, 5, 7, 9, 11)]
+        assert [row.location for row in made] == [f"{name}:{line}" for line in (1, 3, 5, 7, 9, 11)]
 
 
 def test_a_file_that_changes_under_a_run_gives_bad_samples(images: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_text_alone_needs_no_folder_of_images(images: Path, tmp_path: Path) -> N
         ('[\n{"id": 1}', r"line 2 is not JSON \(Expecting ',' delimiter\); correct that line"),
         ('[{"id": 1}, ' + "[" * 99999, r"line 1 is not JSON \(maximum recursion depth"),
         ("", r"a\.json' is an empty file; set data\.annotations="),
-        ("7", r"a\.json' holds no list; give a list of conversations"),
+        ("7", r"a\.json' holds a value that is not a list; give a list of conversations"),
         ("[]", r"holds 0 conversations; set data\.annotations="),
     ],
 )

@@ -69,7 +69,7 @@ def test_stamps_are_counted_and_split_by_path(stamps: Path) -> None:
     assert ids[1] == [name for name in sorted(ids[0] + ids[1]) if in_split(name, split="val", val_fraction=0.15)]
     assert train.left_out == {
         "symbols": 1,
-        "drawings that are SVG alone": 1,
+        "drawings that exist only as SVG": 1,
         "mirrored copies": 2,
         "images without a caption in 'en'": 2,
     }
@@ -148,7 +148,7 @@ def test_real_stamps() -> None:
         assert 50 < len(val) < 110
         assert not {name for name, _ in train.items} & {name for name, _ in val.items}
         assert train.left_out["symbols"] > 200
-        assert train.left_out["drawings that are SVG alone"] > 100
+        assert train.left_out["drawings that exist only as SVG"] > 100
         for sample in [source[index] for source in (train, val) for index in range(0, len(source), 40)]:
             assert sample.images[0].mode == "RGB"
             assert sample.images[0].width == sample.images[0].height

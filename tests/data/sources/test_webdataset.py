@@ -188,12 +188,15 @@ def test_a_picture_that_cannot_be_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:2580], "is not a whole, plain tar"),  # in a member
-        (lambda data: data[:2048], "breaks off at byte 2,048 of 2,048, where a header or the end mark is missing"),
-        (lambda data: data[:2048] + b"x" * 512 + data[2560:], "breaks off at byte 2,048 of 10,240"),  # a header
-        (lambda data: b"x" * 512 + data[512:], "is not a whole, plain tar"),
+        (lambda data: data[:2580], "is not a complete, uncompressed tar"),  # in a member
+        (
+            lambda data: data[:2048],
+            "is damaged at byte 2,048 of 2,048, where a header or the end of the archive is expected",
+        ),
+        (lambda data: data[:2048] + b"x" * 512 + data[2560:], "is damaged at byte 2,048 of 10,240"),  # a header
+        (lambda data: b"x" * 512 + data[512:], "is not a complete, uncompressed tar"),
         (lambda data: b"", "is an empty file; copy it again"),
-        (gzip.compress, "is packed by gzip, so that no sample can be read alone; gunzip it"),
+        (gzip.compress, "is compressed by gzip, so single samples cannot be read; gunzip it"),
     ],
 )
 def test_a_shard_that_is_cut_or_broken(tmp_path: Path, damage: Any, message: str) -> None:

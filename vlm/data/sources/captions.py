@@ -1,4 +1,4 @@
-"""Images with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), Karpathy's, or records of both."""
+"""Images with captions: COCO's JSON (Chen et al. 2015, arXiv:1504.00325), Karpathy's JSON, or records."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from vlm.data.annotations import (
     read_jsonl,
     text_of,
 )
-from vlm.data.conversations import Malformed, RecordReader, as_text, caption_messages, check_columns, renamed
+from vlm.data.conversations import RecordReader, caption_messages
 from vlm.data.image_names import open_image, short_name, stored_image
+from vlm.data.record_keys import Malformed, as_text, check_columns, renamed
 from vlm.data.split import check_split, image_key, in_split
 from vlm.data.tables import read_table
 from vlm.quote import named, quoted
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadKind, BadSample, Sample, Source, Split, StoredImage, hashed
 
-# Keys of an image and of its caption; the first of each is ours.
+# Keys for an image and for its caption. The first of each is this project's own.
 IMAGE_KEYS = (
     "image",
     "file_name",
@@ -43,12 +44,12 @@ CAPTION_KEYS = ("caption", "captions", "text", "comment", "sentence", "sentences
 LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".txt", ".token")
 LONGEST_ID = 200  # characters
-# restval holds the 30,000 of COCO's validation images that are used for training.
+# restval: 30,000 of COCO's validation images, which are used for training.
 KARPATHY = {"train": "train", "restval": "train", "val": "val"}
 
 
 class Caption(NamedTuple):
-    """A caption of an image, or the problem with it and its kind."""
+    """A caption of an image, or a problem with it and the kind of that problem."""
 
     id: str
     image: str
@@ -58,11 +59,11 @@ class Caption(NamedTuple):
 
 
 class CaptionedImages(Source):
-    """In train a sample per (image, caption); in val a sample per image, its first caption being the reference.
+    """One sample per caption in train, and one per image in val.
 
-    All captions of a validation image are in `meta["references"]`, a JSON list. The split is by a hash of the image's
-    name, so that no image is in both; with a `val_fraction` of None all images belong to the split. The captions of an
-    image are consecutive.
+    A validation sample has the image's first caption, and all its captions in `meta["references"]`, a JSON list. The
+    split is by a hash of the image's name, so that no image is in both splits. If `val_fraction` is None, all images
+    belong to this split. The captions of an image are consecutive.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class CaptionedImages(Source):
         if not groups:
             raise ValueError(
                 f"none of the {len(by_image)} images in '{where}' falls into {split} with val_fraction {val_fraction}; "
-                "set data.val_fraction= to another ratio, or name a validation set of its own"
+                "set data.val_fraction= to another ratio, or give a separate validation set"
             )
         chosen = [[caption] for group in groups for caption in group] if split == "train" else groups
         self._with_references = split == "val"
@@ -98,7 +99,7 @@ class CaptionedImages(Source):
         return len(self._records)
 
     def fingerprint(self) -> str:
-        """A hash of all captions and their images' names."""
+        """A hash of all captions and the names of their images."""
         return hashed(self.prompt, self._records.fingerprint())
 
     def __getitem__(self, index: int) -> Sample:
@@ -133,15 +134,18 @@ class CaptionedImages(Source):
 
 
 class Captions(CaptionedImages):
-    """A file of captions. Without `val_annotations` images are held out by name; with it, each file is as it is.
+    """A file of captions, in one of these forms:
 
-    The file is COCO's; Karpathy's (Karpathy and Fei-Fei 2015, arXiv:1412.2306), whose own splits are kept; LLaVA's
-    conversations of one question and answer, the answer being the caption; or records of an image and its caption or
-    list of captions, as JSON, JSON lines, or a table (see `read_table`). `columns` renames keys and columns: theirs ->
-    image or caption, or -> None for one to ignore.
+    - COCO's JSON
+    - Karpathy's JSON (Karpathy and Fei-Fei 2015, arXiv:1412.2306), with its own splits
+    - LLaVA's conversations of one question and one answer; the answer is the caption
+    - records of an image and its caption or list of captions, as JSON, JSON lines, or a table (see `read_table`)
 
-    `left_out` counts images that have no caption, and those of Karpathy's test split. Raises `ValueError` where images
-    of COCO share an id.
+    Without `val_annotations`, some images are held out for validation by their name; with it, each file is one split.
+    `columns` renames keys and columns: theirs -> image or caption, or -> None for a key to ignore.
+
+    `left_out` counts images without a caption, and those of Karpathy's test split. Raises `ValueError` where images of
+    COCO share an id.
     """
 
     def __init__(
@@ -165,13 +169,13 @@ class Captions(CaptionedImages):
         captions, self.left_out, is_split = _read(file, split, columns or {})
         if not captions:
             whose = f" of the split {split}" if is_split else ""
-            raise ValueError(f"'{file}' holds 0 captions{whose}; set data.annotations= to a file that has some")
+            raise ValueError(f"'{file}' holds 0 captions{whose}; set data.annotations= to a file with captions")
         fraction = val_fraction if val_annotations is None and not is_split else None
         super().__init__(captions, split=split, images=root, where=file, val_fraction=fraction, prompt=prompt)
 
 
 def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[list[Caption], dict[str, int], bool]:
-    """The file's captions, the counts for `left_out`, and whether the captions belong to `split` only."""
+    """The file's captions, the counts for `left_out`, and whether the file itself defines the splits."""
     check_suffix(file, (".json", *LINES, *TABLES))
     suffix, left_out = file.suffix.lower(), {"images without a caption": 0}
     if suffix in TABLES and (text := text_of(file)).lstrip()[:1] not in ("{", "["):
@@ -189,8 +193,8 @@ def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[
     for name in ("images", "annotations"):
         if not isinstance(document.get(name), list):
             raise ValueError(
-                f"'{file}' has no list '{name}' beside its {named(document)}; give COCO captions, or a list of objects "
-                "with image and caption"
+                f"'{file}' has no list '{name}' but {named(document)}; give COCO captions, or a list of objects with "
+                "image and caption"
             )
     captioned = {str(entry.get("image_id")) for entry in document["annotations"] if isinstance(entry, dict)}
     num_without = sum(isinstance(entry, dict) and str(entry.get("id")) not in captioned for entry in document["images"])
@@ -198,50 +202,50 @@ def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[
 
 
 def _of_record(record: Record, columns: Mapping[str, str | None]) -> Iterator[Caption]:
-    """The captions of one record: a text or a list of them, or the answer of a conversation of two turns."""
+    """The captions of one record: a string, a list of strings, or the answer of a conversation of two turns."""
     try:
         fields = renamed(record.fields, columns)
         if not record.problem and ("conversations" in fields or "messages" in fields):
-            yield _of_conversation(record.place, fields)
+            yield _of_conversation(record.location, fields)
             return
         image_key, caption_key = _key(fields, IMAGE_KEYS), _key(fields, CAPTION_KEYS)
     except Malformed as error:
-        yield Caption(record.place, "", "", str(error), error.kind)
+        yield Caption(record.location, "", "", str(error), error.kind)
         return
     image, problem = _image_name(fields, image_key, record.problem)
-    yield from _of_texts(record.place, image, fields.get(caption_key), problem)
+    yield from _of_texts(record.location, image, fields.get(caption_key), problem)
 
 
-def _of_texts(place: str, image: str, texts: Any, problem: str = "") -> Iterator[Caption]:
+def _of_texts(location: str, image: str, texts: Any, problem: str = "") -> Iterator[Caption]:
     texts = texts if isinstance(texts, list) else [texts]
     if not texts:
-        yield _empty(place, image, problem, "has 0 captions; write one or remove the sample")
+        yield _empty(location, image, problem, "has 0 captions; write one or remove the sample")
     for number, text in enumerate(texts):
-        yield caption_of(f"{place}#{number}" if number else place, image, text, problem)
+        yield caption_of(f"{location}#{number}" if number else location, image, text, problem)
 
 
-def _of_conversation(place: str, record: Mapping[str, Any]) -> Caption:
+def _of_conversation(location: str, record: Mapping[str, Any]) -> Caption:
     """The answer as the caption, as in LLaVA's file for its first stage."""
     messages, images = RecordReader().conversation(record)
     if len(messages) != 2 or len(images) != 1:
         raise Malformed(
-            f"has {len(messages)} turns and {len(images)} images where a caption has a question, its answer and one "
-            "image; read the file by data=instruct"
+            f"has {len(messages)} turns and {len(images)} images where a caption needs 2 turns (a question and its "
+            "answer) and 1 image; read the file with data=instruct"
         )
-    return caption_of(place, images[0], "".join(piece["text"] for piece in messages[1]["content"]))
+    return caption_of(location, images[0], "".join(piece["text"] for piece in messages[1]["content"]))
 
 
 def _of_karpathy(file: Path, index: int, entry: Any) -> Iterator[Caption]:
-    place = f"{file.name}[images][{index}]"
+    location = f"{file.name}[images][{index}]"
     if not isinstance(entry, dict):
-        yield Caption(place, "", "", "is not an object; write it as {...}")
+        yield Caption(location, "", "", "is not an object; write it as {...}")
         return
     image, problem = _image_name(entry, "filename", "")
     folder = entry.get("filepath")
     image = f"{folder}/{image}" if image and isinstance(folder, str) and folder else image
     sentences = entry.get("sentences")
     texts = [each.get("raw") if isinstance(each, dict) else each for each in sentences or []]
-    yield from _of_texts(place, image, texts, problem)
+    yield from _of_texts(location, image, texts, problem)
 
 
 def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
@@ -252,17 +256,17 @@ def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
             if other.get("file_name") != entry.get("file_name"):
                 raise ValueError(
                     f"'{file}' has two images of id {quoted(entry['id'])}, {quoted(other.get('file_name'))} and "
-                    f"{quoted(entry.get('file_name'))}, so that a caption may belong to either; give each its own id "
-                    "(renumber files that were joined)"
+                    f"{quoted(entry.get('file_name'))}, so a caption may belong to either; give each its own id "
+                    "(renumber the images of merged files)"
                 )
     names: set[str] = set()
     for index, annotation in enumerate(document["annotations"]):
-        place = f"{file.name}[annotations][{index}]"
+        location = f"{file.name}[annotations][{index}]"
         if not isinstance(annotation, dict):
-            yield Caption(place, "", "", "is not an object; write it as {...}")
+            yield Caption(location, "", "", "is not an object; write it as {...}")
             continue
         given = as_text(annotation.get("id"))
-        name = given if given and len(given) <= LONGEST_ID and given not in names else place
+        name = given if given and len(given) <= LONGEST_ID and given not in names else location
         names.add(name)
         wanted = str(annotation.get("image_id"))
         if wanted not in entries:
@@ -273,13 +277,13 @@ def _of_coco(document: dict[str, Any], file: Path) -> Iterator[Caption]:
 
 
 def _key(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The key among `names` that the record uses; ours if it is present."""
+    """The key among `names` that the record uses; the first one, which is ours, if the record has it."""
     if names[0] in record:
         return names[0]
     given = [name for name in names if record.get(name) not in (None, "", [])]
     if len(given) > 1:
         raise Malformed(
-            f"has no '{names[0]}' but '{given[0]}' and '{given[1]}' too; say which it is by "
+            f"has no '{names[0]}' but both '{given[0]}' and '{given[1]}'; choose one, for example with "
             f"data.columns={{{given[0]}: {names[0]}}}"
         )
     return given[0] if given else names[0]
@@ -296,7 +300,7 @@ def _image_name(record: Mapping[str, Any], key: str, problem: str) -> tuple[str,
 
 
 def caption_of(name: str, image: str, value: Any, problem: str = "") -> Caption:
-    """A caption, with a problem if it has no text."""
+    """A caption; one without text has a problem."""
     text = (as_text(value) or "").strip()
     if text:
         return Caption(name, image, text, problem)

@@ -1,4 +1,4 @@
-"""A folder tree of images with captions in text files of the same name: `a/cat.jpg` and `a/cat.txt`."""
+"""A folder of images with captions in text files of the same name: `a/cat.jpg` and `a/cat.txt`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class ImageFolder(CaptionedImages):
-    """The layout of img2dataset's `files` output and of kohya's scripts.
+    """Images with text files beside them, as img2dataset's `files` output and kohya's scripts write them.
 
-    Every non-blank line of a text file is a caption, as with kohya's `enable_wildcard`: train uses all of them, val the
-    first, with all of them as references. A caption of several lines must be written as one.
+    Every non-blank line of a text file is a caption, as with kohya's `enable_wildcard`; a caption cannot have several
+    lines. Train uses all captions, and val uses the first one with all of them as references.
 
-    An image without a text file, or with an empty one, is a bad sample: named and counted like one that cannot be
-    decoded. `left_out` counts text files that belong to no image. The split is by the path under `root`. Links to
-    folders are not followed.
+    An image without a text file, or with an empty one, is a bad sample. `left_out` counts text files without an image.
+    The split is by the path under `root`. Links to folders are not followed.
     """
 
     def __init__(
@@ -54,9 +53,9 @@ class ImageFolder(CaptionedImages):
                 f"'{folder}' holds 0 images among {len(names)} files; set data.root= to the folder of images"
             )
         stems = {image: os.path.splitext(image)[0] for image in images}
-        taken = set(stems.values())
-        num_alone = sum(len(found) for stem, found in texts.items() if stem not in taken)
-        self.left_out = {"text files without an image": num_alone}
+        with_image = set(stems.values())
+        num_without_image = sum(len(found) for stem, found in texts.items() if stem not in with_image)
+        self.left_out = {"text files without an image": num_without_image}
         captions = [
             caption for image, stem in stems.items() for caption in _captions(folder, image, stem, texts.get(stem, []))
         ]
@@ -73,8 +72,8 @@ def _names(folder: Path) -> Iterator[str]:
                 num += 1
                 if num > limit:
                     raise ValueError(
-                        f"'{folder}' holds more than {limit:,} files and folders; set data.root= to the folder of "
-                        f"images alone, or data.reading.max_files={2 * limit} to list more"
+                        f"'{folder}' holds more than {limit:,} files and folders; set data.root= to a folder that "
+                        f"holds only the images, or set data.reading.max_files={2 * limit}"
                     )
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{inside}{entry.name}/")

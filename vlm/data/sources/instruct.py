@@ -1,4 +1,4 @@
-"""Conversations about images: LLaVA's JSON (Liu et al. 2023, arXiv:2304.08485), chat messages, pairs of texts."""
+"""Conversations about images: LLaVA's JSON (Liu et al. 2023, arXiv:2304.08485), chat messages, or questions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import UInt64
 
 from vlm.data.annotations import PackedJson, Record, existing_file, existing_folder
-from vlm.data.conversations import Malformed, RecordReader
+from vlm.data.conversations import RecordReader
 from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
+from vlm.data.record_keys import Malformed
 from vlm.data.split import check_split, digest, group_keys, held_out, image_key
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
@@ -23,14 +24,19 @@ LONGEST_ID = 200  # characters
 
 
 class Instruct(Source):
-    """One sample per conversation, with any number of images, none included.
+    """One sample per conversation, with any number of images or none.
 
-    A record is LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`, or chat
-    messages, `{"id", "images": [paths], "messages": [{"role", "content": text or list of pieces}]}`, or a pair such as
-    `question` and `answer` (see `RecordReader`), in a JSON list or one per line. An image is a path or a data URL.
-    Without `val_annotations` the split is by a hash of the images' names (of the id where there are none), and
-    conversations that share an image stay together; with it, each file is one split. `images` may be None where no
-    conversation names a file. `columns`, `role_map` and `image_first` are those of `RecordReader`.
+    The file is a JSON list or JSON lines. A record is one of these (see `RecordReader`):
+
+    - LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`
+    - chat messages, `{"id", "images": [paths], "messages": [{"role", "content": string or list of pieces}]}`
+    - a pair such as `question` and `answer`
+
+    An image is a path or a data URL. `images`, the folder of the paths, may be None where no conversation has a path.
+
+    With `val_annotations`, each file is one split. Without it, the split is by a hash of the images' names, or of the
+    id where there is no image; conversations with a common image stay in one split. `columns`, `role_map` and
+    `image_first` are those of `RecordReader`.
     """
 
     def __init__(
@@ -110,12 +116,15 @@ class Instruct(Source):
         return Sample(id=name, images=[], messages=messages, meta=meta), names
 
 
-@lru_cache(maxsize=2)  # the train and the val split of a file read it once
+@lru_cache(maxsize=2)  # train and val read a file only once
 def _index(
     file: Path, root: Path, reader: RecordReader, changed: int, size: int
 ) -> tuple[RecordFile, PackedJson, UInt64[np.ndarray, " n"], int]:
-    """The records of a file, the images that each names, the hashes to split by, and how many name image files."""
-    names: list[tuple[str, ...]] = []  # tuples, which the garbage collector soon stops tracking
+    """The records of a file, the images and the hash of each, and the number of those with image files.
+
+    The hash decides the split of a record. `changed` and `size` of the file are part of the key of the cache.
+    """
+    names: list[tuple[str, ...]] = []  # tuples, because the garbage collector stops tracking them
     images: list[list[str]] = []
     num_with_files = 0
 
@@ -123,7 +132,7 @@ def _index(
         nonlocal num_with_files
         try:
             paths = reader.images(record.fields)
-        except Malformed:  # a bad sample, refused when it is read
+        except Malformed:  # raised again when the sample is read
             paths = []
         short = [short_name(path) for path in paths]
         images.append(short)
@@ -135,13 +144,13 @@ def _index(
 
     records = RecordFile(file, visit)
     if not len(records):
-        raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file that has some")
+        raise ValueError(f"'{file}' holds 0 conversations; set data.annotations= to a file with conversations")
     digests = np.fromiter(map(digest, group_keys(names)), dtype=np.uint64, count=len(names))
     return records, PackedJson(images), digests, num_with_files
 
 
 def _id(record: Record) -> str:
-    """The record's own id if it is short text or a number, else its position in the file."""
+    """The record's own id if it is a number or a short string, else its position in the file."""
     given = record.fields.get("id")
     is_name = isinstance(given, str | int) and 0 < len(str(given)) <= LONGEST_ID
-    return str(given) if is_name else record.place
+    return str(given) if is_name else record.location

@@ -1,4 +1,4 @@
-"""Several sources as one, each with its ratio of an epoch."""
+"""Several sources as one, each with a fixed ratio of an epoch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 
 class Mixture(Source):
-    """The samples of all sources, concatenated; an epoch draws each source in proportion to its weight.
+    """The samples of all sources, concatenated. An epoch draws each source in proportion to its weight.
 
-    The weight of a source is its entry in `weights`, or its size to the power of 1 / `temperature`: 1 draws by size, a
-    higher temperature draws small sources more often. An epoch has `num_samples` (None: the sum of sizes). Each source
-    is read in its own order, to its end before a sample repeats, over epochs too. Validation has the held-out samples
-    of every source. `Sample.meta["source"]` is the source's name, for an inner mixture the name of its own source; the
-    id starts with the name.
+    The weight of a source is its entry in `weights`, or without `weights` its size to the power of 1 / `temperature`:
+    1 draws by size, and a higher temperature draws small sources more often. An epoch has `num_samples` samples (None:
+    the sum of the sizes). Each source is read in its own order. No sample of it repeats before all its samples were
+    read, even over several epochs. Validation has the validation samples of all sources.
 
-    Raises ValueError where `weights` do not name exactly the sources, are negative or all zero.
+    `Sample.meta["source"]` is the name of the source, and within a nested mixture the name of the inner source. The id
+    of a sample starts with the name.
+
+    Raises ValueError where the keys of `weights` differ from the sources, or where weights are negative or all zero.
     """
 
     def __init__(
@@ -37,23 +39,23 @@ class Mixture(Source):
     ) -> None:
         if not sources:
             raise ValueError("data.sources names 0 sources; add one under a name of your choice")
-        if odd := next((name for name in sources if str(name).endswith("_loss")), None):
+        if reserved := next((name for name in sources if str(name).endswith("_loss")), None):
             raise ValueError(
-                f"data.sources has the name {odd!r}, which would look like a loss of the objective; choose a name that "
-                "does not end in _loss"
+                f"data.sources has the name {reserved!r}, but names that end in _loss are those of losses; choose "
+                "another name"
             )
         if weights is not None and weights.keys() != sources.keys():
             raise ValueError(
-                f"data.weights names {', '.join(weights) or 'nothing'} and data.sources {', '.join(sources)}; give "
-                "every source its weight"
+                f"data.weights has the keys {', '.join(weights) or '(none)'} and data.sources {', '.join(sources)}; "
+                "give every source a weight"
             )
         if weights is not None and (min(weights.values()) < 0 or not any(weights.values())):
-            raise ValueError(f"data.weights={weights} must be 0 or more, one of them above 0; set data.weights=")
+            raise ValueError(f"data.weights={weights} must be at least 0, and one of them above 0; set data.weights=")
         if temperature <= 0:
             raise ValueError(f"data.temperature={temperature} must be above 0; set data.temperature=1 to draw by size")
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"data.num_samples={num_samples} must be at least 1; set it to null for the sum of sizes")
-        self.sources = {name: _made(make, name, split) for name, make in sources.items()}
+        self.sources = {name: _build(make, name, split) for name, make in sources.items()}
         self._sources = list(self.sources.values())
         names = (source.names or [name] for name, source in self.sources.items())
         self.names = list(dict.fromkeys(chain.from_iterable(names)))
@@ -63,8 +65,8 @@ class Mixture(Source):
         sizes = np.array([len(source) for source in self.sources.values()])
         self._ends = np.cumsum(sizes)
         self.num_samples = num_samples or int(self._ends[-1])
-        drawn = sizes ** (1 / temperature) if weights is None else np.array([weights[n] for n in sources], dtype=float)
-        self.ratios: Float[np.ndarray, " s"] = drawn / drawn.sum()
+        used = sizes ** (1 / temperature) if weights is None else np.array([weights[n] for n in sources], dtype=float)
+        self.ratios: Float[np.ndarray, " s"] = used / used.sum()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -81,7 +83,7 @@ class Mixture(Source):
         return self._read(index, lambda source, inside: source.outline(inside))
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
-        """The image files of these samples (None: of all), each once in a source."""
+        """The image files of these samples (None: of all), each once per source."""
         start = 0
         for (name, source), end in zip(self.sources.items(), self._ends.tolist(), strict=True):
             inside = None if indices is None else [index - start for index in indices if start <= index < end]
@@ -93,26 +95,29 @@ class Mixture(Source):
         """The `num_samples` indices of an epoch."""
         past = sum((self._counts(e, seed) for e in range(epoch)), np.zeros(len(self._sources), dtype=np.int64))
         counts = self._counts(epoch, seed)
-        turns = np.repeat(np.arange(len(self._sources)), counts)
-        np.random.default_rng((seed, epoch, 1)).shuffle(turns)
-        order = np.empty(len(turns), dtype=np.int64)
-        for place, first in enumerate(self._ends - np.diff(self._ends, prepend=0)):
-            order[turns == place] = first + self._drawn(place, int(past[place]), int(counts[place]), seed)
+        drawn = np.repeat(np.arange(len(self._sources)), counts)  # the source of each sample
+        np.random.default_rng((seed, epoch, 1)).shuffle(drawn)
+        order = np.empty(len(drawn), dtype=np.int64)
+        for number, first in enumerate(self._ends - np.diff(self._ends, prepend=0)):
+            order[drawn == number] = first + self._draw(number, int(past[number]), int(counts[number]), seed)
         return order.tolist()
 
     def _read(self, index: int, read: Callable[[Source, int], Sample]) -> Sample:
         index = range(len(self))[index]
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        name, source = list(self.sources.items())[place]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        name, source = list(self.sources.items())[number]
         try:
-            sample = read(source, index - int(self._ends[place]) + len(source))
+            sample = read(source, index - int(self._ends[number]) + len(source))
         except BadSample as error:
             raise BadSample(f"source '{name}': {error}", error.kind) from error
         inner = {} if source.names else {"source": name}
         return replace(sample, id=f"{name}/{sample.id}", meta={**sample.meta, **inner})
 
     def _counts(self, epoch: int, seed: int) -> Int[np.ndarray, " s"]:
-        """Samples of each source in an epoch: its ratio rounded down; the rest is drawn by the fractions cut off."""
+        """The number of samples of each source in an epoch.
+
+        It is the source's ratio rounded down. The remaining samples are drawn in proportion to the fractions cut off.
+        """
         exact = self.num_samples * self.ratios
         counts = np.floor(exact + 1e-6).astype(np.int64)
         rest = np.clip(exact - counts, 0, None)
@@ -121,27 +126,27 @@ class Mixture(Source):
             counts += rng.multinomial(self.num_samples - counts.sum(), rest / rest.sum())
         return counts
 
-    def _drawn(self, place: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
-        """`count` samples of a source after the first `start`, in consecutive passes over it."""
-        source = self._sources[place]
-        number = 0
-        if source.order(0, seed=seed) is None:  # else rounds may differ in length and are counted one by one
-            number, start = divmod(start, len(source))
+    def _draw(self, number: int, start: int, count: int, seed: int) -> Int[np.ndarray, " n"]:
+        """`count` samples of a source after the first `start`, in consecutive passes over the source."""
+        source = self._sources[number]
+        pass_number = 0
+        if source.order(0, seed=seed) is None:  # all passes have the same length, so whole passes can be skipped
+            pass_number, start = divmod(start, len(source))
         drawn, missing = [np.empty(0, np.int64)], start + count
         while missing > 0:
-            drawn.append(np.asarray(_round(source, number, seed, place)))
-            number, missing = number + 1, missing - len(drawn[-1])
+            drawn.append(np.asarray(_one_pass(source, pass_number, seed, number)))
+            pass_number, missing = pass_number + 1, missing - len(drawn[-1])
         return np.concatenate(drawn)[start:][:count]
 
 
-def _made(make: Callable[..., Source], name: str, split: Split) -> Source:
+def _build(make: Callable[..., Source], name: str, split: Split) -> Source:
     try:
         return make(split=split)
     except ValueError as error:
         raise ValueError(f"source '{name}': {error}") from error
 
 
-def _round(source: Source, number: int, seed: int, place: int) -> Sequence[int] | Int[np.ndarray, " n"]:
-    """The indices of one pass over a source, in its own order or shuffled."""
-    order = source.order(number, seed=seed)
-    return np.random.default_rng((seed, number, 2, place)).permutation(len(source)) if order is None else order
+def _one_pass(source: Source, pass_number: int, seed: int, number: int) -> Sequence[int] | Int[np.ndarray, " n"]:
+    """The indices of one pass over source `number`, in its own order or shuffled."""
+    order = source.order(pass_number, seed=seed)
+    return np.random.default_rng((seed, pass_number, 2, number)).permutation(len(source)) if order is None else order

@@ -1,7 +1,7 @@
-"""Synthetic images that need no files: colored shapes on a 3x3 grid, with captions or questions.
+"""Synthetic images without files: colored shapes on a 3x3 grid, with captions or questions.
 
-Sample i of a split is a pure function of (seed, split, i). A scene, i.e. the objects and their cells, belongs to
-one split by its hash, so that train and validation share none.
+Sample i of a split is a pure function of (seed, split, i). A scene (the objects and their cells) belongs to the split
+that its hash gives, so train and validation have no scene in common.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LANGUAGES = tuple(PROMPTS)
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """An object of a scene; sorted in reading order, by row of the grid and then by column."""
+    """An object of a scene. Objects are sorted in reading order: by row of the grid, then by column."""
 
     row: int
     column: int
@@ -46,11 +46,11 @@ class Thing:
 
 
 class Shapes(Source):
-    """Scenes of 1 to `max_objects` things in distinct cells, `num_train` of them for training and `num_val` held out.
+    """Scenes of 1 to `max_objects` objects in different cells: `num_train` for training and `num_val` for validation.
 
-    `task` chooses a caption of every object in reading order, questions with short answers, or one of the two at
-    random. A training conversation asks up to `num_questions` questions about its scene; validation asks one, so that
-    no earlier answer reveals the next. `Sample.meta["type"]` is `caption` or the type of the question.
+    `task` is `caption` (all objects in reading order), `instruct` (questions with short answers), or `mixed` (one of
+    the two at random). A training conversation has up to `num_questions` questions about its scene. Validation has one,
+    because an earlier answer could reveal the next. `Sample.meta["type"]` is `caption` or the type of the question.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Shapes(Source):
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
         name = f"shapes/{self.seed}/{self.split}/{index}"
-        rng = random.Random(name)  # a string seeds through SHA-512: the same on every machine
+        rng = random.Random(name)  # a string is hashed by SHA-512, so the seed is the same on every machine
         things = self._scene(rng)
         image = draw(things, rng=rng, size=self.image_size)
         task = self.task if self.task != "mixed" else rng.choice(("caption", "instruct"))
@@ -112,14 +112,14 @@ class Shapes(Source):
 
 def split_of(things: list[Thing]) -> Split:
     """The split of a scene, for any seed."""
-    # Written out, so that a change of the class does not move scenes between splits.
-    written = [f"Thing(row={t.row}, column={t.column}, shape={t.shape!r}, colour={t.color!r})" for t in things]
-    digest = hashlib.blake2b(f"[{', '.join(written)}]".encode(), digest_size=8).digest()
+    # A fixed spelling, not repr(): a change of the class must not move scenes between the splits.
+    spelled = [f"Thing(row={t.row}, column={t.column}, shape={t.shape!r}, colour={t.color!r})" for t in things]
+    digest = hashlib.blake2b(f"[{', '.join(spelled)}]".encode(), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") % VAL_ONE_IN == 0 else "train"
 
 
 def draw(things: list[Thing], *, rng: random.Random, size: int) -> Image.Image:
-    """Draw a scene: each thing fills 60 to 85 % of its cell, at a random position inside it."""
+    """Draw a scene. Each object has 60 to 85 % of its cell's size, at a random position inside the cell."""
     image = Image.new("RGB", (size, size), BACKGROUND)
     canvas = ImageDraw.Draw(image)
     cell = size / 3
@@ -137,7 +137,7 @@ def draw(things: list[Thing], *, rng: random.Random, size: int) -> Image.Image:
 
 
 def _ring(corners: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
-    """Corners around a center, the first one on top, with distances from `radii` in turn."""
+    """Corners around a center, the first one at the top; their distances alternate between `radii`."""
     angles = [2 * math.pi * i / corners for i in range(corners)]
     return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
@@ -150,7 +150,7 @@ OUTLINES = {
 
 
 def ask(things: list[Thing], *, rng: random.Random, language: str, num_questions: int) -> list[tuple[str, str, str]]:
-    """Up to `num_questions` (type, question, answer) about a scene, of different types, each type as likely."""
+    """Up to `num_questions` tuples (type, question, answer) about a scene, of different types drawn uniformly."""
     asked: list[tuple[str, str, str]] = []
     for kind in rng.sample(list(FACTS), len(FACTS)):
         fact = FACTS[kind](things, rng)
@@ -160,7 +160,7 @@ def ask(things: list[Thing], *, rng: random.Random, language: str, num_questions
 
 
 def _count(things: list[Thing], rng: random.Random) -> tuple | None:
-    if rng.random() < 0.75:  # mostly about an object that exists, or zero would be the best guess
+    if rng.random() < 0.75:  # mostly about an object in the scene, because otherwise zero would be the best guess
         thing = rng.choice(things)
         shape, color = thing.shape, thing.color
     else:
@@ -221,7 +221,7 @@ def _relation(things: list[Thing], rng: random.Random) -> tuple | None:
 
 
 def _unique(things: list[Thing]) -> list[Thing]:
-    """The things with a unique pair of shape and color."""
+    """The objects whose pair of shape and color is unique in the scene."""
     return [t for t in things if sum((t.shape, t.color) == (o.shape, o.color) for o in things) == 1]
 
 

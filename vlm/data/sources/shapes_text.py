@@ -1,6 +1,7 @@
 """Captions and questions about shapes, in English and Japanese.
 
-A caption's phrasing belongs to its prompt, so that there is one right caption for a prompt and a scene.
+Each prompt has its own phrasing, so there is exactly one right caption for a prompt and a scene. The wording is data:
+another wording would change what earlier runs were trained on.
 """
 
 from __future__ import annotations

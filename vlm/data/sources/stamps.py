@@ -18,17 +18,17 @@ from vlm.schema import BadSample, Sample, Source, Split
 PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
 
 _TRANSLATION = re.compile(r"(?P<code>[\w@-]+)\.utf8=(?P<text>.*)")
-_VARIANT = re.compile(r"(_mirror|_flip)+$")  # mirrored copies of a stamp
+_MIRRORED = re.compile(r"(_mirror|_flip)+$")  # endings of names of mirrored copies
 
 
 class Stamps(Source):
-    """`NAME.png` with `NAME.txt`, whose first line is the English caption and whose lines `ja.utf8=...` translate it.
+    """Images `NAME.png` with captions in `NAME.txt`: the first line in English, lines such as `ja.utf8=...` translated.
 
-    The split is by a hash of the path under `root`, the same in every language; byte-identical files (there are some)
-    stay together. `left_out` counts over both splits; a mirrored copy has no text of its own.
+    The split is by a hash of the path under `root`, the same for every language. Byte-identical files, of which there
+    are some, stay in one split. `left_out` counts over both splits; a mirrored copy has no text of its own.
     """
 
-    num_hashed = 256  # of which no image is opened
+    num_hashed = 256
 
     def __init__(
         self,
@@ -60,13 +60,13 @@ class Stamps(Source):
                 f"none of the {len(names)} stamps under '{self.root}' has a caption in language '{language}'; choose "
                 f"one of {', '.join(codes) or '(no caption found: set data.root=)'}"
             )
-        pictures = {name.removesuffix(".png") for name in found}
-        num_variants = sum(not captions[name] and _is_variant(name, captions) for name in names)
+        stems = {name.removesuffix(".png") for name in found}
+        num_mirrored = sum(not captions[name] and _is_mirrored(name, captions) for name in names)
         self.left_out = {
             "symbols": len(found) - len(names),
-            "drawings that are SVG alone": len({name.removesuffix(".svg") for name in drawings} - pictures),
-            "mirrored copies": num_variants,
-            f"images without a caption in '{language}'": len(names) - len(items) - num_variants,
+            "drawings that exist only as SVG": len({name.removesuffix(".svg") for name in drawings} - stems),
+            "mirrored copies": num_mirrored,
+            f"images without a caption in '{language}'": len(names) - len(items) - num_mirrored,
         }
 
         keys = _split_keys(self.root, names)
@@ -104,14 +104,14 @@ def _is_symbol(name: str) -> bool:
     return name.startswith("symbols/")
 
 
-def _is_variant(name: str, names: dict[str, dict[str, str]]) -> bool:
+def _is_mirrored(name: str, names: dict[str, dict[str, str]]) -> bool:
     stem = name.removesuffix(".png")
-    original = _VARIANT.sub("", stem)
+    original = _MIRRORED.sub("", stem)
     return original != stem and f"{original}.png" in names
 
 
 def _captions(image: Path) -> dict[str, str]:
-    """Captions by language code. Bytes that are not UTF-8 become U+FFFD; such a sample is refused when it is read."""
+    """Captions by language code. Bytes that are not UTF-8 become U+FFFD; such a caption is refused when it is read."""
     file = image.with_suffix(".txt")
     if not file.is_file():
         return {}
@@ -124,13 +124,13 @@ def _captions(image: Path) -> dict[str, str]:
 
 
 def _split_keys(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """The path that each stamp is split by: its own, or that of the first stamp with the same bytes."""
+    """The path whose hash decides the split of each stamp: its own, or that of the first stamp with the same bytes."""
     sizes = {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
     num_of_size = Counter(sizes.values())
     first: dict[bytes, str] = {}
     keys = {}
     for name in names:
         keys[name] = name
-        if num_of_size[sizes.get(name, -1)] > 1:  # only files of equal size can be equal, so that few are read
+        if num_of_size[sizes.get(name, -1)] > 1:  # fast: most files have a unique size
             keys[name] = first.setdefault(blake2b((root / name).read_bytes()).digest(), name)
     return keys

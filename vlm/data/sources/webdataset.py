@@ -1,4 +1,4 @@
-"""WebDataset's tar shards (Aizman et al. 2020, arXiv:2001.01858), as img2dataset writes them, read in place."""
+"""WebDataset's tar shards (Aizman et al. 2020, arXiv:2001.01858), such as img2dataset's, read without unpacking."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm.data.annotations import PackedJson
-from vlm.data.conversations import (
-    RECORD_KEYS,
-    Malformed,
-    RecordReader,
-    as_text,
-    caption_messages,
-    renamed,
-    turns_record,
-)
+from vlm.data.conversations import RecordReader, caption_messages, turns_record
 from vlm.data.files import check_bytes
 from vlm.data.images import decode_image
 from vlm.data.reading import current
+from vlm.data.record_keys import PAIR_KEYS, TURN_KEYS, Malformed, as_text, renamed
 from vlm.data.split import check_split, content_key, digest, group_keys, held_out
 from vlm.quote import quoted
 from vlm.ranges import RatioBelowOne
@@ -38,23 +31,25 @@ from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
 SUFFIXES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json"}
 KINDS = ("image", "txt", "json")
-_TALK = frozenset(RECORD_KEYS) - {"caption", "image", "images", "system"}
+_CONVERSATION_KEYS = frozenset((*TURN_KEYS, *PAIR_KEYS))
 GZIP = b"\x1f\x8b"
 WINDOW = 4  # shards whose samples are shuffled together
-BLOCK = 512  # bytes of a tar header, and of the zeros that end an archive
+BLOCK = 512  # bytes of a tar header, and of the zeros at the end of an archive
 
 
 class WebDataset(Source):
-    """A sample per key: members `KEY.jpg` with `KEY.txt` (its caption) or `KEY.json` make one.
+    """One sample per key of a shard.
 
-    A key is a member's path up to the first dot of its name. The json is a LLaVA record, chat messages or a
-    `{"caption"}`; it is used where there is no txt (img2dataset writes both). Images of a key (`KEY.0.jpg`,
-    `KEY.1.png`) are in the order of the archive. Members of another kind are counted in `num_ignored`.
+    A key is the path of a member up to the first dot of its file name: `KEY.jpg` and `KEY.txt` are one sample. Several
+    images of a key (`KEY.0.jpg`, `KEY.1.png`) have the order of the archive. The text is `KEY.txt`, which holds a
+    caption, or else `KEY.json`, which holds a LLaVA record, chat messages or a `{"caption"}`. `num_ignored` counts
+    members of other kinds.
 
-    `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. Their headers are read once, and parts of their images.
-    Without `val_shards` the split is by the contents of the images, so that no image is in both splits, and by shard
-    and key where there are none; with it, each set of shards is one split. An archive that
-    is cut or not a plain tar raises ValueError; a sample without text or image is bad.
+    `shards` is a path with `{000..009}`, `{a,b}`, `*` and `?`. At the start, the headers of all shards are read, and
+    parts of their images. With `val_shards`, each set of shards is one split. Without it, the split is by the bytes of
+    the images, so that no image is in both splits; a sample without images is split by shard and key.
+
+    Raises ValueError for an archive that is cut or not a plain tar. A sample without text is bad.
     """
 
     num_hashed = 256
@@ -88,16 +83,16 @@ class WebDataset(Source):
         if not samples:
             raise ValueError(
                 f"none of the {num_found} samples in {len(self.shards)} shards of '{pattern}' falls into {split} with "
-                f"val_fraction {val_fraction}; set data.val_fraction= to another ratio, or data.{option}= to others"
+                f"val_fraction {val_fraction}; set data.val_fraction= to another ratio, or change data.{option}="
             )
-        # Arrays and one block of bytes, because a list would be copied into every worker.
+        # Arrays and one block of bytes, because every worker would get its own copy of a list.
         self._keys = PackedJson(key for _, key, _ in samples)
         self._shard = np.array([number for number, _, _ in samples], dtype=np.int32)
         self._first = np.cumsum([0, *(len(members) for _, _, members in samples)])
         self._members = np.array([member for _, _, members in samples for member in members], dtype=np.int64)
 
     def _contents(self, samples: Sequence[tuple[int, str, list[_Member]]]) -> Iterator[list[str]]:
-        """The keys to split by: the contents of a sample's images, or shard and key where it has none."""
+        """For each sample, the keys of its images by their bytes; its shard and key where it has none."""
         for number, of_shard in itertools.groupby(samples, key=lambda sample: sample[0]):
             with open(self.shards[number], "rb") as file:
 
@@ -118,10 +113,10 @@ class WebDataset(Source):
         return hashed(self._keys.fingerprint(), self._shard.tobytes(), self._members.tobytes(), *texts)
 
     def __getitem__(self, index: int) -> Sample:
-        sample, pictures = self._read(index)
+        sample, image_members = self._read(index)
         try:
             images = []
-            for number, (_, offset, size) in enumerate(pictures, start=1):
+            for number, (_, offset, size) in enumerate(image_members, start=1):
                 check_bytes(f"image {number}", size, option="max_image_bytes")
                 images.append(decode_image(self._bytes(index, offset, size), name=str(number)))
         except BadSample as error:
@@ -135,15 +130,15 @@ class WebDataset(Source):
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image members of these samples (None: of all)."""
         for index in range(len(self)) if indices is None else indices:
-            _, pictures = self._of(index)
-            for number, (_, offset, size) in enumerate(pictures, start=1):
+            _, image_members = self._members_of(index)
+            for number, (_, offset, size) in enumerate(image_members, start=1):
                 name = f"{self._name(index)} (image {number})"
                 yield StoredImage(name, partial(int, size), partial(self._part, index, offset))
 
     def order(self, epoch: int, *, seed: int) -> Int[np.ndarray, " n"]:
-        """Every sample once: shards in random order, samples shuffled among those of a few shards at a time.
+        """Every sample once: shards in random order, and the samples of a few consecutive shards shuffled together.
 
-        Reads stay within a few files, which is faster on disks and network mounts than random access.
+        Reading few files at a time is faster on disks and network mounts than random access.
         """
         rng = np.random.default_rng((seed, epoch))
         starts = np.searchsorted(self._shard, np.arange(len(self.shards) + 1))
@@ -154,10 +149,10 @@ class WebDataset(Source):
         )
 
     def _read(self, index: int) -> tuple[Sample, list[list[int]]]:
-        """The sample without its images, and the members that hold these."""
+        """The sample without its images, and the members that hold its images."""
         index = range(len(self))[index]
         name = self._name(index)
-        members, pictures = self._of(index)
+        members, image_members = self._members_of(index)
         texts = {KINDS[kind]: (offset, size) for kind, offset, size in members if kind > 0}
         try:
             if not texts:
@@ -169,24 +164,24 @@ class WebDataset(Source):
             record = renamed(record, self.reader.columns or {})
             text = record.get("caption")
             caption = as_text(text) or ""
-            if not _TALK.isdisjoint(record):
-                messages = self.reader.conversation(record, num_images=len(pictures)).messages
+            if not _CONVERSATION_KEYS.isdisjoint(record):
+                messages = self.reader.conversation(record, num_images=len(image_members)).messages
             elif not caption.strip():
                 found = "" if text is None or isinstance(text, str) else f" but {quoted(text)}"
                 says = f"has no text in its {kind}{found}; write a caption or a conversation there"
                 raise Malformed(says, "empty_text")
-            elif len(pictures) != 1:
-                raise Malformed(f"has {len(pictures)} images for 1 caption; give it one")
+            elif len(image_members) != 1:
+                raise Malformed(f"has {len(image_members)} images for 1 caption; give it one")
             else:
                 messages = caption_messages(self.prompt, caption.strip())
         except Malformed as error:
             raise BadSample(f"sample '{name}' {error}", error.kind) from error
-        return Sample(id=name, images=[], messages=messages, meta={}), pictures
+        return Sample(id=name, images=[], messages=messages, meta={}), image_members
 
     def _name(self, index: int) -> str:
         return f"{self.shards[self._shard[index]].name}/{self._keys[index]}"
 
-    def _of(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
+    def _members_of(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
         """All members of a sample, and those that are images."""
         members = self._members[self._first[index] : self._first[index + 1]].tolist()
         return members, [member for member in members if KINDS[member[0]] == "image"]
@@ -210,9 +205,9 @@ class _Member(NamedTuple):
 
 
 def shard_files(pattern: str, *, option: str) -> list[Path]:
-    """The files that a pattern names, in order; those of `{000..009}` and `{a,b}` must exist, `*` takes what exists.
+    """The files that match a pattern, in order.
 
-    Raises `ValueError` where a named file is missing or nothing matches.
+    Raises `ValueError` where nothing matches, or where a file that `{000..009}` or `{a,b}` names does not exist.
     """
     files: list[Path] = []
     limit = current().max_files
@@ -238,7 +233,7 @@ def shard_files(pattern: str, *, option: str) -> list[Path]:
 
 
 def _check_depth(start: str, limit: int, option: str) -> None:
-    """Raise ValueError where `**` would list more than `limit` files; it follows links, which may be loops."""
+    """Raise ValueError where `**` would list more than `limit` files; it follows links, which can form loops."""
     num, folders = 0, [os.path.dirname(start) or "."]
     while folders:
         with suppress(OSError), os.scandir(folders.pop()) as entries:
@@ -246,8 +241,8 @@ def _check_depth(start: str, limit: int, option: str) -> None:
                 num += 1
                 if num > limit:
                     raise ValueError(
-                        f"{option} lists more than {limit:,} files; begin it with the folder that holds the "
-                        f"shards, or set data.reading.max_files={2 * limit}"
+                        f"{option} lists more than {limit:,} files; let it begin with the folder of the shards, or set "
+                        f"data.reading.max_files={2 * limit}"
                     )
                 if not entry.name.startswith(".") and entry.is_dir():
                     folders.append(entry.path)
@@ -282,15 +277,15 @@ def _members(file: Path) -> Iterator[tuple[str, int, int]]:
             for member in archive:
                 if member.isfile():
                     yield member.name.removeprefix("./"), member.offset_data, member.size
-            with open(file, "rb") as raw:  # tarfile mistakes a broken header for the end
+            with open(file, "rb") as raw:  # tarfile takes a broken header for the end of the archive
                 raw.seek(archive.offset)
                 end = raw.read(BLOCK)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"shard '{file}' {_no_tar(file, error)}") from error
     if end != bytes(BLOCK):
         raise ValueError(
-            f"shard '{file}' breaks off at byte {archive.offset:,} of {file.stat().st_size:,}, where a header or the "
-            "end mark is missing; copy it again or leave it out of data.shards="
+            f"shard '{file}' is damaged at byte {archive.offset:,} of {file.stat().st_size:,}, where a header or the "
+            "end of the archive is expected; copy it again, or leave it out of data.shards="
         )
 
 
@@ -301,8 +296,8 @@ def _no_tar(file: Path, error: Exception) -> str:
         if not head:
             return "is an empty file; copy it again"
         if head == GZIP:
-            return "is packed by gzip, so that no sample can be read alone; gunzip it"
-    return f"is not a whole, plain tar ({error}); copy or unpack it again"
+            return "is compressed by gzip, so single samples cannot be read; gunzip it"
+    return f"is not a complete, uncompressed tar ({error}); copy it again"
 
 
 def _record(data: bytes, kind: str) -> dict[str, Any]:

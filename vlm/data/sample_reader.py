@@ -1,4 +1,4 @@
-"""Reads, checks and encodes samples: one implementation for preflight, loader, validation prompts and doctor."""
+"""Reads, checks and encodes samples, for the loader, the preflight, the validation prompts and vlm-doctor alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vlm.text.turns import check_placeholders
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Turns samples of a source into rows. Whatever is wrong with a sample is raised as a BadSample that names it.
+class SampleReader:
+    """Turns samples of a source into rows. Every defect of a sample raises a BadSample with the sample's id.
 
-    A text that the chat template refuses counts as a bad sample; preflight reports a template that refuses all.
+    A text that the chat template refuses is a defect too; the preflight reports a template that refuses all samples.
     `max_answers` is the number of answers that the LLM can learn per row (None: any number).
     """
 
@@ -30,27 +30,27 @@ class Judge:
     form: Form = "conversation"
 
     def sample(self, source: Source, index: int) -> Sample:
-        """A sample that was read and checked."""
+        """Sample `index` of the source, read and checked."""
         sample = read(source, index, reading=self.reading)
         self.check(sample)
         return sample
 
     def outline(self, source: Source, index: int) -> Sample:
-        """A sample without its images, whose text was checked."""
+        """Sample `index` without its images; its text is checked."""
         sample = read(source, index, reading=self.reading, outline=True)
         self._check_text(sample)
         return sample
 
     def check(self, sample: Sample) -> None:
-        """Raise BadSample for images other than RGB of 8 bits, for more or fewer images than placeholders, and for text
+        """Raise BadSample for images that are not 8-bit RGB, for more or fewer images than placeholders, and for text
         beyond the limits of data.reading.
         """
         for number, image in enumerate(sample.images, start=1):
             if not isinstance(image, Image) or image.mode != "RGB":
                 found = f"mode {image.mode}" if isinstance(image, Image) else f"type {type(image).__name__}"
                 raise BadSample(
-                    f"sample '{sample.id}' has an image (number {number}) of {found} where RGB with 8 bits a channel "
-                    "is needed; convert it in the source, for example by to_rgb of vlm.data.images",
+                    f"sample '{sample.id}' has an image (number {number}) of {found} where RGB with 8 bits per channel "
+                    "is needed; convert it in the source, for example by vlm.data.images.to_rgb",
                     "unreadable_image",
                 )
         check_placeholders(sample.id, len(sample.images), sample.num_images)
@@ -70,21 +70,21 @@ class Judge:
                 )
 
     def encoded(self, sample: Sample) -> Encoded:
-        """The tokens of a checked sample or outline, in the form that the objective wants. Raises BadSample."""
+        """The tokens of a checked sample or outline, in the form that the objective needs. Raises BadSample."""
         if self.form == "prompt":
             return self.text.encode_prompt(sample)
         encoded = self.text.encode(sample)
         answers = len(self.text.supervised(encoded)) if self.max_answers is not None else 0
         if self.max_answers is not None and answers > self.max_answers:
             raise BadSample(
-                f"sample '{sample.id}' has {answers} answers, but an encoder-decoder llm learns {self.max_answers} a "
-                "row; set data.train_on=last_assistant or choose data with one answer a sample (of shapes, "
+                f"sample '{sample.id}' has {answers} answers, but an encoder-decoder llm learns {self.max_answers} per "
+                "row; set data.train_on=last_assistant, or choose data with one answer per sample (for shapes, "
                 "data.num_questions=1)"
             )
         return encoded
 
     def row(self, sample: Sample, encoded: Encoded) -> Row:
-        """The sample with its images transformed. Raises BadSample where a transform fails."""
+        """The row of a sample, with its images transformed. Raises BadSample where a transform fails."""
         with applied(self.reading):
             try:
                 return make_row(sample, encoded, self.spec)
@@ -93,7 +93,7 @@ class Judge:
 
 
 def read(source: Source, index: int, *, reading: Reading, outline: bool = False) -> Sample:
-    """The sample, or its outline. Its id, and the message of a BadSample, are made safe to print."""
+    """The sample, or its outline. Line breaks are removed from its id, and from the message of a BadSample."""
     with applied(reading):
         try:
             sample = source.outline(index) if outline else source[index]
