@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.blip2 import IMAGE_ID, ROWS, assert_learns_alike, captioner, twin
+from tests.helpers.blip2 import ROWS, assert_learns_alike, captioner, question, twin
 from tests.helpers.llms import T5, t5
 from tests.helpers.parts import make_batch, pictures
 from vlm.models.composed import Composed
-from vlm.schema import IGNORE, Batch
+from vlm.schema import IGNORE
 
 
 @pytest.fixture
@@ -23,12 +23,6 @@ def pair(tmp_path: Path) -> tuple[Any, Composed]:
     head = 0.2 * torch.randn(320, 32, generator=torch.Generator().manual_seed(0))
     reference.language_model.lm_head.weight = nn.Parameter(head)  # a second matrix, as Flan-T5 has it
     return reference, twin(reference, tmp_path, t5())
-
-
-def question(batch: Batch) -> dict[str, torch.Tensor]:
-    """A batch of prompts as Transformers takes it."""
-    ids = batch.input_ids.masked_fill(batch.image_mask, IMAGE_ID)
-    return {"pixel_values": batch.pixel_values, "input_ids": ids, "attention_mask": batch.attention_mask.long()}
 
 
 def test_composed_with_t5_is_blip2(pair: tuple[Any, Composed]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -20,27 +19,23 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tests.helpers.encoders import NORMALIZED, pixels_for
 from vlm.encoders.hf import HFEncoder
 from vlm.encoders.transform import Transform
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-SMALL_CLIP = {"model_type": "clip_vision_model", **SMALL, "image_size": 32, "patch_size": 8}
-HALF = [0.5, 0.5, 0.5]
+FACTS = {**SMALL, "image_size": 32, "patch_size": 8}
+SMALL_CLIP = {"model_type": "clip_vision_model", **FACTS}
 
 
 def build_clip(**changes: object) -> HFEncoder:
     options = {"pretrained": "none", "config": SMALL_CLIP, "weights": "random", "drop_tokens": 1}
-    return HFEncoder(**{**options, "mean": HALF, "std": HALF, **changes}).eval()
-
-
-def pixels_for(encoder: nn.Module, n: int = 2) -> Tensor:
-    return torch.randn(n, 3, *encoder.image_size, generator=torch.Generator().manual_seed(0))
+    return HFEncoder(**{**options, **NORMALIZED, **changes}).eval()
 
 
 @pytest.mark.parametrize("layer", [-3, -2, -1, 1, 3, [-2, -1], [3, 1]])
 def test_clip_layers_are_transformers_hidden_states(layer: int | list[int]) -> None:
-    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
-    reference = CLIPVisionModel(CLIPVisionConfig(**facts)).eval()
+    reference = CLIPVisionModel(CLIPVisionConfig(**FACTS)).eval()
     encoder = build_clip(layer=layer)
     assert set(encoder.tower.state_dict()) < set(reference.state_dict())
     encoder.tower.load_state_dict(copy.deepcopy(reference.state_dict()), strict=False)
@@ -53,9 +48,8 @@ def test_clip_layers_are_transformers_hidden_states(layer: int | list[int]) -> N
 
 
 def test_siglip_has_no_class_token() -> None:
-    facts = {**SMALL, "image_size": 32, "patch_size": 8}
-    reference = SiglipVisionModel(SiglipVisionConfig(**facts)).eval()
-    encoder = build_clip(config={"model_type": "siglip_vision_model", **facts}, drop_tokens=0)
+    reference = SiglipVisionModel(SiglipVisionConfig(**FACTS)).eval()
+    encoder = build_clip(config={"model_type": "siglip_vision_model", **FACTS}, drop_tokens=0)
     encoder.tower.load_state_dict(reference.state_dict(), strict=False)
     assert {name.split(".")[0] for name, _ in encoder.tower.named_parameters()} == {"embeddings", "encoder"}
     pixels = pixels_for(encoder)
@@ -75,8 +69,7 @@ def test_a_wrong_number_of_dropped_tokens_is_refused() -> None:
 
 def test_clip_interpolates_positions_as_transformers_does() -> None:
     encoder = build_clip(image_size=48, layer=-1)
-    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
-    reference = CLIPVisionModel(CLIPVisionConfig(**facts)).eval()
+    reference = CLIPVisionModel(CLIPVisionConfig(**FACTS)).eval()
     encoder.tower.load_state_dict(reference.state_dict(), strict=False)
     pixels = pixels_for(encoder)
     expected = reference(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
@@ -85,8 +78,7 @@ def test_clip_interpolates_positions_as_transformers_does() -> None:
 
 
 def test_vision_tower_is_read_from_a_whole_clip(tmp_path: Path) -> None:
-    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
-    whole = CLIPModel(CLIPConfig(vision_config=facts, text_config=SMALL)).eval()
+    whole = CLIPModel(CLIPConfig(vision_config=FACTS, text_config=SMALL)).eval()
     whole.save_pretrained(tmp_path)
     encoder = build_clip(weights="pretrained", pretrained=str(tmp_path))
     pixels = pixels_for(encoder)
@@ -97,8 +89,7 @@ def test_vision_tower_is_read_from_a_whole_clip(tmp_path: Path) -> None:
 
 
 def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
-    facts = {key: value for key, value in SMALL_CLIP.items() if key != "model_type"}
-    tower = CLIPVisionModel(CLIPVisionConfig(**facts))
+    tower = CLIPVisionModel(CLIPVisionConfig(**FACTS))
     state = {key: value for key, value in tower.state_dict().items() if "layers.1.mlp.fc1" not in key}
     tower.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"lacks 2 of the encoder's tensors, first '.*layers.1.mlp.fc1.bias'"):
@@ -115,8 +106,7 @@ def test_missing_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_folder_tells_what_the_options_do_not(tmp_path: Path) -> None:
-    facts = {**SMALL, "image_size": 32, "patch_size": 8, "num_register_tokens": 3}
-    tower = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**facts)).eval()
+    tower = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**FACTS, num_register_tokens=3)).eval()
     tower.save_pretrained(tmp_path)
     told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2, "image_processor_type": "x"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
@@ -143,9 +133,8 @@ def test_missing_files_name_the_remedy(tmp_path: Path, monkeypatch: pytest.Monke
 def test_towers_without_a_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a 'convnext' has hidden_size=None, .*or encoder=timm"):
         build_clip(config={"model_type": "convnext"})
-    facts = {**SMALL, "image_size": 32, "patch_size": 8}
     with pytest.raises(ValueError, match=r"gives 5 tokens for 16 patches, so they form no grid"):
-        build_clip(config={"model_type": "vit_mae", **facts}, drop_tokens=None)
+        build_clip(config={"model_type": "vit_mae", **FACTS}, drop_tokens=None)
 
 
 def test_siglip_reads_what_its_patches_cover_of_its_own_size() -> None:

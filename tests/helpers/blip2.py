@@ -129,6 +129,12 @@ def twin(reference: Blip2ForConditionalGeneration, folder: Path, llm: Any) -> Co
     return ours.eval()
 
 
+def question(batch: Batch) -> dict[str, Tensor]:
+    """The images and texts of a batch as Transformers takes them."""
+    ids = batch.input_ids.masked_fill(batch.image_mask, IMAGE_ID)
+    return {"pixel_values": batch.pixel_values, "input_ids": ids, "attention_mask": batch.attention_mask.long()}
+
+
 ROWS = (([IMAGE, 5, 6], [7, 8, 9]), ([3, IMAGE, 4, IMAGE], [10, 11]), ([12, 13], [14]))  # one, two and no picture
 
 

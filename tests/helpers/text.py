@@ -125,6 +125,13 @@ def border_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
+def templated(template: str) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with a chat template of its own."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def own_template(tokenizer: PreTrainedTokenizerFast, before: str, after: str) -> PreTrainedTokenizerFast:
     """The tokenizer with a chat template of its own that writes `before` and `after` around each answer."""
     tokenizer.chat_template = (

@@ -15,6 +15,7 @@ from tests.helpers.text import (
     own_template,
     say,
     special_ids,
+    templated,
     text_of,
 )
 from vlm.schema import IGNORE, Message, Sample
@@ -299,8 +300,7 @@ def test_the_tokenizer_is_left_alone(bytes_only):
 
 
 def test_a_template_for_lists_only(bytes_only):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{% for item in m.content %}{{ item['text'] }}{% endfor %}<eos>{% endfor %}"
     )
     assert encoder(tokenizer, None).encode(Sample("a/1", [], ONE_TURN)).text == f"{IMAGE_PLACEHOLDER}Hi<eos>no<eos>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.helpers.text import byte_tokenizer, encoder, say
+from tests.helpers.text import encoder, say, templated
 from vlm.schema import BadSample, Sample
 from vlm.text import jinja
 from vlm.text.templates import TEMPLATES
@@ -97,15 +97,13 @@ def test_the_limits_leave_room_for_every_conversation_that_may_be():
 
 def test_a_template_that_never_ends_is_refused_at_the_start(monkeypatch):
     monkeypatch.setattr(jinja, "MAX_STEPS", 20_000)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}"
+    tokenizer = templated("{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}")
     with pytest.raises(ValueError, match=r"loops and calls take more than 20,000 steps\); set llm.chat_template="):
         encoder(tokenizer, None)
 
 
 def test_a_conversation_that_a_template_refuses_is_a_bad_sample():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
         "{% endif %}"
         "{{ m.content }}<eos>{% endfor %}"

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import ToTensor
 
 from tests.helpers.conversations import conversations, few, num_images
-from tests.helpers.text import Listed, byte_tokenizer, encoder, say
+from tests.helpers.text import Listed, encoder, say, templated
 from vlm.data.datamodule import VLMDataModule
 from vlm.schema import IGNORE, BadSample, Sample, VisualSpec
 from vlm.text.templates import TEMPLATES
@@ -20,13 +20,14 @@ TWO_TURNS = [
     *(say("user", None, "What?"), say("assistant", "a star")),
     *(say("user", "Where?"), say("assistant", "left")),
 ]
+FIRST_NOT_LEARNED = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
+SPEC = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
 
 
 def test_the_options_of_the_data_reach_the_encoder(bytes_only):
     options = {"train_on": "last_assistant", "system_prompt": "Be brief.", "too_long": "truncate_text"}
     data = VLMDataModule(source=lambda split: Listed([Sample("a", [], []), Sample("b", [], [])]), **options)
-    spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
-    data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
+    data.connect(spec=SPEC, tokenizer=bytes_only, chat_template="plain")
     assert {name: getattr(data.text, name) for name in options} == options
 
 
@@ -70,8 +71,7 @@ def test_the_same_token_ends_an_answer_whatever_is_trained(merging, template):
 )
 def test_an_answer_that_is_not_to_be_learned(bytes_only, train_on, shown):
     subject = encoder(bytes_only, "plain", train_on=train_on)
-    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
-    assert subject.display(subject.encode(Sample("a/1", [], messages))) == shown
+    assert subject.display(subject.encode(Sample("a/1", [], FIRST_NOT_LEARNED))) == shown
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last_assistant", "all"])
@@ -85,10 +85,9 @@ def test_a_conversation_with_no_answer_to_learn_is_a_bad_sample(bytes_only, trai
 
 
 def test_a_cut_that_leaves_no_answer_to_learn_is_a_bad_sample(bytes_only):
-    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "supervised": False}, *TWO_TURNS[2:]]
     subject = encoder(bytes_only, "plain", max_length=20, too_long="truncate_text")
     with pytest.raises(BadSample, match=r"no supervised token in its first 17 of 29 tokens; raise data\.max_length$"):
-        subject.encode(Sample("a/1", [], messages))
+        subject.encode(Sample("a/1", [], FIRST_NOT_LEARNED))
 
 
 def test_a_row_separator_is_never_supervised(bytes_only):
@@ -119,8 +118,7 @@ def test_the_system_prompt_opens_what_has_no_system_message(bytes_only):
 
 
 def test_a_template_that_takes_no_system_prompt_is_refused_at_the_start():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ m.content }}<eos>{% endfor %}"
     )
@@ -219,8 +217,7 @@ class Held(Listed):
 def test_validation_asks_for_what_rows_hold_and_counts_the_rest(bytes_only, tmp_path, too_long, references):
     file = tmp_path / "bad.jsonl"
     data = VLMDataModule(source=Held, max_length=40, too_long=too_long, max_bad_ratio=0.9, bad_samples_file=file)
-    spec = VisualSpec(num_tokens=3, image_size=(8, 8), transform=ToTensor())
-    data.connect(spec=spec, tokenizer=bytes_only, chat_template="plain")
+    data.connect(spec=SPEC, tokenizer=bytes_only, chat_template="plain")
     batches = list(data.prompts(range(4), 2))
     samples = [sample for batch in batches for sample in batch.samples]
     assert [sample.messages[-1]["content"][0]["text"] for sample in samples] == references
@@ -233,8 +230,7 @@ def test_validation_asks_for_what_rows_hold_and_counts_the_rest(bytes_only, tmp_
 
 
 def test_a_template_that_writes_too_much_is_a_bad_sample():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{{ m.content }}{{ 'x' * 2000000 if messages | length > 4 }}<eos>{% endfor %}"
     )
     subject = encoder(tokenizer, None)

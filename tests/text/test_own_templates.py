@@ -6,7 +6,15 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers.text import byte_tokenizer, encoder, merging_tokenizer, say, sentencepiece_tokenizer, special_ids
+from tests.helpers.text import (
+    byte_tokenizer,
+    encoder,
+    merging_tokenizer,
+    say,
+    sentencepiece_tokenizer,
+    special_ids,
+    templated,
+)
 from vlm.schema import BadSample, Sample
 from vlm.text.tokenizer import BREAK
 
@@ -46,12 +54,6 @@ TWO_TURNS = [
 ]
 
 
-def own(template: str, tokenizer: PreTrainedTokenizerFast | None = None) -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     ("template", "learned"),
     [
@@ -61,7 +63,7 @@ def own(template: str, tokenizer: PreTrainedTokenizerFast | None = None) -> PreT
     ],
 )
 def test_what_is_learned_with_a_template_that_trims_or_adds(template, learned):
-    subject = encoder(own(template), None)
+    subject = encoder(templated(template), None)
     row = subject.encode(Sample("a/1", [], TWO_TURNS))
     assert subject.supervised(row) == learned
     assert "Be brief." in row.text
@@ -69,7 +71,7 @@ def test_what_is_learned_with_a_template_that_trims_or_adds(template, learned):
 
 
 def test_the_date_in_a_header_is_no_text_to_learn():
-    subject = encoder(own(LLAMA31), None)
+    subject = encoder(templated(LLAMA31), None)
     row = subject.encode(Sample("a/1", [], TWO_TURNS[1:]))
     assert row.text.startswith("<bos><|start_header_id|>system<|end_header_id|>\n\nToday Date: ")
     assert subject.supervised(row) == ["a star<|eot_id|>", "left<|eot_id|>"]
@@ -77,7 +79,7 @@ def test_the_date_in_a_header_is_no_text_to_learn():
 
 def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
     with pytest.raises(ValueError, match="before an answer but its generation prompt") as caught:
-        encoder(own(QWEN3), None)
+        encoder(templated(QWEN3), None)
     assert str(caught.value).startswith(
         r"the chat template writes '\n<think>\n\n</think>\n\n' before an answer but its generation prompt ends with "
         r"'im_start|>assistant\n', so generated answers would not start as in training; set llm.chat_template="
@@ -87,7 +89,7 @@ def test_an_answer_that_opens_otherwise_than_its_prompt_is_refused():
 def test_a_thought_that_the_template_drops_is_refused_by_name():
     messages = [say("user", "a"), say("assistant", "<think>b</think>c")]
     with pytest.raises(BadSample, match=r"sample 'a/1': the chat template rewrites the turns.*set llm.chat_template="):
-        encoder(own(STRIPS_THOUGHTS), None).encode(Sample("a/1", [], messages))
+        encoder(templated(STRIPS_THOUGHTS), None).encode(Sample("a/1", [], messages))
 
 
 # --- special tokens that somebody types ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.text import byte_tokenizer, encoder, say
+from tests.helpers.text import encoder, say, templated
 from vlm.cli.labels import PAGE, page
 from vlm.launch.entry import CONF
 from vlm.schema import Sample
@@ -84,8 +84,7 @@ def test_fastchat_rows_of_vicuna():
 
 
 def test_a_tokenizers_own_template_writes_no_thought_and_the_fallback_date():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{{ date_string }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}{{ m.content + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.text import byte_tokenizer, encoder, say
+from tests.helpers.text import encoder, say, templated
 from vlm.schema import IGNORE, BadSample, Sample
 from vlm.text.row import Encoded
 from vlm.text.templates import IMAGE_PLACEHOLDER
@@ -95,15 +95,13 @@ def test_unknown_or_missing_template(bytes_only):
     ],
 )
 def test_template_that_cannot_be_used(template, error):
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
+    tokenizer = templated(template)
     with pytest.raises(ValueError, match=f"{error}.*set llm.chat_template="):
         encoder(tokenizer, None)
 
 
 def test_template_that_fails_on_one_sample_names_it():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
         "{% if m.content != 'stop' %}<eos>{% endif %}{% endfor %}"
     )
