@@ -87,6 +87,7 @@ def with_value(node: Mapping[str, Any], key: Key, value: Any) -> dict[str, Any]:
     return {**node, name: with_value(node[name], tuple(inner), value) if inner else value}
 
 
+@pytest.mark.slow
 def test_every_option_with_every_value() -> None:
     accepted, refused, names = [], 0, set()
     for settings, keys in configs():

@@ -41,6 +41,7 @@ def test_commands_run_as_they_stand(
     assert len(list(Path().glob("multirun/*/*/metrics.json"))) == 2
 
 
+@pytest.mark.slow
 def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lines in a file, a picture for each, and its two commands with the smallest parts."""
     section = README.partition("## Your own data\n")[2]

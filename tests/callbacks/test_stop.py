@@ -147,7 +147,16 @@ def wait_until(done: Callable[[], bool], process: Any) -> None:
 
 @pytest.mark.parametrize(
     "signums",
-    [[signal.SIGINT], [signal.SIGTERM], [signal.SIGUSR1], [signal.SIGTERM] * 2, [signal.SIGUSR1, signal.SIGTERM]],
+    [
+        [signal.SIGINT],
+        *(
+            pytest.param(signums, marks=pytest.mark.slow)
+            for signums in (
+                *([signal.SIGTERM], [signal.SIGUSR1]),
+                *([signal.SIGTERM] * 2, [signal.SIGUSR1, signal.SIGTERM]),
+            )
+        ),
+    ],
     ids=lambda signums: "_".join(signum.name for signum in signums),
 )
 def test_a_signal_to_the_group_of_a_run_with_data_workers(tmp_path: Path, signums: list[signal.Signals]) -> None:

@@ -62,6 +62,7 @@ def merged(instructed: Path, printed: list[str]) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_next_command_that_a_merge_prints_is_taken(merged: Path, printed: list[str], tmp_path: Path) -> None:
     assert printed[0] == f"Merged run: {merged}"
     next_stage, python, program, *options = shlex.split(printed[1].replace("A next stage: ", "next "))
@@ -112,6 +113,7 @@ def test_a_merged_run_answers_as_before(instructed: Path, merged: Path) -> None:
     assert predictions[0] == predictions[1]
 
 
+@pytest.mark.slow
 def test_a_next_stage_starts_from_a_merged_run(
     merged: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -177,6 +177,7 @@ def test_every_defect_and_nothing_else(
         assert words in printed
 
 
+@pytest.mark.slow
 def test_through_the_filter_the_data_are_clean(planted: Path, doctor: Callable[..., int]) -> None:
     against = f"doctor.against={planted / 'benchmark'}"
     kinds = "doctor.filter_kinds=[duplicate,near_duplicate,shared_with_val,in_benchmark,long_text,repeated_answer]"

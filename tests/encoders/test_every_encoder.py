@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers.encoders import OPTIONS, build_encoder, members, pixels_for
+from tests.helpers.encoders import FAMILIES, OPTIONS, build_encoder, members, pixels_for
 
-pytestmark = pytest.mark.parametrize("option", OPTIONS)
+every_option = pytest.mark.parametrize("option", OPTIONS)
+every_family = pytest.mark.parametrize("option", FAMILIES)
 
 # Tokens that come before the patches: class and registers.
 PREFIX = {
@@ -31,6 +32,7 @@ TRAINED_WITH = {
 }
 
 
+@every_option
 def test_contract(option: str) -> None:
     encoder = build_encoder(option)
     features = encoder(pixels_for(encoder))
@@ -39,6 +41,7 @@ def test_contract(option: str) -> None:
     assert features.isfinite().all()
 
 
+@every_option
 def test_the_tokens_before_the_patches_are_dropped_and_only_those(option: str) -> None:
     encoder = build_encoder(option, layer=-1)
     found: dict[nn.Module, Tensor] = {}
@@ -59,6 +62,7 @@ def test_the_tokens_before_the_patches_are_dropped_and_only_those(option: str) -
         assert torch.equal(features, torch.cat(tokens, dim=-1))
 
 
+@every_family
 def test_layers_are_chosen_and_joined(option: str) -> None:
     maps = option in ("convnext_b_224", "convnext_l_clip_320", "efficientnet_lite0", "timm")
     chosen = [-1, -1] if maps else [-2, -1]  # a ConvNet's stages of different grids: test_encoders_timm.py
@@ -79,17 +83,20 @@ def test_layers_are_chosen_and_joined(option: str) -> None:
         assert not torch.allclose(*(encoder(pixels) for encoder in single))
 
 
+@every_family
 def test_an_unknown_layer_names_the_choices(option: str) -> None:
     with pytest.raises(ValueError, match=r"encoder.layer=99, but this encoder has \d+ layers: choose \d+\.\.\d+"):
         build_encoder(option, layer=99)
 
 
+@every_option
 def test_pictures_are_prepared_as_in_training(option: str) -> None:
     mean, std, interpolation = TRAINED_WITH[max((n for n in TRAINED_WITH if option.startswith(n)), key=len)]
     transform = build_encoder(option, weights="meta").transform
     assert (list(transform.mean), list(transform.std), transform.interpolation) == (mean, std, interpolation)
 
 
+@every_family
 def test_another_image_size(option: str) -> None:
     own = build_encoder(option)
     side = own.image_size[0] // own.grid[0] * 2 * (own.grid[0] // 3)
@@ -100,6 +107,7 @@ def test_another_image_size(option: str) -> None:
     assert other(pixels_for(other, 1)).shape == (1, other.grid[0] * other.grid[1], own.width)
 
 
+@every_family
 def test_meta_weights_have_the_names_and_shapes_of_real_ones(option: str) -> None:
     real, meta = build_encoder(option), build_encoder(option, weights="meta")
     assert {k: v.shape for k, v in meta.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}

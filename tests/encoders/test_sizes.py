@@ -33,7 +33,13 @@ def test_every_option_is_in_the_table() -> None:
     assert set(OPTIONS) == PUBLISHED.keys() | {"tiny", "timm", "hf", "dino_siglip"}
 
 
-@pytest.mark.parametrize("option", PUBLISHED)
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(option, marks=() if option in ("clip_vit_b32_224", "vit_b16_224") else pytest.mark.slow)
+        for option in PUBLISHED
+    ],
+)
 def test_the_tower_is_the_published_one_less_what_features_do_not_need(option: str) -> None:
     published, width, grid, num_blocks = PUBLISHED[option]
     encoder, config = build_encoder(option, small=False, weights="meta"), settings(option, small=False)

@@ -186,6 +186,7 @@ def texts_of(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if line]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_replay_measures_from_the_same_base(tmp_path: Path) -> None:
     """The last layer trains, so that the base is gone after the first step; the newest checkpoint is lost."""
     run, again = tmp_path / "whole", tmp_path / "again"

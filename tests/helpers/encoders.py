@@ -29,7 +29,8 @@ SHRINK: dict[str, dict[str, Any]] = {
     "clip_vit": {"config": TOWER},
     "siglip": {"config": TOWER},
     "vit": {"image_size": 48, "model_args": VIT},
-    "eva": {"image_size": 48, "model_args": VIT},
+    "eva02": {"image_size": 48, "model_args": VIT},
+    "eva_g": {"image_size": 48, "model_args": VIT},
     "dinov2": {"image_size": 48, "model_args": VIT},
     "dino_siglip": {"image_size": 48, "model_args": [VIT, VIT]},
     "convnext": {"image_size": 96, "model_args": {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}},
@@ -40,12 +41,18 @@ SHRINK: dict[str, dict[str, Any]] = {
 }
 
 
+def family(option: str) -> str:
+    return max((name for name in SHRINK if option.startswith(name)), key=len)
+
+
+FAMILIES = list({family(option): option for option in OPTIONS}.values())  # one of each; narrow, they are alike
+
+
 def settings(option: str, *, small: bool = True, **changes: Any) -> dict[str, Any]:
     """The options of a config file with random weights, narrow where it is big."""
     config = OmegaConf.load(CONF / f"{option}.yaml")
     del config.defaults  # the tiling, which is not the encoder's business
-    family = max((name for name in SHRINK if option.startswith(name)), key=len)
-    shrunk = SHRINK[family] if small else {}
+    shrunk = SHRINK[family(option)] if small else {}
     merged = OmegaConf.merge(config, {"weights": "random"}, shrunk, changes)
     plain: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return plain

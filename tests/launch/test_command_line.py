@@ -257,6 +257,7 @@ def test_a_slip_in_the_options_of_an_evaluation(typed: str, said: str, told: Any
     assert said in told()
 
 
+@pytest.mark.slow
 def test_paths_of_any_characters_through_training_and_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:

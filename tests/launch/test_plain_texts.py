@@ -69,6 +69,7 @@ def test_files_keep_what_is_no_unicode(tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / "config.yaml").data == settings["data"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_files_have_names_in_latin_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """One of them cannot be read; all figures and samples are there, in a folder as a sweep names it."""
     folder = tmp_path / "pictures"
@@ -124,6 +125,7 @@ def test_what_fails_after_the_last_step_takes_no_figures_with_it(
     assert run.status(tmp_path / "run") == "failed"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_in_its_answers_keeps_its_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:

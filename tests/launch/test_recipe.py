@@ -186,6 +186,7 @@ def test_stopped_in_the_second_stage_and_continued_there(tmp_path: Path, command
     assert all("val/exact_match" in stage["metrics"] for stage in stages)
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_is_resumed_by_itself(
     tmp_path: Path, commands, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +319,7 @@ def test_the_command_line_is_stronger_than_what_all_stages_are_measured_with(com
     assert not [option for option in seen[1] if option.startswith("data.")]
 
 
+@pytest.mark.slow
 def test_a_recipe_and_a_run_with_its_settings_have_directories_of_their_own(tmp_path: Path, monkeypatch) -> None:
     """And an option of the stage that makes an adapter may be given to all of them."""
     monkeypatch.chdir(tmp_path)

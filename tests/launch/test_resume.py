@@ -127,6 +127,7 @@ def change(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [cut, change])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage: Callable[[Path], None], whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -156,6 +157,7 @@ def test_without_a_readable_checkpoint_the_remedy_is_told(whole: Path, tmp_path:
     assert f"ckpt={run}" in error
 
 
+@pytest.mark.slow
 def test_a_run_that_had_saved_nothing_begins_anew(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "early"
     run.mkdir()
@@ -183,6 +185,7 @@ def test_what_would_change_the_run_is_refused_by_name(whole: Path, told: Any) ->
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_what_is_allowed_may_change(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command again, as a queue repeats it, but for two more steps, no workers, and a path from elsewhere."""
     run = tmp_path / "a longer, second=run"
@@ -206,6 +209,7 @@ def test_other_workers_change_nothing(whole: Path, tmp_path: Path) -> None:
     assert config.read_config(run)[0]["data"]["num_workers"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its relative paths are from where it was started; the logger knows it by the same id."""
     (tmp_path / "here").mkdir()
@@ -240,6 +244,7 @@ def test_what_cannot_be_resumed(whole: Path, tmp_path: Path, told: Any) -> None:
     assert "cannot continue a run that repeats a few batches (debug=overfit); start it again" in told()
 
 
+@pytest.mark.slow
 def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> None:
     """Packed by two workers from tar files; then one of them is gone."""
     for number in range(3):
@@ -265,10 +270,14 @@ def test_shards_go_on_and_other_data_is_refused(tmp_path: Path, told: Any) -> No
     assert "restore them, or use 'resume.allow=[data]' or a new run with ckpt=" in error
 
 
-def test_the_best_artifact_is_that_of_the_lowest_loss(whole: Path, tmp_path: Path) -> None:
+def test_the_best_artifact_is_that_of_the_lowest_loss(whole: Path) -> None:
     seen = {step: values["val/loss"] for step, values in losses(whole) if "val/loss" in values}
     seen[8] = json.loads((whole / "metrics.json").read_text())["val/loss"]
     assert best_of(whole) == min(seen, key=lambda step: seen[step])
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_best_artifact(whole: Path, tmp_path: Path) -> None:
     assert train(*OPTIONS, f"ckpt={whole / 'best'}", f"run_dir={tmp_path / 'next'}", "trainer.max_steps=1") == 0
 
 
@@ -277,6 +286,7 @@ def best_of(run: Path) -> int:
         return int(file.metadata()["step"])
 
 
+@pytest.mark.slow
 def test_the_last_validation_may_be_the_best(tmp_path: Path) -> None:
     """Where none comes before the end."""
     run = tmp_path / "run"
@@ -335,6 +345,7 @@ def test_an_artifact_of_another_run_is_refused_by_name(whole: Path, other: Path,
         assert "has the artifact of another run: manifest.json is of run '" in told()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["manifest", "nan"])
 def test_a_damaged_artifact_beside_whole_checkpoints(
     damage: str, whole: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]
@@ -374,6 +385,7 @@ def test_a_checkpoint_with_nan_gives_way_to_the_one_before(
     assert f"values of {name} are NaN or infinite); it is renamed to damaged-last.ckpt" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["edited", "shuffled"])
 def test_other_rows_are_refused_by_the_splits_name(edit: str, tmp_path: Path, told: Any) -> None:
     """As many rows as before, in resume= and eval.py; what the user allows, or names again, is taken."""

@@ -130,6 +130,7 @@ def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_third_stage_tunes_the_encoder_and_saves_the_average(instructed: Path, tmp_path: Path) -> None:
     """Its artifact holds what each stage has trained; what is evaluated from it is what the run has validated."""
     run = tmp_path / "third"
@@ -278,6 +279,7 @@ def test_a_bad_sample_is_named_and_the_run_goes_on(
     assert shared in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_bad_held_out_sample_is_not_asked_about(captions: list[str], tmp_path: Path) -> None:
     """Not at the end of a run, and not by an evaluation."""
     run, lines = tmp_path / "run", (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
@@ -313,6 +315,7 @@ def test_a_bad_sample_stops_the_run_that_wants_it(captions: list[str], tmp_path:
     assert "1 bad sample of 20, 0 allowed" in line
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_directory_each(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     assert train("-m", "connector=linear,mlp", *QUICK, "logger=csv", f"hydra.sweep.dir={sweep}") == 0
@@ -335,6 +338,7 @@ def test_a_sweep_with_too_long_a_name_is_one_sentence(tmp_path: Path, told: Any)
     assert "too long a name for a job's folder; add 'hydra.sweep.subdir=${hydra.job.num}'" in told()
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_has_its_own_run_of_wandb(tmp_path: Path) -> None:
     wandb.teardown()  # what an earlier test of this process has set up
     assert (
@@ -353,6 +357,7 @@ def test_threads_and_workers_are_printed(
     assert "\nCPU: 2 threads for the model, 1 data worker (data.num_workers)\n" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_with_the_artifact(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*QUICK, "trainer.max_steps=100000", "trainer.val_check_interval=100000", f"run_dir={run}"]
@@ -420,6 +425,7 @@ def test_the_machine_is_blamed_only_for_its_own(options: list[str], said: str, t
     assert ("this machine" in line) == ("tpu" in options[0])
 
 
+@pytest.mark.slow
 def test_several_loggers_and_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     """Both are built and go on with a resumed run; the flat form that one logger had is still read."""
     run, old = tmp_path / "run", tmp_path / "old"
@@ -467,7 +473,8 @@ print(held, megabytes() - before)
     ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
 )
 def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> None:
-    script = "from vlm.launch.entry import sleep_early\nsleep_early()\nimport torch"
+    (library,) = Path(torch.__file__).parent.glob("lib/libgomp*")  # reads its settings when it is loaded
+    script = f"import ctypes; from vlm.launch.entry import sleep_early; sleep_early(); ctypes.CDLL({str(library)!r})"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {**given, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
@@ -485,6 +492,7 @@ def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
     assert (left > 0.9 * held) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text alone", "one picture"])
 def test_a_validation_without_two_pictures_is_said_before_the_first_step(
     kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -50,6 +50,7 @@ def saved(folder: Path) -> tuple[int, dict[str, Tensor]]:
         return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in names}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files change by renaming alone, so these are all the states that a kill can leave: one before each renaming."""
     expected: dict[int, dict[str, Tensor]] = {}
@@ -169,6 +170,7 @@ def test_a_file_system_without_locks(
     assert "file system without locks (No locks available); do not start a second run" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any) -> None:
     folder = tmp_path / "run"
     row, rows = Rows.__getitem__, 0

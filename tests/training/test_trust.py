@@ -237,6 +237,7 @@ def test_a_stored_config_reaches_nothing_beyond_this_code(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_what_the_user_says_again_counts(
     sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:
