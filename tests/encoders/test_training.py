@@ -1,4 +1,4 @@
-"""Every family of encoders trains: wholly or by its last blocks, with checkpointing or without, in a batch of any size."""
+"""Every family of encoders trains: wholly or by its last blocks, with checkpointing, in a batch of any size."""
 
 from __future__ import annotations
 
