@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from tests.helpers.programs import QUICK, evaluate, read, train
+from tests.helpers.programs import QUICK, evaluate, losses, read, train, weights
 from vlm import config
 from vlm.evaluation.answers import Answers, mean_scores, write_samples
 from vlm.evaluation.scorers.exact_match import ExactMatch
@@ -123,6 +124,25 @@ def test_what_fails_after_the_last_step_takes_no_figures_with_it(
     for name in ("val/loss", "perf/tokens_per_second"):
         assert (name in metrics) == (what == "answers")
     assert run.status(tmp_path / "run") == "failed"
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_validation_failed_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats that validation, and trains on like a run in which nothing failed."""
+    failed, whole = tmp_path / "failed", tmp_path / "whole"
+    with monkeypatch.context() as patched:
+        patched.setattr(VLMModule, "on_validation_epoch_end", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(*QUICK, f"run_dir={failed}")
+    assert run.status(failed) == "failed"
+    assert train(f"resume={failed}") == train(*QUICK, f"run_dir={whole}") == 0
+    metrics, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (failed, whole))
+    assert metrics["status"] == "finished"
+    assert metrics["val/loss"] == expected["val/loss"]
+    longer = ["trainer.max_steps=4", "resume.allow=[trainer.max_steps]"]
+    assert train(f"resume={failed}", *longer) == train(f"resume={whole}", *longer) == 0
+    torch.testing.assert_close(weights(failed), weights(whole), rtol=0, atol=0)
+    assert losses(failed)[-3:] == losses(whole)[-3:]
 
 
 @pytest.mark.slow

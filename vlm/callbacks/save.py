@@ -120,15 +120,20 @@ class Save(pl.Callback):
         )  # raised on all ranks, which save a sharded model together
         if not on_all_ranks and isinstance(trainer.strategy, FullyShard):
             return
+        # A run cannot resume within a step, but after its last one, to repeat the validation that has failed.
+        in_last_validation = trainer.validating and trainer.global_step == trainer.max_steps
+        save_checkpoint = in_last_validation and trainer.world_size == 1  # other ranks may not be here
         try:
-            self._save_artifact(
-                trainer, module, self.run_dir
-            )  # no checkpoint, because a run cannot resume within a step
+            if save_checkpoint:
+                self._save(trainer, module)
+            else:
+                self._save_artifact(trainer, module, self.run_dir)
         except artifact.SaveError as error:
             print(error)  # the first error is raised
         else:
             if trainer.is_global_zero:
-                print(f"The weights of step {trainer.global_step} are saved in {self.run_dir / 'artifact'}")
+                resume = "; resume= repeats the last validation" if save_checkpoint else ""
+                print(f"The weights of step {trainer.global_step} are saved in {self.run_dir / 'artifact'}{resume}")
         if on_all_ranks:
             trainer.strategy.barrier()  # the first rank to exit would kill the others
 

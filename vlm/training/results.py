@@ -38,7 +38,7 @@ MEANING: dict[Status, str] = {
     "finished": "all steps and metrics are done",
     "stopped": "a signal came first; resume=<run directory> continues",
     "time_up": "trainer.max_time was over first; resume=<run directory> continues",
-    "failed": "the training is done, but a metric failed; the error is below",
+    "failed": "the training is done, but a metric failed, see the error; resume=<run directory> computes it again",
 }
 LINES = 3  # of a cell in the table of answers
 
