@@ -151,6 +151,17 @@ def check(cfg: Mapping[str, Any]) -> None:
     bind_named(cfg, "logger", OF_THE_RUN)
 
 
+def check_model(cfg: Mapping[str, Any]) -> None:
+    """As `check`, for a program that builds the model of a run and uses neither its data nor its trainer."""
+    model = model_class(cfg)
+    check_values("", {"seed": cfg.get("seed")}, VALUES)
+    for part in model.groups(cfg):
+        check_mapping(part, cfg[part])
+    _check_stage(cfg["stage"], model)
+    check_loader("data", split_data(cfg["data"])[0])
+    model.check(cfg)
+
+
 def _check_stage(stage: Mapping[str, Any], model: type[Model]) -> None:
     arguments = parameters(VLMModule).keys() - {"model", "objective", "evaluators"}
     check_keys("stage", stage, {*STAGE, *model.parts, *arguments})

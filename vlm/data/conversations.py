@@ -63,16 +63,23 @@ def caption_messages(prompt: str, caption: str) -> list[Message]:
 
     Raises `ValueError` for a prompt with several.
     """
-    question = list(_split_at_placeholders(prompt, role="user", where="in data.prompt"))
+    question = question_content(prompt, num_images=1, where="in data.prompt")
     num_placeholders = sum(piece["type"] == "image" for piece in question)
     if num_placeholders > 1:
         raise ValueError(
             f"data.prompt={quoted(prompt)} has {num_placeholders} {PLACEHOLDER} for one image; leave one of them"
         )
     return [
-        {"role": "user", "content": question if num_placeholders else [{"type": "image"}, *question]},
+        {"role": "user", "content": question},
         {"role": "assistant", "content": [{"type": "text", "text": caption}]},
     ]
+
+
+def question_content(text: str, *, num_images: int, where: str) -> list[Content]:
+    """A question about `num_images` images; these come first where the text has no `<image>`."""
+    content = list(_split_at_placeholders(text, role="user", where=where))
+    has_placeholders = any(piece["type"] == "image" for piece in content)
+    return content if has_placeholders else [*(Content(type="image") for _ in range(num_images)), *content]
 
 
 def turns_record(turns: Any) -> dict[str, Any]:

@@ -91,12 +91,7 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > reading.max_image_pixels:
-                raise BadImage(
-                    f"image '{name}' has {width * height:,} pixels ({width} x {height}), more than the limit of "
-                    f"{reading.max_image_pixels:,}; make it smaller, or set "
-                    f"data.reading.max_image_pixels={width * height}"
-                )
+            _check_pixels(width, height, name=name)
             if image.format == "JPEG" and (scans := data.count(START_OF_SCAN)) > reading.max_image_scans:
                 raise BadImage(
                     f"image '{name}' has {scans} scans, more than the limit of {reading.max_image_scans}; save it "
@@ -123,6 +118,18 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
         raise BadImage(f"image '{name}' cannot be decoded ({reason}); replace the file") from error
 
 
+def opened_image(image: Image.Image, *, name: str) -> Image.Image:
+    """An image of Pillow's as `load_image` returns that of a file: within the limit of pixels, upright, RGB.
+
+    Raises `BadImage`, naming what is wrong and the remedy.
+    """
+    _check_pixels(*image.size, name=name)
+    try:
+        return to_rgb(_upright(image, image), name=name)
+    except OSError as error:  # a file that is decoded only now
+        raise BadImage(f"image '{name}' cannot be decoded ({error}); replace the file") from error
+
+
 def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
     """The image at the center of a square of color `fill`.
 
@@ -140,6 +147,15 @@ def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> 
     square = Image.new(image.mode, (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _check_pixels(width: int, height: int, *, name: str) -> None:
+    """Raise `BadImage` for more pixels than data.reading allows."""
+    if width * height > (limit := current().max_image_pixels):
+        raise BadImage(
+            f"image '{name}' has {width * height:,} pixels ({width} x {height}), more than the limit of {limit:,}; "
+            f"make it smaller, or set data.reading.max_image_pixels={width * height}"
+        )
 
 
 def _by_torchvision(image: Image.Image, data: bytes) -> ArrayImage | None:

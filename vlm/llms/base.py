@@ -115,9 +115,14 @@ class LanguageModel(nn.Module, ABC):
     def layers(self) -> list[nn.Module]:
         """The transformer layers, in the order of computation."""
 
+    @property
+    def num_positions(self) -> int | None:
+        """Largest number of tokens of a row, with its answer; None is no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def check_length(self, max_length: int) -> None:
         """Raise ValueError if `max_length` (`data.max_length`) exceeds the positions of the model, in tokens."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.num_positions
         if limit is not None and max_length > limit:
             raise ValueError(
                 f"data.max_length={max_length}, but this llm has {limit} positions; "

@@ -35,6 +35,7 @@ class Model(nn.Module, ABC):
         tokenizer: of the LLM or text encoder.
         chat_template: name of a built-in template of vlm/text/templates.py; None is the tokenizer's own.
         max_answers: largest number of answers in a row; None is no limit.
+        num_positions: largest number of tokens of a row, with its answer; None is no limit.
         quantization: of the frozen weights, `none` or an option of `llm.quantization`.
     """
 
@@ -46,6 +47,7 @@ class Model(nn.Module, ABC):
     tokenizer: Any
     chat_template: str | None = None
     max_answers: int | None = None
+    num_positions: int | None = None
     quantization: str = "none"
 
     @classmethod
@@ -138,7 +140,7 @@ class Generates(Protocol):
     """Generates answers to prompts."""
 
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
-        """Ids of the answers to a batch of left-padded prompts."""
+        """Ids of the answers to a batch of left-padded prompts; `options` are those of Transformers' `generate`."""
         ...
 
 

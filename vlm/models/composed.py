@@ -124,6 +124,10 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         return self.llm.max_answers
 
     @property
+    def num_positions(self) -> int | None:  # type: ignore[override]
+        return self.llm.num_positions
+
+    @property
     def num_visual_tokens(self) -> int:
         return self.connector.num_tokens
 
