@@ -54,7 +54,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert train(*QUICK, *LIVELY, *FORMS[request.param], *data, f"run_dir={run}") == 0
     settings, _ = config.read_config(run, with_data=True)
     model, _ = build.build_model(settings)
-    module = build.build_data(settings, model, None)
+    module = build.connect_data(build.build_data(settings, None), settings, model)
     indices = module.val_indices(2)
     asked = [(module.splits["val"][index].images[0], settings["data"]["prompt"]) for index in indices]
     prompts = next(module.prompts(indices, 2))
@@ -132,7 +132,7 @@ def talker(talks: Path) -> TrainedModel:
 def talk(talks: Path, talker: TrainedModel) -> tuple[Sample, Batch]:
     """A conversation of three questions, and its prompt as the data makes it."""
     settings, _ = config.read_config(talks, with_data=True)
-    data = build.build_data(settings, talker.model, None)
+    data = build.connect_data(build.build_data(settings, None), settings, talker.model)
     sample = data.splits["train"][0]
     row = data.judge.row(sample, data.text.encode_prompt(sample))
     return sample, collate([row], spec=data.spec, pad_id=data.text.pad_id, side="left")

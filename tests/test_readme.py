@@ -39,6 +39,13 @@ def test_commands_run_as_they_stand(
     assert results["num_samples"] == 8
     assert [stage["name"] for stage in results["stages"]] == ["align", "instruct"]
     assert len(list(Path().glob("multirun/*/*/metrics.json"))) == 2
+    for text in (README, (ROOT / "docs" / "use.md").read_text(encoding="utf-8")):
+        blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        assert blocks
+        assert "runs/…" in blocks[0]
+        for name in ("photo.jpg", "other.jpg"):
+            Image.new("RGB", (60, 40), "red").save(name)
+        exec("".join(blocks).replace("runs/…", "runs/second"), {})
 
 
 @pytest.mark.slow
