@@ -134,7 +134,7 @@ def talk(talks: Path, talker: TrainedModel) -> tuple[Sample, Batch]:
     settings, _ = config.read_config(talks, with_data=True)
     data = build.connect_data(build.build_data(settings, None), settings, talker.model)
     sample = data.splits["train"][0]
-    row = data.judge.row(sample, data.text.encode_prompt(sample))
+    row = data.reader.row(sample, data.text.encode_prompt(sample))
     return sample, collate([row], spec=data.spec, pad_id=data.text.pad_id, side="left")
 
 
@@ -152,7 +152,7 @@ def test_a_later_turn_has_the_turns_before_it(talker: TrainedModel, talk: tuple[
     chat.messages = sample.messages[:4]  # as if the model had answered so
     second = chat.ask(words(sample.messages[4]), max_new_tokens=NEW)
     with torch.no_grad():
-        ids = talker.model.generate(prompt, stop_ids=talker._judge.text.stop_ids, max_new_tokens=NEW)
+        ids = talker.model.generate(prompt, stop_ids=talker._reader.text.stop_ids, max_new_tokens=NEW)
     assert second == talker._decoded(ids[0].tolist())
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
     assert chat.messages[:5] == sample.messages[:5]
@@ -224,7 +224,7 @@ def test_an_encoder_decoder_answers() -> None:
     [
         ("none.png", "What?", "image 'none.png' does not exist; give the path of an image file"),
         (".", "What?", r"image '\.' is not a file; give the path of an image file"),
-        ("notes.txt", "What?", "image '.*notes.txt' is none of JPEG, PNG, .*; convert it to one of them"),
+        ("notes.txt", "What?", "image '.*notes.txt' is not one of JPEG, PNG, .*; convert it to one of them"),
         ("large.png", "What?", r"image '.*large\.png' has 67,200,000 pixels \(8400 x 8000\), more than the limit of"),
         (Image.new("F", (4, 4)), "What?", "image 'from Pillow' holds 32-bit values"),
         (Image.new("1", (8400, 8000)), "What?", "image 'from Pillow' has 67,200,000 pixels"),

@@ -21,9 +21,9 @@ from vlm import build, config
 from vlm.data.collate import collate
 from vlm.data.conversations import question_content
 from vlm.data.images import load_image, opened_image
-from vlm.data.judge import Judge
 from vlm.data.reading import Reading, applied
 from vlm.data.record_keys import Malformed
+from vlm.data.sample_reader import SampleReader
 from vlm.launch.command_line import check_run_dir
 from vlm.launch.overrides import absolute_paths
 from vlm.models.base import Generates, Model, check_capabilities
@@ -100,7 +100,7 @@ class TrainedModel:
             row_separator=spec.row_separator,
             system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
         )
-        self._judge = Judge(text=text, spec=spec, reading=Reading(**(data.get("reading") or {})))
+        self._reader = SampleReader(text=text, spec=spec, reading=Reading(**(data.get("reading") or {})))
         self._lock = threading.Lock()
 
     @overload
@@ -166,7 +166,7 @@ class TrainedModel:
 
         Raises ValueError for a file that is missing, too large or no image.
         """
-        with applied(self._judge.reading):
+        with applied(self._reader.reading):
             if isinstance(image, Image.Image):
                 return opened_image(image, name=str(getattr(image, "filename", "") or "from Pillow"))
             path = Path(image).expanduser()
@@ -199,11 +199,11 @@ class TrainedModel:
 
     def _batch(self, samples: Sequence[Sample]) -> Batch:
         """Left-padded prompts on the device. Raises ValueError for one longer than the LLM's positions."""
-        text, rows = self._judge.text, []
+        text, rows = self._reader.text, []
         for sample in samples:
-            self._judge.check(sample)
-            rows.append(self._judge.row(sample, text.encode_prompt(sample)))
-        batch = collate(rows, spec=self._judge.spec, pad_id=text.pad_id, side="left")
+            self._reader.check(sample)
+            rows.append(self._reader.row(sample, text.encode_prompt(sample)))
+        batch = collate(rows, spec=self._reader.spec, pad_id=text.pad_id, side="left")
         length, positions = batch.input_ids.shape[1], self.model.num_positions
         if positions is not None and length >= positions:
             raise ValueError(
@@ -215,7 +215,7 @@ class TrainedModel:
     def _generate(self, batch: Batch, max_new_tokens: int, options: Mapping[str, Any]) -> Tensor:
         if (positions := self.model.num_positions) is not None:
             max_new_tokens = min(max_new_tokens, positions - batch.input_ids.shape[1])
-        stop_ids = self._judge.text.stop_ids
+        stop_ids = self._reader.text.stop_ids
         with self._lock, self._autocast():
             return self.model.generate(batch, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
 
@@ -226,7 +226,7 @@ class TrainedModel:
         return torch.autocast(self.device.type, dtype=dtype)
 
     def _decoded(self, ids: list[int]) -> str:
-        return str(self._judge.text.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(self._reader.text.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _pieces(self, batch: Batch, max_new_tokens: int, options: Mapping[str, Any]) -> Generator[str, None, None]:
         """The text of a row's answer in pieces, while another thread generates it.
