@@ -261,7 +261,7 @@ def test_what_cannot_be_asked_is_one_sentence(
         ({"device": "cuda:99"}, "device=cuda:99 is not a device of this machine; choose one of auto, .*cpu"),
         ({"device": "meta"}, "device=meta is not a device of this machine"),
         ({"dtype": "int8"}, "dtype=int8 is not supported; choose one of auto, float32, bfloat16, float16"),
-        ({"overrides": {"llm.atention": "sdpa"}}, "there is no option llm.atention; did you mean attention?"),
+        ({"overrides": {"llm.attentions": "sdpa"}}, "there is no option llm.attentions; did you mean attention?"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_sentence(
