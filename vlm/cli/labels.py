@@ -1,6 +1,6 @@
-"""Write docs/labels.md, what is learned of ten conversations with each chat template: `python -m vlm.cli.labels`.
+"""Write docs/labels.md, the supervised tokens of ten conversations with each chat template: `python -m vlm.cli.labels`.
 
-The page holds rows as `TextEncoder` makes them, with a byte tokenizer that has the marks of every family.
+The page shows the output of `TextEncoder`, with a byte tokenizer that has the special tokens of all templates.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlm.text.templates import TEMPLATES
 
 PAGE = Path(CONF).parent / "docs" / "labels.md"
 Role = Literal["system", "user", "assistant"]
-# A message is a role's first letter and what it says; an @ is an image.
+# A message is the first letter of its role and then its text; an @ is an image.
 CONVERSATIONS: dict[str, list[str]] = {
     "a number": ["u@How many stars?", "a2"],
     "Japanese": ["u@星は何色ですか。", "a青です。"],
@@ -34,24 +34,27 @@ CONVERSATIONS: dict[str, list[str]] = {
 }
 HEAD = """# What is learned
 
-Written by `python -m vlm.cli.labels` (a test keeps it up to date). Each line is a row; what stands between ⟦ and ⟧ is
-supervised, `\\n` is a newline, and images are two tokens each. The tokenizer of this page has one token a byte, so that
-the page needs no download; the rules are the same for every tokenizer:
+This page is written by `python -m vlm.cli.labels`, and a test keeps it up to date. It shows ten conversations with each
+chat template, one conversation per line. The text between ⟦ and ⟧ is supervised, `\\n` is a newline, and each image has two
+visual tokens. The page uses a tokenizer with one token per byte, which needs no download. The rules are the same for every
+tokenizer:
 
-- All that follows a turn's generation prompt is supervised, up to the special token that ends the turn, whatever the
-  characters are. What a template writes after that token is not.
-- A generation prompt is cut before the spaces at its end: `ASSISTANT: ` is asked with as `ASSISTANT:`, and the space is
-  learned. Many tokenizers make one token of a space and the word after it (`▁Yes`), and a space alone before a
-  number, Japanese or an emoji (`▁` `2`); either is the first thing that the model has to write.
-- No token lies across the end of a generation prompt. An answer that begins with a newline, after a prompt that ends
-  with one, begins with a token of its own, since generation starts after the prompt's tokens. So the ids of a prompt
-  and the ids to learn are the ids of the row.
-- The white space around an answer stays, in rows and in references, unless the template itself trims it (`gemma`,
-  `llama2`, `llama3`, `llama3_2` and `mistral` do, as published; `qwen3` drops newlines at the start of a last answer).
-- With `data.train_on=last_assistant` the last answer alone is supervised, with `all` every token but the images'.
-- `qwen3` writes an empty thought before the last answer only, and `mistral` the system text into the last user turn
-  only: both as published. An earlier answer of a conversation is then learned without them;
-  `data.train_on=last_assistant` learns the last one alone, which is asked for as it was learned.
+- An answer is supervised from the end of its generation prompt up to its end-of-turn token, which is included. What a
+  template writes after that token is not supervised.
+- A generation prompt does not include the spaces at its end. With the template text `ASSISTANT: `, the prompt is
+  `ASSISTANT:` and the space is supervised. The reason is that many tokenizers have one token for a space and the word after
+  it (`▁Yes`), but a separate token for a space before a number, a Japanese character or an emoji (`▁` `2`). In both cases
+  the model generates the space.
+- A token never crosses the end of a generation prompt. If the prompt ends with a newline and the answer begins with one,
+  these are two tokens. So the ids in training are the ids of the prompt followed by the ids of the answer, as in
+  generation.
+- White space around an answer is kept, also in references, unless the template strips it. The templates `gemma`, `llama2`,
+  `llama3`, `llama3_2` and `mistral` strip it, and `qwen3` strips newlines at the start of the last answer, as published.
+- With `data.train_on=last_assistant`, only the last answer is supervised. With `all`, all tokens except visual tokens are
+  supervised.
+- As published, `qwen3` writes an empty thought before the last answer only, and `mistral` writes the system text in the last
+  user turn only. Earlier answers are therefore trained without them, although a model that generates always has them.
+  `data.train_on=last_assistant` avoids this difference.
 """
 
 
