@@ -34,27 +34,28 @@ CONVERSATIONS: dict[str, list[str]] = {
 }
 HEAD = """# What is learned
 
-This page is written by `python -m vlm.cli.labels`, and a test keeps it up to date. It shows ten conversations with each
-chat template, one conversation per line. The text between ⟦ and ⟧ is supervised, `\\n` is a newline, and each image has two
-visual tokens. The page uses a tokenizer with one token per byte, which needs no download. The rules are the same for every
-tokenizer:
+This page is written by `python -m vlm.cli.labels`, and a test keeps it up to date. It shows ten conversations with
+each chat template, one conversation per line. The text between ⟦ and ⟧ is supervised, `\\n` is a newline, and each
+image has two visual tokens. The page uses a tokenizer with one token per byte, which needs no download. The rules are
+the same for every tokenizer:
 
 - An answer is supervised from the end of its generation prompt up to its end-of-turn token, which is included. What a
   template writes after that token is not supervised.
 - A generation prompt does not include the spaces at its end. With the template text `ASSISTANT: `, the prompt is
-  `ASSISTANT:` and the space is supervised. The reason is that many tokenizers have one token for a space and the word after
-  it (`▁Yes`), but a separate token for a space before a number, a Japanese character or an emoji (`▁` `2`). In both cases
-  the model generates the space.
-- A token never crosses the end of a generation prompt. If the prompt ends with a newline and the answer begins with one,
-  these are two tokens. So the ids in training are the ids of the prompt followed by the ids of the answer, as in
+  `ASSISTANT:` and the space is supervised. The reason is that many tokenizers have one token for a space and the word
+  after it (`▁Yes`), but a separate token for a space before a number, a Japanese character or an emoji (`▁` `2`). In
+  both cases the model generates the space.
+- A token never crosses the end of a generation prompt. If the prompt ends with a newline and the answer begins with
+  one, these are two tokens. So the ids in training are the ids of the prompt followed by the ids of the answer, as in
   generation.
-- White space around an answer is kept, also in references, unless the template strips it. The templates `gemma`, `llama2`,
-  `llama3`, `llama3_2` and `mistral` strip it, and `qwen3` strips newlines at the start of the last answer, as published.
-- With `data.train_on=last_assistant`, only the last answer is supervised. With `all`, all tokens except visual tokens are
-  supervised.
-- As published, `qwen3` writes an empty thought before the last answer only, and `mistral` writes the system text in the last
-  user turn only. Earlier answers are therefore trained without them, although a model that generates always has them.
-  `data.train_on=last_assistant` avoids this difference.
+- White space around an answer is kept, also in references, unless the template strips it. The templates `gemma`,
+  `llama2`, `llama3`, `llama3_2` and `mistral` strip it, and `qwen3` strips newlines at the start of the last answer,
+  as published.
+- With `data.train_on=last_assistant`, only the last answer is supervised. With `all`, all tokens except visual tokens
+  are supervised.
+- As published, `qwen3` writes an empty thought before the last answer only, and `mistral` writes the system text in
+  the last user turn only. Earlier answers are therefore trained without them, although a model that generates always
+  has them. `data.train_on=last_assistant` avoids this difference.
 """
 
 
