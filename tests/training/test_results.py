@@ -51,7 +51,7 @@ def test_metrics_are_printed_in_groups_with_units() -> None:
         ["Training, last step", "", ""],
         ["train/loss", "0.500", "nats per token"],
         ["Time", "", ""],
-        ["time/fit_seconds", "60.000", "seconds of training, validation included"],
+        ["time/fit_seconds", "60.000", "seconds of training and of the validations in it"],
         ["Speed and memory", "", ""],
         ["perf/step_seconds", "0.250", "seconds per step, validation excluded"],
         ["Parameters", "", ""],

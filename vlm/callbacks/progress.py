@@ -23,7 +23,7 @@ from vlm.training.run import CONSOLE
 
 
 class Progress(pl.Callback):
-    """Shows a bar in a terminal; otherwise prints a line at every logged step and at the last one."""
+    """Shows a bar in a terminal; otherwise prints a line at the first, at every logged and at the last step."""
 
     def on_fit_start(self, trainer: Any, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -49,7 +49,9 @@ class Progress(pl.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self._last = trainer.global_step  # above 0 in a resumed run
         if trainer.is_global_zero and isinstance(trainer.datamodule, VLMDataModule):
-            printed = "" if CONSOLE.is_terminal else f"; the loss is printed {_every(trainer.log_every_n_steps)}"
+            every = trainer.log_every_n_steps
+            lines = "every step" if every == 1 else f"at step 1, {_every(every)} and at the end"
+            printed = "" if CONSOLE.is_terminal else f"; the loss is printed {lines}"
             CONSOLE.print(f"Training: {schedule(trainer)}{printed}", soft_wrap=True)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -62,7 +64,8 @@ class Progress(pl.Callback):
             figures += f"  {speed:,.0f} tokens/s"
         self._bar.update(self._task, completed=trainer.global_step, figures=figures)
         is_last = trainer.global_step == total or trainer.should_stop
-        if self._bar.disable and (is_last or trainer.global_step % trainer.log_every_n_steps == 0):
+        is_due = trainer.global_step == 1 or trainer.global_step % trainer.log_every_n_steps == 0
+        if self._bar.disable and (is_due or is_last):
             left = self._bar.tasks[0].time_remaining
             wait = "" if left is None or is_last else f"  {left:.0f} s left"
             CONSOLE.print(f"step {trainer.global_step}/{total}  {figures}{wait}")

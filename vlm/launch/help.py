@@ -42,7 +42,7 @@ TRAINED = {
     "perf/samples_per_second": "training samples per second and process",
     "perf/step_seconds": "seconds per optimizer step, validation excluded",
     "perf/peak_memory_gb": "the most memory that the GPU held, or the process on a CPU, in 10^9 bytes",
-    "time/fit_seconds": "seconds of training, validation included, answers at the end not",
+    "time/fit_seconds": "seconds of training and of the validations in it, without the answers at the end",
 }
 EVALUATED = {
     "val/loss": "the loss on the validation samples; val/<name>_loss is one term of it",

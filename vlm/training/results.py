@@ -26,7 +26,7 @@ GROUPS = {
 FIRST = ("val/loss", "val/lm_loss", "val/loss_shuffled", "val/loss_blank", "val/visual_gain")  # of their group
 UNITS = {
     "train/tokens": "supervised tokens",
-    "time/fit_seconds": "seconds of training, validation included",
+    "time/fit_seconds": "seconds of training and of the validations in it",
     "perf/tokens_per_second": "tokens per second and process",
     "perf/samples_per_second": "samples per second and process",
     "perf/step_seconds": "seconds per step, validation excluded",
