@@ -63,7 +63,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("unit")
-    beside = {each for name in metrics if _beside(name)[1] in metrics for each in _beside(name)}
+    beside = {each for name in metrics if metrics.keys() >= {*_beside(name)} for each in _beside(name)}
     left = sorted(metrics.keys() - beside, key=[*FIRST, *metrics].index)
     for prefix, title in GROUPS.items():
         names = [name for name in left if name.startswith(prefix)]
@@ -92,7 +92,7 @@ def _beside(score: str) -> tuple[str, str]:
 
 def _unit(name: str, metrics: Mapping[str, float]) -> str:
     num, constant = _beside(name)
-    if constant in metrics:
+    if num in metrics and constant in metrics:
         best = format_metric(metrics[constant])
         return f"mean of {metrics[num]:,.0f} answers; best constant answer: {best}"
     group, _, rest = name.partition("/")
