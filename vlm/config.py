@@ -36,7 +36,7 @@ from vlm.training.run import native_precision
 from vlm.training.sharding import check_strategy
 
 MANY = ("evaluators", "callbacks", "logger")  # groups with any number of options, each under a name
-NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups with one option, beside the parts of the model
+NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups with one option, besides the parts of the model
 # Keys that are not arguments of a constructor: values at the top level, and sections.
 VALUES: dict[str, Any] = {
     **{"seed": Seed, "ckpt": Name | None, "run_dir": Name, "recipe": dict[str, Any] | None},
@@ -47,7 +47,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "plan": {"show": bool, "json": Name | None},
     "resume": {"run": Name | None, "allow": list[Name]},
 }
-STAGE: dict[str, Any] = {  # beside the states of the parts and the arguments of VLMModule
+STAGE: dict[str, Any] = {  # besides the states of the parts and the arguments of VLMModule
     "name": Annotated[str, Pattern("[^/]+", "align")],  # also a folder
     "task": Literal["caption", "instruct", "mixed"],
     "lr": dict[str, Rate],

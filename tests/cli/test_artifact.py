@@ -142,7 +142,7 @@ def test_what_cannot_be_merged(
     manifest = json.loads((instructed / "artifact" / "manifest.json").read_text())
     (rounded / "artifact" / "manifest.json").write_text(json.dumps({**manifest, "quantization": "nf4"}))
     assert artifact_program("merge", rounded, tmp_path / "out") == 2
-    assert "was trained beside weights in nf4, into which nothing can be merged" in told()
+    assert "was trained with an LLM in nf4, and a LoRA cannot be merged into quantized weights" in told()
 
     said = "No space left on device"
     for error in (SafetensorError(f"I/O error: {said} (os error 28)"), OSError(errno.ENOSPC, said)):

@@ -47,8 +47,8 @@ def merge(
         raise ValueError(f"ckpt={ckpt} trained nothing in its llm, so there is nothing to merge; use it as it is")
     if manifest["quantization"] != "none":
         raise ValueError(
-            f"ckpt={ckpt} was trained beside weights in {manifest['quantization']}, into which nothing can be merged; "
-            "use it as it is"
+            f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, and a LoRA cannot be merged into "
+            "quantized weights; use it as it is"
         )
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder")

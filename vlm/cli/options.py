@@ -24,15 +24,15 @@ from vlm.training import run
 DOCS = Path(CONF).parent / "docs"
 PARTS, OPTIONS = DOCS / "parts.md", DOCS / "options.md"
 MARKS = ("<!-- options: written by `make options` -->\n", "<!-- end of options -->")
-# Beside an encoder or an LLM stands what builds fast; a connector is counted between LLaVA-1.5's.
-BESIDE = {
+# The parts with which each part is counted. A connector's parameters depend on them, so it has those of LLaVA-1.5.
+OTHER_PARTS = {
     "encoder": {"connector": "linear", "llm": "tiny"},
     "connector": {"encoder": "clip_vit_l14_336", "llm": "vicuna_7b"},
     "llm": {"encoder": "tiny", "connector": "linear"},
 }
 HEADINGS = {
-    "encoder": ("`encoder=`", "what it is", "parameters", "patches an image", "width"),
-    "connector": ("`connector=`", "what it is", "parameters", "visual tokens an image"),
+    "encoder": ("`encoder=`", "what it is", "parameters", "patches per image", "width"),
+    "connector": ("`connector=`", "what it is", "parameters", "visual tokens per image"),
     "llm": ("`llm=`", "what it is", "parameters", "width"),
 }
 PROGRAMS = {"train": "train.py", "eval": "eval.py", "doctor": "vlm-doctor"}
@@ -97,9 +97,9 @@ def _comment(path: Path) -> str:
 
 
 def _figures(group: str, option: str) -> list[str]:
-    choices = {**BESIDE[group], group: option}
+    choices = {**OTHER_PARTS[group], group: option}
     cfg = compose("train", overrides=[*(f"{key}={value}" for key, value in choices.items()), "run_dir=none"])
-    if OmegaConf.missing_keys(cfg[group]):  # the user says which model it will be
+    if OmegaConf.missing_keys(cfg[group]):  # the user chooses the model
         return ["any", *[""] * (len(HEADINGS[group]) - 3)]
     model, _ = build_meta(config.plain(cfg))
     parameters = f"{run.count_parameters(model)[group]['total']:,}"
@@ -128,12 +128,12 @@ def _section(group: str) -> Iterator[str]:
     if table := _keys(shared, prefix):
         yield f"Keys that every `{group}=` has:\n"
         yield table
-    alike: dict[Hashable, list[Path]] = defaultdict(list)
+    by_class: dict[Hashable, list[Path]] = defaultdict(list)
     for path in options:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        alike[content.get("_target_") or tuple(content)].append(path)
-    for same in alike.values():
-        # The values are those of the file that explains most keys.
+        by_class[content.get("_target_") or tuple(content)].append(path)
+    for same in by_class.values():
+        # The table has the values of the file that explains the most keys.
         same.sort(key=lambda path: -sum(bool(meaning) for _, _, meaning in keys_of(path)))
         if table := _keys(same, prefix):
             others = ", ".join(f"`{path.stem}`" for path in sorted(same[1:]))

@@ -27,7 +27,7 @@ CONTEXT = "_visual_context"  # attribute of a layer's input
 # Adam changes a parameter by about the learning rate per step. At the learning rate of the projections a gate would
 # stay near zero for thousands of steps, so the gates are scaled.
 GATE_SCALE = 30.0
-PLACE_SCALE = 0.5  # of the learned vectors per visual token, relative to `output_rms`
+POSITION_SCALE = 0.5  # of the learned vector per visual token at the start, relative to `output_rms`
 SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
 
 
@@ -86,10 +86,10 @@ class CrossAttention(nn.Module):
             head_dim=head_dim,
             ff_mult=ff_mult,
         )
-        self.places = nn.Parameter(PLACE_SCALE * output_rms * torch.randn(num_queries, llm_width))
+        self.places = nn.Parameter(POSITION_SCALE * output_rms * torch.randn(num_queries, llm_width))
         self.num_tokens = num_queries
         self.every, self.all_previous_images = every, all_previous_images
-        self.blocks = nn.ModuleList()  # made by `attach`
+        self.blocks = nn.ModuleList()  # filled by `attach`
         self._make_block = partial(
             GatedBlock,
             width=llm_width,
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
         return self.resampler(features) + self.places  # N K D
 
     def attach(self, layers: Sequence[nn.Module]) -> None:
-        """Make the blocks and hook them before every n-th of the LLM's layers."""
+        """Create the blocks and hook them before every n-th layer of the LLM."""
         if self.every > len(layers):
             raise ValueError(
                 f"connector.every={self.every} but the LLM has {len(layers)} layers; "
@@ -202,8 +202,8 @@ class VisualContext:
 
         before = of_queries(self.images_before, new)
         hidden = of_queries(self.images_hidden, torch.zeros_like(new))
-        seen = self.image <= before if self.all_previous_images else self.image == before  # B L S
-        return seen & (self.image > hidden)
+        visible = self.image <= before if self.all_previous_images else self.image == before  # B L S
+        return visible & (self.image > hidden)
 
     def keys_and_values(self, block: GatedBlock) -> tuple[Tensor, Tensor]:
         """Keys and values of the block, cached without gradients: they cost more than the rest of a generated token."""

@@ -189,7 +189,7 @@ class QFormer(nn.Module):
 
     @torch.no_grad()
     def _init_local_attention(self, position: nn.Parameter) -> None:
-        """Let each query start with attention to a patch of its own; with random weights all see the average.
+        """Let each query start with attention to a different patch; random weights would attend to all patches equally.
 
         In each cross-attention the projected query is the key of its patch's position. The queries are far fewer than W
         and nearly orthogonal, so one query projection can map each to its own key. In the i-th cross-attention the

@@ -20,7 +20,7 @@ from vlm.ranges import Depth, Heads, Range, Width
 SHARPNESS = 1.5  # of the attention at the start; most of a query's attention is then on its patch
 QUERY_NOISE = 0.3  # makes queries of the same patch differ
 RESIDUAL_SCALE = 0.1  # of all residual branches after the first attention, at the start
-QUERY_SCALE = 0.2  # keeps the queries, equal for all images, smaller than what they attend to
+QUERY_SCALE = 0.2  # makes the queries, which are the same for all images, smaller than the attended features
 
 
 class PerceiverResampler(nn.Module):
@@ -127,7 +127,7 @@ class ResamplerBlock(nn.Module):
 
 @torch.no_grad()
 def _init_local_attention(queries: nn.Parameter, position: nn.Parameter, blocks: list[ResamplerBlock]) -> None:
-    """Let each query start with attention to a patch of its own; with random weights all see the average.
+    """Let each query start with attention to a different patch; random weights would attend to all patches equally.
 
     A query starts as its patch's position embedding, and the query projection as the key projection, so their logit is
     high. The channels of both are rolled by one; otherwise a query, which is also a key, would attend to itself. All

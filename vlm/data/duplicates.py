@@ -127,11 +127,11 @@ def closest(
             near = near[: np.searchsorted(near, limits[query])]
             distances = np.bitwise_count(known[near] ^ wanted[query])
             near, distances = near[distances <= DISTANCE], distances[distances <= DISTANCE]
-            alike = np.abs(known_colors[near] - wanted_colors[query]).max(1, initial=0) <= COLOR
+            similar = np.abs(known_colors[near] - wanted_colors[query]).max(1, initial=0) <= COLOR
             correlation = known_content[near] @ wanted_content[query]
             flat = ~known_content[near].any(1) & ~wanted_content[query].any()
-            alike &= (correlation >= similarity) | flat | (known_pixels[near] == wanted_pixels[query])
-            near, distances = near[alike], distances[alike]
+            similar &= (correlation >= similarity) | flat | (known_pixels[near] == wanted_pixels[query])
+            near, distances = near[similar], distances[similar]
             if len(near):
                 best = int(distances.argmin())
                 if (distances[best], near[best]) < (least[query], found[query]):

@@ -1,4 +1,4 @@
-"""Reads, checks and encodes samples, for the loader, the preflight, the validation prompts and vlm-doctor alike."""
+"""Reads, checks and encodes samples; shared by the loader, the preflight, the validation prompts and vlm-doctor."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class HFEncoder(nn.Module):
 
 @contextmanager
 def _reading(pretrained: str, what: str, instead: str) -> Iterator[None]:
-    """Context for reading files of `pretrained`; if they are missing, raises ValueError with the place searched."""
+    """Context for reading files of `pretrained`; if they are missing, raises ValueError with what was searched."""
     try:
         look_up(pretrained)
         yield

@@ -19,8 +19,8 @@ from vlm.ranges import Facts, ImageSize, Layers, Length, Name
 class JoinedEncoder(nn.Module):
     """pixel_values [N,3,H,W] -> features [N,P,Dv]: the features of all encoders, concatenated on the feature axis.
 
-    An image becomes one tensor, normalized for the first encoder. The other encoders have another mean and standard
-    deviation: each renormalizes the pixels by an affine map per channel.
+    An image is one tensor, normalized with the mean and standard deviation of the first encoder. For the other encoders
+    it is renormalized by an affine map per channel.
 
     Args:
         name: timm's name of each encoder.

@@ -93,7 +93,7 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm's {name!r} has no `forward_intermediates`; choose another encoder")
         data = resolve_model_data_config(skeleton)
         self.image_size: tuple[int, int] = tuple(data["input_size"][1:]) if image_size is None else (image_size,) * 2
-        if image_size is not None:  # SigLIP's own size, 384, does not pass: its patches of 14 cover 378 pixels
+        if image_size is not None:  # SigLIP's default size, 384, is not checked: its patches of 14 cover 378 pixels
             _check_patches(skeleton, self.image_size)
         self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
         try:
@@ -167,7 +167,8 @@ class TimmEncoder(nn.Module):
 def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """Arguments for a model without head, and that model on the meta device in evaluation mode.
 
-    Some heads need their pooling, which features do not use. Raises ValueError if timm cannot make the model.
+    Some models cannot be built without their pooling, which the features do not use. Raises ValueError if timm cannot
+    build the model.
     """
     headless: dict[str, Any] = {**options, "num_classes": 0}
     with torch.device("meta"):
@@ -179,7 +180,7 @@ def _headless(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
                 return headless, timm.create_model(name, **headless).eval()
         except Exception as error:  # models raise different errors
             raise ValueError(
-                f"timm cannot make encoder.name={name} with {headless} ({first_line(error)}); choose another encoder "
+                f"timm cannot build encoder.name={name} with {headless} ({first_line(error)}); choose another encoder "
                 "or other encoder.model_args"
             ) from error
 

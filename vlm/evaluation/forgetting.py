@@ -82,7 +82,7 @@ class Forgetting(Evaluator):
 def text_batches(encoder: TextEncoder, spec: VisualSpec, *, file: Path = TEXTS) -> list[Batch]:
     """Batches of the conversations of a file, encoded as in training, in rows of similar length.
 
-    Nothing is truncated and every answer is supervised, whatever the options of the run's data.
+    Nothing is truncated and every answer is supervised; the run's options of the data do not apply.
     """
     text_encoder = copy(encoder)
     text_encoder.max_length, text_encoder.train_on = 10**9, "assistant"

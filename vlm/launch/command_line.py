@@ -31,9 +31,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     """The arguments for Hydra. Raises ValueError for what Hydra would ignore or not explain."""
     flags = [argument for argument in arguments if argument in SWEEP]
     words = [re.sub(r"^plan=", "plan.show=", argument) for argument in arguments if argument not in SWEEP]
-    if not any(
-        word.startswith("run_dir=") for word in words
-    ):  # else expand_resume has written it, for the first of several processes
+    # `resume.run` is Hydra's key for `resume=`. With run_dir=, expand_resume has written it for another process.
+    if not any(word.startswith("run_dir=") for word in words):
         words = [re.sub(r"^resume\.run=", "resume=", word) for word in words]
     if config_name == "eval":
         # The run's data has keys of its own, and where weights lie may have to be said again.
@@ -59,9 +58,9 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
 
 
 def expand_resume(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `resume=<run dir>` written out: the run's directory and the option of each of its groups.
+    """The arguments with `resume=<run dir>` replaced by Hydra's key `resume.run`, `run_dir` and the run's options.
 
-    With these options Hydra knows every key of the run. Its own settings are read from its config.yaml later.
+    With the option of each config group, Hydra knows all keys of the run; its settings are read from config.yaml later.
     """
     given = [argument for argument in arguments if argument.startswith("resume=")]
     kept = [argument for argument in arguments if not argument.startswith("resume=")]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from vlm.llms.bytes import byte_tokenizer
-from vlm.llms.loading import load, make
+from vlm.llms.loading import build, load
 from vlm.llms.quantization import Quantization, check_quantization
 from vlm.ranges import Facts, Length, Name, Range, RatioBelowOne
 
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module, ABC):
 
     auto_class: ClassVar[Any]  # Transformers' AutoModel class
     fusions: ClassVar[tuple[str, ...]]  # kinds of connector fusion that it supports
-    max_answers: ClassVar[int | None] = None  # per row; None is no limit
+    max_answers: ClassVar[int | None] = None  # maximum answers per row; None: no limit
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module, ABC):
             )
         else:
             device = "meta" if weights == "meta" else "cpu"
-            self.model = make(self.auto_class, config, pretrained=pretrained, device=device, **common)
+            self.model = build(self.auto_class, config, pretrained=pretrained, device=device, **common)
             self.tokenizer = byte_tokenizer()
             rows, tokens = self.model.get_input_embeddings().num_embeddings, len(self.tokenizer)
             if rows < tokens:

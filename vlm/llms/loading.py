@@ -22,7 +22,7 @@ from vlm.llms.quantization import Quantization, loading_options
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*vocab.json", "*.tiktoken", "tekken.json")
 
 
-def make(
+def build(
     auto_class: Any,
     config: Mapping[str, Any] | None,
     *,
@@ -32,7 +32,7 @@ def make(
     dtype: torch.dtype,
     attention: str,
 ) -> Any:
-    """A model with random weights (none on the meta device) from `config`, or else from the config of `pretrained`."""
+    """A model with random weights (on the meta device, without weights) from `config` or the config of `pretrained`."""
     if config is None:
         try:
             architecture = _architecture(auto_class, _pretrained_name(pretrained), trust=trust)
@@ -49,7 +49,7 @@ def make(
         )
     if config is not None and config.get("tie_word_embeddings") is False:
         _untie(model)
-    for parameter in model.parameters():  # initialized in float32, so that every precision starts from the same numbers
+    for parameter in model.parameters():  # initialized in float32, so all precisions start from the same values
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -97,7 +97,7 @@ def load_tokenizer(pretrained: str | None, *, package: str | None, trust: bool) 
             raise
         raise _not_found("tokenizer", folder, package) from error
     if Path(folder).is_dir() and not any(path for form in TOKENIZER_FILES for path in Path(folder).glob(form)):
-        raise _not_found("tokenizer", folder, package)  # Transformers would make one with an empty vocabulary
+        raise _not_found("tokenizer", folder, package)  # Transformers would build one with an empty vocabulary
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"the tokenizer of {folder} has no character offsets, which label masks need; use a fast one")
     return tokenizer
@@ -163,7 +163,7 @@ def _architecture(auto_class: Any, folder: str, *, trust: bool) -> PretrainedCon
         if trust:
             raise
         raise ValueError(
-            f"the weights of {folder} come with code of their own, which is not run by default; "
+            f"the weights of {folder} come with their own code, which is not run by default; "
             "set llm.trust_remote_code=true if you trust its author"
         ) from error
     if not trust and type(architecture) not in auto_class._model_mapping:
@@ -184,7 +184,7 @@ def _without_dropout(architecture: PretrainedConfig) -> PretrainedConfig:
 def _untie(model: Any) -> None:
     """Give the output projection its own weights.
 
-    Transformers ties T5's weights whatever the config says, unless it loads a checkpoint with both.
+    Transformers ties T5's weights even if the config says otherwise, unless it loads a checkpoint with both.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is table.weight:

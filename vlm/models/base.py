@@ -31,7 +31,7 @@ class Model(nn.Module, ABC):
             group of the same name.
         pretrained: the parts with pretrained weights. An artifact names them and does not load on others.
         layer_decay_part: the part to which `stage.layer_decay` applies, if any.
-        root_methods: methods beside `forward` that use several parts; sharding needs their names.
+        root_methods: methods besides `forward` that use several parts; sharding needs their names.
         tokenizer: of the LLM or text encoder.
         chat_template: name of a built-in template of vlm/text/templates.py; None is the tokenizer's own.
         max_answers: largest number of answers in a row; None is no limit.

@@ -16,7 +16,7 @@ CHUNK = {"cpu": 2**20, "gpu": 2**26}
 
 
 class LanguageModeling(Objective):
-    """Cross-entropy in nats, summed over the supervised tokens, in float32 whatever the model's precision.
+    """Cross-entropy in nats, summed over the supervised tokens, in float32 for every precision of the model.
 
     `lm_loss` is over all of them; in a mixture, `loss/<source>` is over those of one source.
     """

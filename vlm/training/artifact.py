@@ -321,7 +321,7 @@ def _add_adapter(
 ) -> None:
     """Add the LoRA adapter of a run to a part, at the modules in the names of its tensors.
 
-    The `target_modules` of the manifest are not used: matching a stranger's regular expression may never end.
+    The `target_modules` of the manifest are not used, because matching an untrusted regular expression may never end.
     """
     found = [re.fullmatch(rf"{part}\.model\.(.+)\.lora_(embedding_)?A\.default(\.weight)?", name) for name in tensors]
     modules = sorted(match[1] for match in found if match)

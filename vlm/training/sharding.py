@@ -18,8 +18,8 @@ class FullyShard(ModelParallelStrategy):
     """PyTorch's FSDP2: shards parameters (also frozen ones), gradients and optimizer states over all processes.
 
     The blocks of the parts are gathered one at a time. All other parameters are gathered in the forward pass and
-    resharded in the backward pass or in the next forward pass, so that the whole model can be used in between. The
-    result equals DDP's. It also runs on CPUs. A checkpoint is one file of full tensors, as with other strategies.
+    resharded in the backward pass or in the next forward pass; in between, the whole model can be used. The result
+    equals DDP's. It also runs on CPUs. A checkpoint is one file of full tensors, as with other strategies.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Trust in the config.yaml of a run: a file that this user's programs wrote is signed, any other is untrusted data.
+"""Trust in the config.yaml of a run. A file that this user's programs wrote is signed; any other file is untrusted.
 
 The signature is the last line, a keyed hash (HMAC) of the text; the key is in the user's home. A copied file keeps its
-signature; an edited file or one from elsewhere has no valid one. Then paths, classes of other packages and remote code
-in the file count only if the user gives them again on the command line.
+signature. An edited file, and a file of another user, has no valid signature. Its paths, classes of other packages and
+remote code are used only if the user gives them again on the command line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEEDED = (
     "choices",
     "preflight",
 )  # sections of every config.yaml
-OPTIONAL = ("encoder", "connector", "llm", "objective", "checkpoint", "answers")  # sections of most
+OPTIONAL = ("encoder", "connector", "llm", "objective", "checkpoint", "answers")  # sections that may be absent
 MAY_BE_NONE = ("logger", "callbacks", "evaluators")
 # Sections that do not describe the model.
 OF_THE_RUN = ("data", "trainer", *MAY_BE_NONE, "choices", "preflight", "plan", "resume", "recipe", "checkpoint")
@@ -47,7 +47,7 @@ FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+")  # such as 1e-
 
 
 def signed(text: str) -> str:
-    """The text with the user's signature; unchanged if there is no home for the key."""
+    """The text with the user's signature; unchanged if the key cannot be stored."""
     key = _key()
     return text if key is None else f"{text}{SIGNATURE}{_hash(key, text)}\n"
 
