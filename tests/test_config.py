@@ -49,6 +49,7 @@ def test_every_option_composes_and_binds(group: str, option: str) -> None:
     config.check(settings(f"{group}={option}", *needs(group, option)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", options("stage"))
 def test_every_pair_of_stage_connector_and_data_composes(stage: str) -> None:
     """Each connector and each dataset with each stage; a connector and a dataset have no options in common."""

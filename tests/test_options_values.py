@@ -173,6 +173,7 @@ def at(node: Any, key: Key) -> Any:
     return node
 
 
+@pytest.mark.slow
 def test_every_number_has_a_range() -> None:
     checked = dict(hints_of_options())
     files = Path(CONF).rglob("*.yaml")

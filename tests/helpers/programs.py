@@ -50,6 +50,33 @@ FILES = {
 }
 
 
+def of_answers(*types: str) -> set[str]:
+    """The metrics of generated answers to questions of these types."""
+    of_type = {f"val/{name}/{type_}" for name in ("accuracy", "accuracy_constant", "num_answers") for type_ in types}
+    return {"val/exact_match", "val/exact_match_constant", "val/num_answers", *of_type}
+
+
+METRICS = {  # in metrics.json of a run on captions
+    "train/loss",
+    "val/loss",
+    "val/loss_shuffled",
+    "val/loss_blank",
+    "val/visual_gain",
+    "perf/tokens_per_second",
+    "perf/samples_per_second",
+    "perf/step_seconds",
+    "perf/peak_memory_gb",
+    "params/trainable",
+    "params/total",
+    "time/fit_seconds",
+    "val/lm_loss",
+    *of_answers("caption"),
+    "val/visual_rms",
+    "val/embed_rms",
+    "status",
+}
+
+
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 

@@ -18,21 +18,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.helpers.connectors import connect
+from tests.helpers.cross_attention import attending
 from tests.helpers.parts import (
     IMAGE,
     make_batch,
     make_module,
     make_trainer,
     pictures,
-    tiny_encoder,
     tiny_llm,
     tiny_model,
 )
 from tests.helpers.programs import QUICK, train
 from vlm.callbacks.ema import EMA
 from vlm.callbacks.save import Save
-from vlm.connectors.cross_attention import GATE_SCALE
 from vlm.models.composed import Composed
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
@@ -68,15 +66,7 @@ def layers() -> tuple[Composed, Any]:
     llm = tiny_llm("gemma3_text", tie_word_embeddings=True, head_dim=8)
     llm.gradient_checkpointing = True
     llm.model.activation_checkpointing_enable({"use_reentrant": False})
-    sizes = {"num_queries": 3, "depth": 1, "num_heads": 2, "head_dim": 8, "ff_mult": 2}
-    encoder = tiny_encoder()
-    torch.manual_seed(3)
-    connector = connect("cross_attention", encoder, llm, **sizes, every=1)
-    model = Composed(encoder=encoder, connector=connector, llm=llm)
-    for name, parameter in connector.named_parameters():
-        if name.endswith("_gate"):
-            nn.init.constant_(parameter, 0.5 / GATE_SCALE)
-    return model, {"llm": "full"}
+    return attending(gate=0.5, llm=llm), {"llm": "full"}
 
 
 class TwoLosses(Objective):

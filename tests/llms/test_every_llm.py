@@ -94,6 +94,7 @@ def test_narrowed_logits_are_the_full_ones(option: str) -> None:
     assert full.std() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", NAMED)
 def test_both_attentions_agree(option: str) -> None:
     batch = make_batch(*ROWS)

@@ -127,6 +127,7 @@ def test_logits_and_loss(encoder: str, llm: str, rows: Rows) -> None:
     torch.testing.assert_close(loss, expected.loss, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 @every_batch
 @every_pair
 def test_gradients_of_every_parameter(encoder: str, llm: str, rows: Rows) -> None:

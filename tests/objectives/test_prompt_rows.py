@@ -60,6 +60,7 @@ def loss(model: Any, batch: Batch) -> LossOutput:
     return LossOutput({"first_loss": sums}, {"first_loss": len(batch.targets)})
 
 
+@pytest.mark.slow
 def test_prompts_give_the_losses_of_conversations(tmp_path: Path) -> None:
     """Prompts of several lengths, in training steps, validations and the image ablation."""
     found = {}

@@ -170,7 +170,9 @@ def check_labels(subject: TextEncoder, template: str, messages: list[Message]) -
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["bytes_only", "merging", "sentencepiece"])
+@pytest.mark.parametrize(
+    "kind", ["bytes_only", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("merging", "sentencepiece"))]
+)
 def test_labels_of_random_conversations(kind, template, request):
     tokenizer = request.getfixturevalue(kind)
     subjects = [encoder(tokenizer, template, num_image_tokens=number) for number in (0, 3)]
@@ -185,6 +187,7 @@ def test_labels_of_random_conversations(kind, template, request):
     check()
 
 
+@pytest.mark.slow
 def test_labels_with_the_gemma_tokenizer(gemma_tokenizer):
     size = len(gemma_tokenizer)
     for template in ("gemma", "plain"):

@@ -52,6 +52,7 @@ def composed(encoder: Any, llm: Any) -> Composed:
 # --- recomputing -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
 @pytest.mark.parametrize("kind", TOWERS)
 def test_blocks_of_a_tower_run_twice_a_step_in_a_fit(kind: str, weights: Any, tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def tensors(part: Any) -> dict[str, Tensor]:
 NORMED = ("encoder=timm", "encoder.name=test_resnet", "encoder.weights=random", "encoder.image_size=64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["clip", "siglip", "dinov2", "batch norm"])
 @pytest.mark.parametrize("state", ["full", "{last_n: 1}", "frozen"])
 def test_an_encoder_that_trains_starts_from_the_values_of_its_file(encoder: str, state: str, tmp_path: Path) -> None:

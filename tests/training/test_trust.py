@@ -222,7 +222,14 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize(("program", "key", "value", "named"), ATTACKS, ids=[f"{a[0]}-{a[1]}" for a in ATTACKS])
+@pytest.mark.parametrize(
+    ("program", "key", "value", "named"),
+    [
+        # Each attack on one program, and one attack on each; the rest is slow.
+        pytest.param(*a, id=f"{a[0]}-{a[1]}", marks=() if a[0] == "resume" or "_target_" in a[1] else pytest.mark.slow)
+        for a in ATTACKS
+    ],
+)
 def test_a_stored_config_reaches_nothing_beyond_this_code(
     program: str, key: str, value: Any, named: str, sent: Path, victim: Path, tmp_path: Path, told: Any
 ) -> None:
@@ -281,6 +288,7 @@ def test_trust_in_a_models_code_is_not_taken_from_a_file(sent: Path, tmp_path: P
     assert (settings["llm"]["trust_remote_code"], settings["encoder"]["trust_remote_code"]) == (True, False)
 
 
+@pytest.mark.slow
 def test_a_stored_expression_is_text(sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", CANARY)
     run_dir = shutil.copytree(sent, tmp_path / "run")
@@ -371,6 +379,7 @@ BROKEN_MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "said"), BROKEN_MANIFESTS.values(), ids=list(BROKEN_MANIFESTS))
 def test_a_broken_manifest_is_one_sentence(
     fields: dict[str, Any], said: str, sent: Path, tmp_path: Path, told: Any

@@ -110,6 +110,7 @@ def test_every_parameter_learns_at_the_rate_of_its_block(option: str) -> None:
     assert decayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["full", {"last_n": 2}], ids=["full", "last 2"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_float32_blocks_on_a_bfloat16_encoder_train(option: str, state: Any) -> None:

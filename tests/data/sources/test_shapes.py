@@ -6,26 +6,19 @@ import hashlib
 import random
 import re
 from collections import Counter
+from itertools import chain
+from typing import Any
 
 import pytest
 
 from vlm.data.sources.shapes import COLORS, SHAPES, Shapes, Thing, split_of
+from vlm.data.sources.shapes_text import EN_CELLS, JA_CELLS, JA_COLORS, JA_SHAPES, QUESTIONS
 from vlm.schema import Sample
 
-TYPES = {"count", "existence", "colour", "position", "comparison", "relation"}
-JA_SHAPES = {"丸": "circle", "四角": "square", "三角": "triangle", "星": "star"}
-JA_COLORS = {
-    "赤い": "red",
-    "オレンジの": "orange",
-    "黄色い": "yellow",
-    "緑の": "green",
-    "青い": "blue",
-    "紫の": "purple",
-    "黒い": "black",
-}
-EN_PLACES = ["top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"]
-JA_PLACES = ["左上", "上", "右上", "左", "中央", "右", "左下", "下", "右下"]
+EN_PLACES, JA_PLACES = ([*chain.from_iterable(cells)] for cells in (EN_CELLS, JA_CELLS))
+SHAPE_OF, COLOR_OF = ({word: name for name, word in words.items()} for words in (JA_SHAPES, JA_COLORS))
 GOLDEN = "e13ecbd80c071fd7"
+GOLDEN_WORDS = {"en": "3843feeb5c634ed6", "ja": "6a4494317001547b"}  # of 64 samples
 
 
 def text(sample: Sample, index: int) -> str:
@@ -48,6 +41,13 @@ def scene(source: Shapes, index: int) -> list[Thing]:
 
 def test_golden_sample() -> None:
     assert digest(Shapes(split="train", task="mixed", seed=3, image_size=96)[7]) == GOLDEN
+
+
+@pytest.mark.parametrize("language", GOLDEN_WORDS)
+def test_golden_words(language: Any) -> None:
+    source = Shapes(split="train", task="mixed", seed=3, image_size=30, language=language)
+    words = repr([turns(source[index]) for index in range(64)])
+    assert hashlib.blake2b(words.encode(), digest_size=8).hexdigest() == GOLDEN_WORDS[language]
 
 
 def test_a_sample_is_a_function_of_seed_split_and_index() -> None:
@@ -107,8 +107,8 @@ def test_a_caption_names_every_thing_in_reading_order(language: str) -> None:
         if language == "en":
             named = [(s, c) for c, s in re.findall(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", caption.lower())]
         else:
-            pattern = rf"({'|'.join(JA_COLORS)})({'|'.join(JA_SHAPES)})"
-            named = [(JA_SHAPES[s], JA_COLORS[c]) for c, s in re.findall(pattern, caption)]
+            pattern = rf"({'|'.join(COLOR_OF)})({'|'.join(SHAPE_OF)})"
+            named = [(SHAPE_OF[s], COLOR_OF[c]) for c, s in re.findall(pattern, caption)]
         reading = sorted(scene(source, index), key=lambda t: 3 * t.row + t.column)
         assert named == [(t.shape, t.color) for t in reading], caption
         assert "a orange" not in caption.lower()
@@ -121,12 +121,12 @@ def truth(question: str, things: list[Thing]) -> tuple[str, str]:
     """(type, right answer) of a question in either language, derived from its words alone."""
     japanese = not question.isascii()
     yes, no = ("はい", "いいえ") if japanese else ("yes", "no")
-    shape_word = "|".join([*SHAPES, *JA_SHAPES])
-    color_word = "|".join([*COLORS, *JA_COLORS])
+    shape_word = "|".join([*SHAPES, *SHAPE_OF])
+    color_word = "|".join([*COLORS, *COLOR_OF])
     pair = rf"(?:({color_word}) ?)?({shape_word}|shape|図形)s?"
 
     def match(color: str | None, shape: str) -> list[Thing]:
-        shape, color = JA_SHAPES.get(shape, shape), JA_COLORS.get(color or "", color)
+        shape, color = SHAPE_OF.get(shape, shape), COLOR_OF.get(color or "", color)
         return [t for t in things if shape in (t.shape, "shape", "図形") and color in (t.color, None)]
 
     def only(*words: str) -> Thing:
@@ -139,8 +139,7 @@ def truth(question: str, things: list[Thing]) -> tuple[str, str]:
         return "existence", yes if match(*(m.groups()[2:] if japanese else m.groups()[:2])) else no
     if m := re.fullmatch(rf"What colour is the ({shape_word})\?|({shape_word})は何色ですか。", question):
         color = only(None, m[1] or m[2]).color
-        words = {name: word.removesuffix("い").removesuffix("の") for word, name in JA_COLORS.items()}
-        return "colour", words[color] if japanese else color
+        return "colour", JA_COLORS[color].removesuffix("い").removesuffix("の") if japanese else color
     if m := re.fullmatch(rf"Where is the {pair}\?|{pair}はどこにありますか。", question):
         thing = only(*(m.groups()[2:] if japanese else m.groups()[:2]))
         return "position", (JA_PLACES if japanese else EN_PLACES)[3 * thing.row + thing.column]
@@ -173,7 +172,7 @@ def test_answers_are_true(language: str, split: str) -> None:
         assert len(set(kinds)) == len(kinds) <= (3 if split == "train" else 1)
         seen.update(kinds)
         answers.update((kind, answer) for kind, answer in asked)
-    assert seen.keys() == TYPES
+    assert seen.keys() == QUESTIONS[language].keys()
     for kind, yes in (("existence", ("yes", "はい")), ("comparison", ("yes", "はい")), ("relation", ("yes", "はい"))):
         share = sum(answers[kind, word] for word in yes) / seen[kind]
         assert 0.25 < share < 0.75, f"{kind} can be guessed: {share:.0%} yes"
