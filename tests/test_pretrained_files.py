@@ -281,6 +281,6 @@ def test_models_whose_heads_or_norms_are_particular(name: str) -> None:
 
 def test_a_model_that_timm_cannot_make_is_one_sentence() -> None:
     with pytest.raises(
-        ValueError, match=r"timm cannot make encoder.name=resnet18 with .*'depth': 3.* \(.*\); choose an"
+        ValueError, match=r"timm cannot build encoder.name=resnet18 with .*'depth': 3.* \(.*\); choose an"
     ):
         TimmEncoder(name="resnet18", weights="random", model_args={"depth": 3})

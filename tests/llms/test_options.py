@@ -191,7 +191,7 @@ def test_several_answers_for_an_encoder_decoder_are_refused_before_the_first_ste
     words = ("llm=flan_t5_xl", *META, "llm.config.num_layers=1", "stage=instruct")
     model, _ = build.build_model(settings(*words))
     data = build.connect_data(build.build_data(settings(*words), None), settings(*words), model)
-    with pytest.raises(ValueError, match=r"has 3 answers, but an encoder-decoder llm learns 1 a row; set data."):
+    with pytest.raises(ValueError, match=r"has 3 answers, but an encoder-decoder llm learns 1 per row; set data."):
         data.preflight(num_samples=1, show=0)
     for change in ("data.train_on=last_assistant", "data.num_questions=1"):
         cfg = settings(*words, change)
@@ -299,7 +299,7 @@ def test_foreign_code_is_not_run(tmp_path: Path) -> None:
     facts = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.M"}}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(
-        ValueError, match=r"come with code of their own, which is not run by default; set llm\.trust_remote_code="
+        ValueError, match=r"come with their own code, which is not run by default; set llm\.trust_remote_code="
     ):
         CausalLM(pretrained=str(tmp_path), config=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "foreign.py"]
