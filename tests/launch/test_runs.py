@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -433,23 +432,6 @@ def test_several_loggers_and_a_run_of_an_earlier_version(tmp_path: Path) -> None
     assert list(OmegaConf.load(old / "config.yaml").logger) == ["metrics_file", "csv"]
 
 
-FREED = """
-import numpy as np
-from vlm.launch.entry import keep_memory
-
-def megabytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
-
-{first}
-before = megabytes()
-blocks = [np.ones(2**20) for _ in range(20)]  # 8 MB each
-held = megabytes() - before
-del blocks
-print(held, megabytes() - before)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="no GNU OpenMP")
 @pytest.mark.parametrize(
     ("given", "count"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
@@ -462,16 +444,6 @@ def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> Non
     environment |= {**given, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
     seen = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = '{count}'" in seen.stderr
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
-@pytest.mark.parametrize("kept", [True, False])
-def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
-    script = FREED.format(first="keep_memory()" if kept else "")
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    held, left = map(float, ended.stdout.split())
-    assert held > 150
-    assert (left > 0.9 * held) == kept
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
@@ -36,7 +35,6 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
 
 def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     quiet()
-    keep_memory()
     sleep_early()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
@@ -197,18 +195,6 @@ def report_lost_process(record: logging.LogRecord) -> bool:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"Error: rank {rank} (process {pid}) {how}, so the run was stopped; {CONTINUE}", file=sys.stderr, flush=True)
     return False
-
-
-def keep_memory() -> None:
-    """Have glibc's malloc keep what is freed for the next batch; where there is no glibc, nothing happens.
-
-    It would give blocks of megabytes back to the kernel, and the fresh pages of the next ones cost a CPU 3 to 6 % of
-    the time of a step and of the path of data.
-    """
-    with suppress(AttributeError, OSError):
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(-3, 2**25)  # M_MMAP_THRESHOLD, at its highest: larger blocks are given back at once
-        set_option(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def sleep_early() -> None:
