@@ -1,4 +1,4 @@
-"""Evaluate a run on its validation split: python eval.py ckpt=<run dir> [num_samples=… data.<key>=… out=<folder>]."""
+"""Evaluate a run on its validation split or on benchmarks: python eval.py ckpt=<run dir> [benchmark=shapes out=…]."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from vlm.launch import interrupt
 
 
 def evaluate(cfg: Any) -> None:
-    """Loss, visual gain and answers of a run's artifact on its base models, into <run dir>/eval/ or `out`."""
+    """Loss, visual gain and answers of a run's artifact, or its benchmarks, into <run dir>/eval/ or `out`."""
     from vlm import build
     from vlm.evaluation.loop import evaluate
     from vlm.launch.evaluation import EvaluationRun
     from vlm.training import artifact
 
     run = EvaluationRun(cfg)
-    data = build.build_data(run.settings, None)
+    data = None if run.benchmarks else build.build_data(run.settings, None)
     model, manifest = build.build_model(run.settings)
     objective = build.build_objective(run.settings)
     artifact.load(run.run_dir, model=model, manifest=manifest, objective=objective, run_id=run.run_id)
+    if data is None:
+        return run.run_benchmarks(model)
     module = build.build_module(run.settings, model, objective)
     build.connect_data(data, run.settings, model)
     run.report(module, data)

@@ -22,10 +22,13 @@ from vlm.config import (
     split_data,
 )
 from vlm.data.datamodule import VLMDataModule
+from vlm.data.judge import Judge
+from vlm.data.reading import Reading
 from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.objectives.base import Objective
 from vlm.options import bind, parameters
+from vlm.text.encode import TextEncoder
 from vlm.training.artifact import short_hash
 from vlm.training.optim import cast_frozen, set_trainable
 
@@ -67,6 +70,22 @@ def connect_data(data: VLMDataModule, cfg: Mapping[str, Any], model: Model) -> V
         form=objective.form,
     )
     return data
+
+
+def build_judge(cfg: Mapping[str, Any], model: Model) -> Judge:
+    """Encodes conversations for the model as its data does, without that data; answers are supervised at the end."""
+    spec, system_prompt = model.visual_spec(), loader_option(cfg, "system_prompt")
+    text = TextEncoder(
+        tokenizer=model.tokenizer,
+        num_image_tokens=spec.num_tokens,
+        max_length=loader_option(cfg, "max_length"),
+        chat_template=model.chat_template,
+        tile_rows=spec.tile_rows,
+        row_separator=spec.row_separator,
+        train_on="last_assistant",
+        system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
+    )
+    return Judge(text=text, spec=spec, reading=Reading(**(loader_option(cfg, "reading") or {})))
 
 
 def check_rows(before: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:

@@ -35,8 +35,9 @@ KINDS = {  # by config key; the longest matching prefix counts
     "llm": Kind(MODULE, ("vlm.llms.",), ("fusions", "layers", "add_lora")),
     "model": Kind("vlm.models.base.Model", ("vlm.models.",)),
     "objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
+    "benchmark": Kind("vlm.evaluation.benchmarks.base.Benchmark", ("vlm.evaluation.benchmarks.",)),
     "evaluators": Kind("vlm.evaluation.base.Evaluator", ("vlm.evaluation.",)),
-    ".scorer": Kind("vlm.evaluation.scorers.base.Scorer", ("vlm.evaluation.scorers.",)),  # of an evaluator
+    ".scorer": Kind("vlm.evaluation.scorers.base.Scorer", ("vlm.evaluation.scorers.",)),  # of an evaluator or benchmark
     "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),
     "trainer": Kind("lightning.pytorch.Trainer", ("lightning.pytorch.Trainer",)),
     "trainer.strategy": Kind(

@@ -171,7 +171,7 @@ class Batch:
     A row is one sample, or several packed samples that do not attend to each other.
     """
 
-    pixel_values: Float[Tensor, "n 3 h w"]
+    pixel_values: Float[Tensor, "u 3 h w"]  # of distinct images
     input_ids: Int[Tensor, "b t"]
     attention_mask: Bool[Tensor, "b t"]
     position_ids: Int[Tensor, "b t"]  # within the sample
@@ -185,6 +185,12 @@ class Batch:
     ids: list[str]  # of the samples
     samples: list[Sample]  # without images
     sources: tuple[str, ...] = ()  # of a mixture, the values of meta["source"]
+    # For each image, its index in `pixel_values`; None if these are one for each image. Then N is their number.
+    image_index: Int[Tensor, " n"] | None = None
+
+    def of_each_image(self, features: Float[Tensor, "u p dv"]) -> Float[Tensor, "n p dv"]:
+        """The features of each image, from those of `pixel_values`."""
+        return features if self.image_index is None else features[self.image_index]
 
     @property
     def logits_mask(self) -> Bool[Tensor, "b t"]:

@@ -64,10 +64,13 @@ def collate(
         return torch.from_numpy(values)
 
     samples = list(chain.from_iterable(row.samples for row in rows))
-    pixel_values = list(chain.from_iterable(row.pixel_values for row in rows))
+    images = list(chain.from_iterable(row.pixel_values for row in rows))
+    # In a benchmark, the rows about an image have the same tensor.
+    distinct = {pixels.data_ptr(): pixels for pixels in images}
+    index = {pointer: number for number, pointer in enumerate(distinct)}
     channels_last = (
-        torch.stack([each.permute(1, 2, 0) for each in pixel_values])
-        if pixel_values
+        torch.stack([pixels.permute(1, 2, 0) for pixels in distinct.values()])
+        if images
         else torch.zeros(0, *spec.image_size, 3)
     )  # N H W 3, the memory layout of what `Transform` returns
     return Batch(
@@ -85,6 +88,9 @@ def collate(
         ids=[sample.id for sample in samples],
         samples=samples,
         sources=tuple(sources),
+        image_index=torch.tensor([index[pixels.data_ptr()] for pixels in images])
+        if len(distinct) < len(images)
+        else None,
     )
 
 

@@ -36,7 +36,10 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
         words = [re.sub(r"^resume\.run=", "resume=", word) for word in words]
     if config_name == "eval":
         # The run's data has keys of its own, and where weights lie may have to be said again.
-        words = [f"++{word}" if word.startswith("data.") or SAID_AGAIN.match(word) else word for word in words]
+        words = [
+            f"++{word}" if word.startswith(("data.", "benchmark.")) or SAID_AGAIN.match(word) else word
+            for word in words
+        ]
         refuse_parts(words)
     for word in words:
         refuse_renamed_key(word.partition("=")[0].lstrip("+~"))
@@ -168,7 +171,7 @@ def refuse_parts(arguments: Sequence[str]) -> None:
                 f"eval.py evaluates on the run's own data, so {argument} cannot be given; change options of that data "
                 "by data.<key>=, such as data.val_annotations=<file>"
             )
-        takes = group in ("data", "trainer") or SAID_AGAIN.match(argument.lstrip("+"))
+        takes = group in ("data", "trainer", "benchmark") or SAID_AGAIN.match(argument.lstrip("+"))
         if group in (*REQUIRED, *MANY, "experiment", "debug") and not takes:
             raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
 

@@ -1,4 +1,4 @@
-"""One run of eval.py: which run and data it evaluates, and where the results are written."""
+"""One run of eval.py: which run it evaluates, on which data or benchmarks, and where the results are written."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from vlm import config, files
-from vlm.build import check_rows
+from vlm.build import build_judge, build_trainer, check_rows
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.answers import write_samples
+from vlm.evaluation.local import Local
 from vlm.evaluation.loop import Result
-from vlm.launch import interrupt, processes
+from vlm.launch import benchmarks, interrupt, processes
 from vlm.launch.overrides import absolute_paths
+from vlm.models.base import Generates, Model, PredictsTokens
 from vlm.module import VLMModule
 from vlm.options import check_keys
 from vlm.training import artifact, results, run, trust
@@ -28,41 +30,82 @@ class EvaluationRun:
     Attributes:
         run_dir: of the training.
         settings: its checked config, with the trainer and the changes of the command line.
+        benchmarks: what is asked; if empty, the run's validation split is evaluated.
     """
 
     def __init__(self, cfg: Any) -> None:
         """Raises ValueError for options that cannot be used, or where results of other options would be overwritten."""
         config.check_evaluation(cfg)
-        self.run_dir = Path(cfg.ckpt).absolute()
+        self._cfg, self.run_dir = cfg, Path(cfg.ckpt).absolute()
         self._manifest = artifact.read_manifest(self.run_dir)
         self.run_id = config.run_id(self.run_dir)
         parts = trust.model_sections(config.stored_config(self.run_dir)[0])
-        check_keys("", cfg, {*config.EVALUATION, "trainer", "evaluators", *parts})
+        check_keys("", cfg, {*config.EVALUATION, "trainer", "evaluators", "benchmark", *parts})
         asked = config.given(cfg, [key for key in ("data", "evaluators", *parts) if key in cfg])
         self._asked = absolute_paths(asked, "")  # from the user's folder, not the run's
-        settings, _ = config.read_config(self.run_dir, given={**self._sizes(cfg), **self._asked}, with_data=True)
+        self.benchmarks = benchmarks.read(cfg)
+        settings, _ = config.read_config(
+            self.run_dir, given={**self._sizes(), **self._asked}, with_data=not self.benchmarks
+        )
         self._options = [option.lstrip("+") for option in HydraConfig.get().overrides.task]
         self.out = Path(cfg.out or self.run_dir / "eval").absolute()
+        self._against = None if cfg.against is None else Path(cfg.against).absolute()
         config.enter_folder_of(self.run_dir)
         settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
         settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}}
         settings["callbacks"] = {"progress": {"_target_": "vlm.callbacks.progress.Progress"}}
+        if self.benchmarks:
+            settings |= {"evaluators": {}, "callbacks": {}}
         config.check(settings)
         self._trainer = processes.check_machine(settings, self.run_dir)
         self._check_out()
         self.settings = settings
         if cfg.out is None:
             files.refuse_links(self.out, within=self.run_dir)
+        if self.benchmarks:
+            benchmarks.check(self.benchmarks, self._who(), self.out, replace=cfg.out is not None)
+        elif cfg.out is None:
             keep_other_results(self.out, self._options)
         interrupt.raise_again()
 
-    def _sizes(self, cfg: Any) -> dict[str, Any]:
+    def _who(self) -> benchmarks.Who:
+        """The model, for benchmarks."""
+        model = config.model_class(self.settings)
+        methods = {"generate": Generates, "rank": PredictsTokens}
+        parts = {part: self.settings[part] for part in model.groups(self.settings)}
+        return benchmarks.Who(
+            name=f"ckpt={self.run_dir}",
+            identity={
+                "manifest": self._manifest,
+                "parts": parts,
+                "data": {key: config.loader_option(self.settings, key) for key in ("max_length", "system_prompt")},
+                "precision": config.precision(self.settings),
+            },
+            methods=tuple(name for name, protocol in methods.items() if protocol in model.__mro__),  # type: ignore[misc]
+        )
+
+    def run_benchmarks(self, model: Model) -> None:
+        """Ask each benchmark, and write and print its results."""
+        local = Local(
+            trainer=build_trainer(self.settings, self.run_dir),
+            model=model,
+            judge=build_judge(self.settings, model),
+            batch_size=self._cfg.batch_size,
+            num_workers=self._cfg.num_workers,
+        )
+        about = {"options_given": self._options, "stages": self._manifest["stages"], "code": run.provenance()}
+        for asked in self.benchmarks.values():
+            benchmarks.ask(asked, self._who(), local, self.out, against=self._against, about=about)
+
+    def _sizes(self) -> dict[str, Any]:
         """What eval.py's own options are in the run's config."""
+        cfg = self._cfg
         sizes = {"data.batch_size": cfg.batch_size, "data.num_val_samples": cfg.num_samples}
         evaluators = config.stored_config(self.run_dir)[0]["evaluators"]
         if "answers" in evaluators:
-            for key in ("num_samples", "batch_size", "max_new_tokens"):
-                sizes[f"evaluators.answers.{key}"] = cfg[key]
+            sizes |= {f"evaluators.answers.{key}": cfg[key] for key in ("num_samples", "batch_size")}
+            if cfg.max_new_tokens is not None:
+                sizes["evaluators.answers.max_new_tokens"] = cfg.max_new_tokens
         return sizes
 
     def _check_out(self) -> None:

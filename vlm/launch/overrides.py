@@ -20,7 +20,7 @@ PATHS = frozenset(
         *("path", "filter", "pretrained", "init_from"),
     }
 )
-MANY = ("logger", "callbacks", "evaluators")  # groups of which a run has any number of options
+MANY = ("logger", "callbacks", "evaluators", "benchmark")  # groups of which a run has any number of options
 
 
 def override(key: str, value: Any) -> str:

@@ -66,14 +66,16 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         self.check_parts()
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
-        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
+        features = batch.of_each_image(self.encoder(batch.pixel_values))  # N P Dv
+        visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm(embeds, batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
-        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
+        features = batch.of_each_image(self.encoder(batch.pixel_values))  # N P Dv
+        visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S

@@ -108,12 +108,22 @@ def format_metric(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:z,.3f}"
 
 
-def print_samples(samples: Sequence[dict[str, Any]], num: int = 6) -> None:
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; all columns but the first are numbers."""
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    CONSOLE.print(table)
+
+
+def print_samples(samples: Sequence[dict[str, Any]], num: int = 6, *, of: str = "validation samples") -> None:
     """Print the first answers with their question and reference, each cell cut after `LINES` lines."""
     if not samples:
         return
     shown = samples[:num]
-    table = Table(title=f"{len(shown)} of {len(samples):,} answers to validation samples")
+    table = Table(title=f"{len(shown)} of {len(samples):,} answers to {of}")
     # Each of the 6 lines between and around the columns is 1 wide, each column has 2 spaces, the verdict 7 letters.
     id_width = min(32, max(len(escape_controls(sample["id"])) for sample in shown))
     width = max(10, (CONSOLE.width - 6 - 5 * 2 - 7 - id_width) // 3)

@@ -1,0 +1,126 @@
+"""A model of this project answers a benchmark: the same as in validation, each image encoded once a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.benchmarks import Squares
+from tests.helpers.programs import QUICK, evaluate, read, train
+from vlm import build, config
+from vlm.data.collate import collate
+from vlm.evaluation.benchmarks.shapes import Shapes
+from vlm.evaluation.local import Local, Rows
+from vlm.evaluation.prompts import Prompts
+from vlm.evaluation.respondent import Answer
+from vlm.training import artifact
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    options = ["data=shapes", "data.task=instruct", "data.image_size=32", "data.num_val=8"]
+    options += [f"run_dir={folder}"]
+    assert train(*QUICK, *options) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(run_dir: Path) -> Local:
+    settings, _ = config.read_config(run_dir, with_data=True)
+    settings |= {"logger": {}, "callbacks": {}, "trainer": {**settings["trainer"], "precision": "32-true"}}
+    model, manifest = build.build_model(settings)
+    artifact.load(run_dir, model=model, manifest=manifest, run_id=config.run_id(run_dir))
+    trainer = build.build_trainer(settings, run_dir)
+    judge = build.build_judge(settings, model)
+    return Local(trainer=trainer, model=model, judge=judge, batch_size=3, num_workers=0)
+
+
+def answers(local: Local, benchmark: Any, indices: list[int], answered: Any = ()) -> dict[int, Answer]:
+    found: list[Answer] = []
+    local.respond(Prompts(benchmark=benchmark), indices, answered, found.append)
+    assert len({answer.index for answer in found}) == len(found)
+    return {answer.index: answer for answer in found}
+
+
+def test_prompts_are_those_of_the_validation(local: Local, run_dir: Path) -> None:
+    """Token for token and pixel for pixel."""
+    settings, _ = config.read_config(run_dir, with_data=True)
+    data = build.connect_data(build.build_data(settings, None), settings, local.model)
+    keys = [[(index, -1)] for index in range(8)]
+    rows = Rows(prompts=Prompts(benchmark=Shapes(image_size=32, num_scenes=8)), judge=local.judge, batches=keys)
+    expected = list(data.prompts(range(8), 1))
+    assert len(expected) == 8
+    for batch, work in zip(expected, rows, strict=False):
+        assert work.batch is not None
+        assert work.batch.ids == batch.ids
+        assert work.batch.input_ids.tolist() == batch.input_ids.tolist()
+        assert torch.equal(work.batch.pixel_values, batch.pixel_values)
+
+
+def test_only_what_is_not_answered_is_asked(local: Local) -> None:
+    assert answers(local, Squares(), [0, 1, 2, 3]).keys() == {0, 1, 2, 3}
+    assert answers(local, Squares(), [0, 1, 2, 3], answered={0, 3}).keys() == {1, 2}
+
+
+def test_an_image_is_encoded_once_for_all_rows_of_a_batch(local: Local) -> None:
+    squares = Squares(method="rank")
+    encoded: list[int] = []
+    hook = local.model.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    try:
+        answers(local, squares, [0, 1, 2, 3])
+    finally:
+        hook.remove()
+    assert encoded == [1, 2, 2, 1]  # of 11 rows: five about the first image, three about each of the others
+
+
+def test_log_likelihoods_are_those_of_the_loss(local: Local) -> None:
+    """Of each choice alone in a batch, by the cross-entropy of the whole conversation."""
+    squares = Squares(method="rank")
+    (found,) = answers(local, squares, [1]).values()
+    judge = local.judge
+    (asked,) = Prompts(benchmark=squares).samples([1])
+    for choice, (nats, tokens) in zip(squares.questions[1].choices, found.log_likelihoods, strict=True):
+        turn = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
+        sample = type(asked)(id=asked.id, images=asked.images, messages=[*asked.messages, turn])
+        batch = collate([judge.row(sample, judge.text.encode(sample))], spec=judge.spec, pad_id=judge.text.pad_id)
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(local.model(batch).float(), batch.targets, reduction="sum")
+        assert nats == pytest.approx(-float(loss), abs=1e-3)
+        assert tokens == len(batch.targets) == len(choice) + 1  # bytes, and the end of the turn
+    best = max(zip(found.log_likelihoods, squares.questions[1].choices, strict=True), key=lambda e: e[0][0] / e[0][1])
+    assert found.prediction == best[1]
+
+
+def test_a_question_that_cannot_be_asked_is_named_and_the_others_are_asked(local: Local) -> None:
+    found = answers(local, Squares(missing=True), [0, 1, 2, 3])
+    assert found[1].error == "image 'b.png' is missing; restore it"
+    assert [found[index].error for index in (0, 2, 3)] == ["", "", ""]
+
+
+def test_equal_images_have_equal_vectors(local: Local) -> None:
+    vectors = local.embed(Squares())
+    assert torch.equal(vectors[0], vectors[3])
+    assert not torch.equal(vectors[0], vectors[1])
+
+    def mean(pixels: Tensor) -> Tensor:
+        return local.model.encoder(pixels).mean(1)
+
+    pixels = local.judge.spec.transform(Squares().image("b.png"))[None]
+    torch.testing.assert_close(vectors[1:2], mean(pixels).detach().float())
+
+
+def test_eval_runs_a_benchmark_with_shots(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [f"ckpt={run_dir}", "trainer=cpu", "benchmark=shapes", "num_samples=4", "max_new_tokens=4"]
+    command += ["benchmark.shapes.image_size=32", "benchmark.num_shots=1", "benchmark.shots=nearest"]
+    command += ["benchmark.shapes.demonstrations.num_scenes=12", f"out={tmp_path / 'out'}", "batch_size=2"]
+    assert evaluate(*command) == 0
+    assert "shapes: 4 answers in 4 groups" in capsys.readouterr().out
+    (record, *_) = read(tmp_path / "out" / "shapes" / "samples.jsonl")
+    assert record["id"] == "shapes/0/val/0"
+    assert evaluate(*command, f"against={tmp_path / 'out'}") == 0
+    assert "difference" in capsys.readouterr().out
