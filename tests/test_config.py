@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from tests.helpers.configs import COMPOSED, GROUPS, needs, options
 from vlm import config
+from vlm.launch.benchmarks import SHARED
 from vlm.launch.entry import CONF, config_error
 from vlm.models.composed import Composed
+from vlm.options import bind
 
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 
@@ -47,6 +50,20 @@ def test_every_group_is_one_that_a_config_names() -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
 def test_every_option_composes_and_binds(group: str, option: str) -> None:
     config.check(settings(f"{group}={option}", *needs(group, option)))
+
+
+@pytest.mark.parametrize("option", options("benchmark"))
+def test_every_benchmark_composes_and_binds(option: str) -> None:
+    """Files that the user names are not opened."""
+    cfg = compose("eval", ["ckpt=x", f"benchmark={option}"])
+    asked = set() if option == "none" else {option}
+    assert set(cfg.benchmark) == asked
+    for name in asked:
+        given = {
+            key: value for key, value in cfg.benchmark[name].items_ex(resolve=False) if key not in (*SHARED, "scorer")
+        }
+        filled = {key: "x" if OmegaConf.is_missing(cfg.benchmark[name], key) else value for key, value in given.items()}
+        bind(f"benchmark.{name}", OmegaConf.to_container(OmegaConf.create(filled)))
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from vlm.config import (
     split_data,
 )
 from vlm.data.datamodule import VLMDataModule
-from vlm.data.judge import Judge
 from vlm.data.reading import Reading
+from vlm.data.sample_reader import SampleReader
 from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.objectives.base import Objective
@@ -72,7 +72,7 @@ def connect_data(data: VLMDataModule, cfg: Mapping[str, Any], model: Model) -> V
     return data
 
 
-def build_judge(cfg: Mapping[str, Any], model: Model) -> Judge:
+def build_reader(cfg: Mapping[str, Any], model: Model) -> SampleReader:
     """Encodes conversations for the model as its data does, without that data; answers are supervised at the end."""
     spec, system_prompt = model.visual_spec(), loader_option(cfg, "system_prompt")
     text = TextEncoder(
@@ -85,7 +85,7 @@ def build_judge(cfg: Mapping[str, Any], model: Model) -> Judge:
         train_on="last_assistant",
         system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
     )
-    return Judge(text=text, spec=spec, reading=Reading(**(loader_option(cfg, "reading") or {})))
+    return SampleReader(text=text, spec=spec, reading=Reading(**(loader_option(cfg, "reading") or {})))
 
 
 def check_rows(before: Mapping[str, str], now: Mapping[str, str], remedy: str) -> None:

@@ -36,8 +36,8 @@ def local(run_dir: Path) -> Local:
     model, manifest = build.build_model(settings)
     artifact.load(run_dir, model=model, manifest=manifest, run_id=config.run_id(run_dir))
     trainer = build.build_trainer(settings, run_dir)
-    judge = build.build_judge(settings, model)
-    return Local(trainer=trainer, model=model, judge=judge, batch_size=3, num_workers=0)
+    reader = build.build_reader(settings, model)
+    return Local(trainer=trainer, model=model, reader=reader, batch_size=3, num_workers=0)
 
 
 def answers(local: Local, benchmark: Any, indices: list[int], answered: Any = ()) -> dict[int, Answer]:
@@ -52,7 +52,7 @@ def test_prompts_are_those_of_the_validation(local: Local, run_dir: Path) -> Non
     settings, _ = config.read_config(run_dir, with_data=True)
     data = build.connect_data(build.build_data(settings, None), settings, local.model)
     keys = [[(index, -1)] for index in range(8)]
-    rows = Rows(prompts=Prompts(benchmark=Shapes(image_size=32, num_scenes=8)), judge=local.judge, batches=keys)
+    rows = Rows(prompts=Prompts(benchmark=Shapes(image_size=32, num_scenes=8)), reader=local.reader, batches=keys)
     expected = list(data.prompts(range(8), 1))
     assert len(expected) == 8
     for batch, work in zip(expected, rows, strict=False):
@@ -82,12 +82,12 @@ def test_log_likelihoods_are_those_of_the_loss(local: Local) -> None:
     """Of each choice alone in a batch, by the cross-entropy of the whole conversation."""
     squares = Squares(method="rank")
     (found,) = answers(local, squares, [1]).values()
-    judge = local.judge
+    reader = local.reader
     (asked,) = Prompts(benchmark=squares).samples([1])
     for choice, (nats, tokens) in zip(squares.questions[1].choices, found.log_likelihoods, strict=True):
         turn = {"role": "assistant", "content": [{"type": "text", "text": choice}]}
         sample = type(asked)(id=asked.id, images=asked.images, messages=[*asked.messages, turn])
-        batch = collate([judge.row(sample, judge.text.encode(sample))], spec=judge.spec, pad_id=judge.text.pad_id)
+        batch = collate([reader.row(sample, reader.text.encode(sample))], spec=reader.spec, pad_id=reader.text.pad_id)
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(local.model(batch).float(), batch.targets, reduction="sum")
         assert nats == pytest.approx(-float(loss), abs=1e-3)
@@ -110,7 +110,7 @@ def test_equal_images_have_equal_vectors(local: Local) -> None:
     def mean(pixels: Tensor) -> Tensor:
         return local.model.encoder(pixels).mean(1)
 
-    pixels = local.judge.spec.transform(Squares().image("b.png"))[None]
+    pixels = local.reader.spec.transform(Squares().image("b.png"))[None]
     torch.testing.assert_close(vectors[1:2], mean(pixels).detach().float())
 
 

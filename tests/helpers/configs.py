@@ -6,7 +6,8 @@ from pathlib import Path
 
 from vlm.launch.entry import CONF
 
-GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir())
+# Of train.py.
+GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name != "benchmark")
 COMPOSED = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.collate import Row, collate
-from vlm.data.judge import Judge
+from vlm.data.sample_reader import SampleReader
 from vlm.data.workers import WorkerContext
 from vlm.evaluation.benchmarks.base import Benchmark
 from vlm.evaluation.prompts import Prompts
@@ -36,15 +36,15 @@ class Work(NamedTuple):
 class Rows(Dataset[Work]):
     """Batches of rows, each of a question (choice -1), or of a question with one of its choices as the answer."""
 
-    def __init__(self, *, prompts: Prompts, judge: Judge, batches: Sequence[Sequence[tuple[int, int]]]) -> None:
-        self.prompts, self.judge, self.batches = prompts, judge, batches
+    def __init__(self, *, prompts: Prompts, reader: SampleReader, batches: Sequence[Sequence[tuple[int, int]]]) -> None:
+        self.prompts, self.reader, self.batches = prompts, reader, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Work:
         keys = self.batches[number]
-        judge = replace(self.judge, spec=replace(self.judge.spec, transform=_once(self.judge.spec.transform)))
+        reader = replace(self.reader, spec=replace(self.reader.spec, transform=_once(self.reader.spec.transform)))
         indices = sorted({index for index, _ in keys})
         samples = dict(zip(indices, self.prompts.samples(indices), strict=True))
         rows: list[Row] = []
@@ -52,25 +52,25 @@ class Rows(Dataset[Work]):
         failed: dict[int, str] = {}
         for index, choice in keys:
             try:
-                rows.append(self._row(judge, samples[index], index, choice))
+                rows.append(self._row(reader, samples[index], index, choice))
                 kept.append((index, choice))
             except BadSample as error:
                 failed[index] = str(error)
         if not rows:
             return Work(None, [], failed)
         side: Any = "left" if self.prompts.benchmark.method == "generate" else "right"
-        return Work(collate(rows, spec=judge.spec, pad_id=judge.text.pad_id, side=side), kept, failed)
+        return Work(collate(rows, spec=reader.spec, pad_id=reader.text.pad_id, side=side), kept, failed)
 
-    def _row(self, judge: Judge, sample: Sample | BadSample, index: int, choice: int) -> Row:
+    def _row(self, reader: SampleReader, sample: Sample | BadSample, index: int, choice: int) -> Row:
         if isinstance(sample, BadSample):
             raise sample
         if choice >= 0:
             text = self.prompts.benchmark.questions[index].choices[choice]
             answer = Message(role="assistant", content=[{"type": "text", "text": text}])
             sample = replace(sample, messages=[*sample.messages, answer])
-        judge.check(sample)
-        encoded = judge.text.encode_prompt(sample) if choice < 0 else judge.text.encode(sample)
-        return judge.row(sample, encoded)
+        reader.check(sample)
+        encoded = reader.text.encode_prompt(sample) if choice < 0 else reader.text.encode(sample)
+        return reader.row(sample, encoded)
 
 
 def _once(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image], Tensor]:
@@ -88,9 +88,9 @@ def _once(transform: Callable[[Image.Image], Tensor]) -> Callable[[Image.Image],
 class Answering(pl.LightningModule):
     """Generates answers, or computes log-likelihoods, and passes each on as soon as it is known."""
 
-    def __init__(self, *, model: Any, judge: Judge, benchmark: Benchmark, write: Write) -> None:
+    def __init__(self, *, model: Any, reader: SampleReader, benchmark: Benchmark, write: Write) -> None:
         super().__init__()
-        self.model, self._judge, self._benchmark, self._write = model, judge, benchmark, write
+        self.model, self._reader, self._benchmark, self._write = model, reader, benchmark, write
         self._ranked: dict[int, dict[int, tuple[float, int]]] = defaultdict(dict)
         self._failed: set[int] = set()
 
@@ -109,7 +109,7 @@ class Answering(pl.LightningModule):
             for (index, choice), likelihood in zip(work.keys, self._log_likelihoods(work.batch), strict=True):
                 self._add(index, choice, likelihood)
             return
-        text = self._judge.text
+        text = self._reader.text
         ids = self.model.generate(
             work.batch, stop_ids=text.stop_ids, max_new_tokens=self._benchmark.max_new_tokens
         )  # B S
@@ -144,10 +144,10 @@ class Answering(pl.LightningModule):
 class Local(Respondent):
     """Asks a model of this project, in all processes of the trainer."""
 
-    def __init__(self, *, trainer: Any, model: Any, judge: Judge, batch_size: int, num_workers: int) -> None:
-        self.trainer, self.model, self.judge = trainer, model, judge
+    def __init__(self, *, trainer: Any, model: Any, reader: SampleReader, batch_size: int, num_workers: int) -> None:
+        self.trainer, self.model, self.reader = trainer, model, reader
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.rank, self.reading = trainer.global_rank, judge.reading
+        self.rank, self.reading = trainer.global_rank, reader.reading
 
     def barrier(self) -> None:
         self.trainer.strategy.barrier()
@@ -163,14 +163,14 @@ class Local(Respondent):
             for choice in (range(len(benchmark.questions[index].choices)) if benchmark.method == "rank" else (-1,))
         ]
         batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        rows = Rows(prompts=prompts, judge=self.judge, batches=batches)
+        rows = Rows(prompts=prompts, reader=self.reader, batches=batches)
         loader: DataLoader[Work] = DataLoader(
             rows,
             batch_size=None,
             num_workers=self.num_workers,
             multiprocessing_context=WorkerContext() if self.num_workers else None,
         )
-        answering = Answering(model=self.model, judge=self.judge, benchmark=benchmark, write=write)
+        answering = Answering(model=self.model, reader=self.reader, benchmark=benchmark, write=write)
         self.trainer.predict(answering, loader, return_predictions=False)
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class Local(Respondent):
                     f"shots=nearest needs an image, and question '{question.id}' has none; set shots=fixed"
                 )
             if (name := question.images[0]) not in found:
-                pixels = self.judge.spec.transform(benchmark.image(name))
+                pixels = self.reader.spec.transform(benchmark.image(name))
                 pixels = pixels if pixels.ndim == 4 else pixels[None]  # tiles 3 H W
                 with self.trainer.precision_plugin.forward_context():
                     found[name] = encoder(pixels.to(device)).float().mean(dim=(0, 1)).cpu()  # Dv

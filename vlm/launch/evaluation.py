@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from vlm import config, files
-from vlm.build import build_judge, build_trainer, check_rows
+from vlm.build import build_reader, build_trainer, check_rows
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.answers import write_samples
 from vlm.evaluation.local import Local
@@ -89,7 +89,7 @@ class EvaluationRun:
         local = Local(
             trainer=build_trainer(self.settings, self.run_dir),
             model=model,
-            judge=build_judge(self.settings, model),
+            reader=build_reader(self.settings, model),
             batch_size=self._cfg.batch_size,
             num_workers=self._cfg.num_workers,
         )
