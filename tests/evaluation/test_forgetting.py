@@ -203,7 +203,7 @@ def test_a_run_resumed_with_replay_measures_from_the_same_base(tmp_path: Path) -
     final = json.loads((run / "metrics.json").read_text())
     assert {name: final[name] for name in second} == second
     rows = csv.DictReader((run / "csv" / "metrics.csv").read_text().splitlines())
-    assert [float(row["text/loss"]) for row in rows if row["text/loss"]] == [first["text/loss"], second["text/loss"]]
+    assert {float(row["text/loss"]) for row in rows if row["text/loss"]} == {first["text/loss"], second["text/loss"]}
     losses = [line for line in read(run / "metrics.jsonl") if "train/loss" in line]
     assert any("train/loss/replay" in line for line in losses)
     shutil.copytree(run, again)

@@ -357,7 +357,7 @@ def test_an_interrupt_ends_with_the_artifact(tmp_path: Path) -> None:
     text = (tmp_path / "out").read_text()
     assert code == 130, text
     assert "Traceback" not in text
-    assert files(run) == FILES - {"samples.jsonl"}
+    assert files(run) == FILES
     assert json.loads((run / "artifact" / "manifest.json").read_text())["tensors"]
 
 
