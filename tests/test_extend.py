@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_of_the_page_is_found() -> None:
-    assert len(FILES) == PAGE.count("```python") + PAGE.count("```yaml") == 14
-    assert len(COMMANDS) == 8
+    assert len(FILES) == PAGE.count("```python") + PAGE.count("```yaml") == 16
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_the_commands_in_their_order(folder: Path) -> None:
         done = start(folder, command)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         said[command] = done.stdout
-    pooled, plan, trained, evaluated, shown, _, resumed, scored = said.values()
+    pooled, plan, trained, evaluated, shown, _, resumed, scored, asked = said.values()
     assert re.search(r"connector │ soft_pool +│ full +│ 0.001 +│", pooled)
     for text in (plan, trained):  # every part with its own state and rate, and the objective's one number
         assert re.search(r"backbone +│ +│ full +│ 0.003 +│", text)
@@ -81,6 +81,10 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     assert "step 4" in resumed
     assert "val/first_word" in scored
     assert "val/exact_match" not in scored
+    colors = json.loads((folder / "runs/scorer/eval/colors/results.json").read_text())
+    assert (colors["n"], colors["num_groups"], colors["metrics"].keys()) == (16, 16, {"first_word"})
+    assert colors["best_constant"]["first_word"] == {"value": 0.25, "answer": "red"}
+    assert "colors: 16 answers in 16 groups" in asked
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ Commands to try:
   python train.py debug=fast llm=tiny encoder=tiny     a few steps on a few samples, in seconds
   python train.py plan=true llm=llama3_8b              sizes and memory of a run, without a download
   python train.py -m connector=linear,mlp seed=1,2     a sweep: one run for each combination""",
-    "eval": """Evaluate a run of train.py on its validation split: losses, visual gain and generated answers.
+    "eval": """Evaluate a run of train.py on its validation split (losses, visual gain, answers) or on benchmarks.
 
 Commands to try:
   python eval.py ckpt=<run dir>                        into <run dir>/eval
   python eval.py ckpt=<run dir> num_samples=64         on 64 of the samples
+  python eval.py ckpt=<run dir> benchmark=shapes       questions by type, with intervals, into <run dir>/eval/shapes
   python eval.py ckpt=<run dir> data.task=instruct out=<folder>""",
     "doctor": """Read a dataset as training would, and report its defects, before anything is trained on it.
 
