@@ -62,7 +62,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing(tmp_path: Path) -> None:
     assert results["metrics"] == ask(tmp_path / "whole", Table(answers))["metrics"]
     assert {path.name for path in file.parent.iterdir()} == {"results.json", "samples.jsonl"}
     finished = Table(answers)
-    ask(tmp_path, finished)
+    assert ask(tmp_path, finished, against=tmp_path / "whole")["against"]["metrics"]["exact_match"]["value"] == 0
     assert finished.asked == []
 
 

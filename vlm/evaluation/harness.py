@@ -83,6 +83,8 @@ def record_of(benchmark: Benchmark, answer: Answer) -> Record:
     )
     if answer.log_likelihoods:
         record["log_likelihoods"] = answer.log_likelihoods
+    if answer.usage:
+        record["usage"] = answer.usage
     if answer.error:
         record["error"] = answer.error
     elif question.references:

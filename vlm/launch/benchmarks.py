@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,21 +180,24 @@ def check(asked: Mapping[str, Asked], who: Who, out: Path, *, replace: bool) -> 
 def ask(
     asked: Asked, who: Who, respondent: Respondent, out: Path, *, against: Path | None, about: Mapping[str, Any]
 ) -> None:
-    """Ask the questions that no earlier call has asked, then write and print the results."""
+    """Ask the questions that no earlier call has asked, then write and print the results.
+
+    With `against`, they also have the differences to the results in that file, or of this benchmark in that folder.
+    """
     folder, key = out / asked.name, asked.key(who)
-    if (folder / "results.json").is_file() and _key_of(folder / "results.json") == key and against is None:
-        if respondent.rank == 0:
-            _print(asked, json.loads(files.read(folder / "results.json", max_bytes=harness.MAX_BYTES)))
-            run.CONSOLE.print(f"{folder / 'results.json'} is of this command already.", soft_wrap=True)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    _answer(asked, respondent, folder, key)
-    respondent.barrier()
+    records = _finished(folder, key)
+    if records is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _answer(asked, respondent, folder, key)
+        respondent.barrier()
     if respondent.rank:
         return
-    found = harness.answers(folder, key=key)
-    records = harness.records(asked.benchmark, {index: found[index] for index in asked.indices})
-    _refuse_failure(asked, records)
+    if records is None:
+        found = harness.answers(folder, key=key)
+        records = harness.records(asked.benchmark, {index: found[index] for index in asked.indices})
+        _refuse_failure(asked, records)
+    else:
+        run.CONSOLE.print(f"{asked.name}: all questions were answered before.", soft_wrap=True)
     results = {
         "benchmark": asked.name,
         **harness.figures(asked.benchmark, records),
@@ -205,7 +208,7 @@ def ask(
         "options": asked.options,
         "harness": harness.VERSION,
         "version": asked.benchmark.version,
-        "usage": _usage(found.values()),
+        "usage": _usage(records),
         "key": key,
         **about,
     }
@@ -244,10 +247,10 @@ def _refuse_failure(asked: Asked, records: Sequence[Record]) -> None:
         raise ValueError(f"none of the {len(records)} questions of {asked.name} has an answer: {failed[0]['error']}")
 
 
-def _usage(found: Iterable[Answer]) -> dict[str, float]:
+def _usage(records: Sequence[Record]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for answer in found:
-        for name, value in answer.usage.items():
+    for record in records:
+        for name, value in record.get("usage", {}).items():
             total[name] = total.get(name, 0) + value
     return total
 
@@ -259,14 +262,23 @@ def _against(asked: Asked, records: Sequence[Record], other: Path) -> dict[str, 
     theirs = json.loads(files.read(file, max_bytes=harness.MAX_BYTES))
     if theirs.get("benchmark") != asked.name:
         raise ValueError(f"against={file} holds results of {theirs.get('benchmark')}, not of {asked.name}")
-    lines = files.read(file.with_name("samples.jsonl"), max_bytes=harness.MAX_BYTES).decode().splitlines()
-    compared = harness.compare(asked.benchmark, records, [json.loads(line) for line in lines])
+    compared = harness.compare(asked.benchmark, records, _records(file.parent))
     return {"results": str(file), **compared}
+
+
+def _finished(folder: Path, key: str) -> list[Record] | None:
+    """The records of an earlier call that asked the same, if it has finished."""
+    return _records(folder) if _key_of(folder / "results.json") == key else None
+
+
+def _records(folder: Path) -> list[Record]:
+    lines = files.read(folder / "samples.jsonl", max_bytes=harness.MAX_BYTES).decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _key_of(file: Path) -> str | None:
     try:
-        found = json.loads(files.read(file, max_bytes=harness.MAX_BYTES))
+        found = json.loads(files.read(file, max_bytes=harness.MAX_BYTES)) if file.is_file() else None
         return found.get("key") if isinstance(found, dict) else None
     except ValueError:
         return None

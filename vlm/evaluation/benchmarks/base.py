@@ -64,6 +64,7 @@ class Record(TypedDict, total=False):
     score: float
     correct: bool
     log_likelihoods: list[tuple[float, int]]
+    usage: dict[str, float]
     error: str
 
 
