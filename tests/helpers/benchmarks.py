@@ -1,13 +1,15 @@
-"""A benchmark of four questions about three colored squares, and a respondent that answers from a table."""
+"""A benchmark of four questions about three colored squares, a respondent that answers from a table, and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
+from vlm.evaluation import harness
 from vlm.evaluation.benchmarks.base import Benchmark, Question
 from vlm.evaluation.prompts import Prompts
 from vlm.evaluation.respondent import Answer, Respondent, Write
@@ -72,3 +74,22 @@ def asked(**options: Any) -> Any:
 
     target = {"_target_": "tests.helpers.benchmarks.Squares"}
     return bind_benchmarks({"squares": {**target, **options}}, defaults={})["squares"]
+
+
+def write_images(folder: Path, *names: str) -> None:
+    """Small images, each with its own shade of red."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * number, 0, 0)).save(folder / name)
+
+
+def figures(benchmark: Benchmark, predictions: Mapping[str, str]) -> dict[str, Any]:
+    """What results.json says of these answers; the questions without one were not asked."""
+    indices = {question.id: index for index, question in enumerate(benchmark.questions)}
+    answers = {indices[name]: Answer(indices[name], prediction=text) for name, text in predictions.items()}
+    return harness.figures(benchmark, harness.records(benchmark, answers))
+
+
+def values(benchmark: Benchmark, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    """The metrics of these answers."""
+    return {name: metric["value"] for name, metric in figures(benchmark, predictions)["metrics"].items()}

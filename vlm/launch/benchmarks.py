@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,14 +152,18 @@ def _benchmark(name: str, own: Mapping[str, Any], shared: Mapping[str, Any]) -> 
     try:
         benchmark: Benchmark = bind(name, options, scorer)()
     except ValueError as error:
-        raise ValueError(str(error).replace("data.", f"{name}.")) from error  # options that sources read too
+        message = re.sub(r"\bdata\.(?=\w+=)", f"{name}.", str(error))  # options that sources read too
+        raise ValueError(message) from error
     for key in ("prompt", "max_new_tokens"):
         if key in shared:
             setattr(benchmark, key, shared[key])
-    if "{question}" not in benchmark.prompt:
+    if "{question}" not in benchmark.prompt and any(question.text for question in benchmark.questions):
         raise ValueError(f"{name}.prompt={benchmark.prompt!r} has no {{question}}; put it where the question goes")
     if not benchmark.questions:
         raise ValueError(f"{name} has no questions; check its files{f' ({benchmark.source})' * bool(benchmark.source)}")
+    most, count = Counter(question.id for question in benchmark.questions).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{name} has {count} questions of id '{most}'; give each question its own id")
     return benchmark
 
 

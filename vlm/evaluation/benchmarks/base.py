@@ -127,18 +127,16 @@ class Benchmark(ABC):
         """Named sums over the answered questions of one group; those of all groups are added up."""
         found: dict[str, float] = defaultdict(float)
         for record in records:
-            for name in ("", f"/{record['type']}") if record.get("type") else ("",):
-                found[f"n{name}"] += 1
-                found[f"score{name}"] += record["score"]
+            for kind in kinds(record):
+                found[f"n{kind}"] += 1
+                found[f"score{kind}"] += record["score"]
         return found
 
     def metrics(self, sums: Sums) -> dict[str, Any]:
         """The metrics from the sums over all groups, or over each bootstrap resample of the groups."""
         result = {self.scorer.name: ratio(sums["score"], sums["n"])}
-        types = sorted(name.partition("/")[2] for name in sums if name.startswith("n/"))
-        if len(types) > 1:
-            for kind in types:
-                result[f"{self.scorer.name_by_type}/{kind}"] = ratio(sums[f"score/{kind}"], sums[f"n/{kind}"])
+        for kind in types(sums):
+            result[f"{self.scorer.name_by_type}{kind}"] = ratio(sums[f"score{kind}"], sums[f"n{kind}"])
         return result
 
     def num_questions(self, metric: str, sums: Sums) -> int | None:
@@ -151,6 +149,17 @@ class Benchmark(ABC):
         """Answers to try as the best constant one: the most frequent references."""
         counts = Counter(reference for question in self.questions for reference in dict.fromkeys(question.references))
         return [answer for answer, _ in counts.most_common(NUM_CONSTANTS)]
+
+
+def kinds(record: Record) -> tuple[str, ...]:
+    """What follows the names of the sums that a record adds to: nothing, and `/<type>` if it has a type."""
+    return ("", f"/{record['type']}") if record.get("type") else ("",)
+
+
+def types(sums: Sums) -> list[str]:
+    """`/<type>` of each type that the sums `n/<type>` count; none where all questions have the same type."""
+    found = sorted(name.removeprefix("n") for name in sums if name.startswith("n/"))
+    return found if len(found) > 1 else []
 
 
 def with_images(text: str, num_images: int) -> list[Content]:

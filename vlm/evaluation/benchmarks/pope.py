@@ -1,0 +1,84 @@
+"""POPE: does the model see objects that are not there (Li et al. 2023, arXiv:2305.10355)?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from vlm.data.annotations import read_json
+from vlm.evaluation.benchmarks.base import Question, Record, Sums, kinds, ratio, types
+from vlm.evaluation.benchmarks.published import Published, records_of, text_in
+from vlm.evaluation.scorers.yes_no import YesNo
+from vlm.ranges import Length, Name
+
+Category = Literal["random", "popular", "adversarial"]
+
+
+class Pope(Published):
+    """Questions such as "Is there a dog in the image?", a third about objects drawn in each of three ways.
+
+    Args:
+        annotations: folder of coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json.
+        images: folder of COCO's val2014 images.
+        categories: which of these files are asked; each is a type.
+    """
+
+    source: ClassVar[str] = "https://github.com/RUCAIBox/POPE (output/coco)"
+    prompt = "<image>\n{question}\nAnswer the question using a single word or phrase."
+
+    def __init__(
+        self,
+        *,
+        annotations: Name,
+        images: Name,
+        categories: Annotated[list[Category], Length(1)] = ["random", "popular", "adversarial"],  # noqa: B006, not changed
+    ) -> None:
+        super().__init__(images=images)
+        self.scorer = YesNo(rule="pope")
+        folder = self._folder(annotations, option="annotations", holds="coco_pope_random.json and the like")
+        self.questions = [question for category in categories for question in self._read(folder, category)]
+
+    def _read(self, folder: Path, category: Category) -> Iterator[Question]:
+        file = self._file(folder / f"coco_pope_{category}.json", option="annotations")
+        for where, record, problem in records_of(file, read_json(file)):
+            label = text_in(record, "label", where=where).lower()
+            if problem or label not in ("yes", "no"):
+                raise ValueError(f"{where} {problem or f'has the label {label!r}, neither yes nor no'}; correct it")
+            yield Question(
+                id=f"{category}/{text_in(record, 'question_id', where=where)}",
+                text=text_in(record, "text", where=where),
+                references=(label,),
+                images=(text_in(record, "image", where=where),),
+                type=category,
+            )
+
+    def sums(self, records: Sequence[Record]) -> dict[str, float]:
+        """Questions, correct answers, questions whose answer is yes, answers that say yes, and those that are right."""
+        found: dict[str, float] = defaultdict(float)
+        for record in records:
+            is_yes = record["references"] == ["yes"]
+            says_yes = is_yes == (record["score"] == 1)
+            for kind in kinds(record):
+                found[f"n{kind}"] += 1
+                found[f"score{kind}"] += record["score"]
+                found[f"is_yes{kind}"] += is_yes
+                found[f"says_yes{kind}"] += says_yes
+                found[f"both{kind}"] += is_yes and says_yes
+        return found
+
+    def metrics(self, sums: Sums) -> dict[str, Any]:
+        """Accuracy, precision, recall and F1 of the answer yes, and the ratio of answers yes."""
+        result = {}
+        for kind in ("", *types(sums)):
+            both, is_yes, says_yes = (sums[f"{name}{kind}"] for name in ("both", "is_yes", "says_yes"))
+            result[f"accuracy{kind}"] = ratio(sums[f"score{kind}"], sums[f"n{kind}"])
+            result[f"precision{kind}"] = ratio(both, says_yes)
+            result[f"recall{kind}"] = ratio(both, is_yes)
+            result[f"f1{kind}"] = ratio(2 * both, is_yes + says_yes)
+            result[f"yes_ratio{kind}"] = ratio(says_yes, sums[f"n{kind}"])
+        return result
+
+    def constants(self) -> list[str]:
+        return ["yes", "no"]
