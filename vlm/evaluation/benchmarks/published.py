@@ -23,8 +23,8 @@ class Published(Benchmark):
     benchmark could not be compared with published ones.
     """
 
-    def __init__(self, *, images: str) -> None:
-        self._images = self._folder(images, option="images")
+    def __init__(self, *, images: str, option: str = "images") -> None:
+        self._images = self._folder(images, option=option)
 
     def image(self, name: str) -> Image.Image:
         return open_image(name, root=self._images)
