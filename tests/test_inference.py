@@ -21,7 +21,7 @@ from torch import Tensor
 import vlm
 from tests.helpers.llms import t5
 from tests.helpers.parts import tiny_model
-from tests.helpers.programs import QUICK, artifact_program, read, train
+from tests.helpers.programs import LIVELY, QUICK, artifact_program, read, train
 from tests.helpers.sources import picture
 from vlm import build, config
 from vlm.data.collate import collate
@@ -30,8 +30,6 @@ from vlm.schema import Batch, Sample
 
 NEW = 8  # tokens of an answer
 COLORS = ("red", "blue", "lime", "black", "gray", "navy", "olive", "teal", "maroon", "purple", "silver", "aqua")
-# A random LLM that writes different letters for different images.
-LIVELY = ["llm.config.tie_word_embeddings=false", "+llm.config.initializer_range=0.3"]
 MARKED = "data.prompt='What is in\n<image>?'"
 FORMS = {
     "tokens": [MARKED],

@@ -90,6 +90,7 @@ class TrainedModel:
     def __init__(self, *, model: Model, data: Mapping[str, Any], device: torch.device, precision: str) -> None:
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.device, self.precision = device, precision
+        self.reading = Reading(**(data.get("reading") or {}))
         spec, system_prompt = model.visual_spec(), data.get("system_prompt")
         text = TextEncoder(
             tokenizer=model.tokenizer,
@@ -100,7 +101,7 @@ class TrainedModel:
             row_separator=spec.row_separator,
             system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
         )
-        self._reader = SampleReader(text=text, spec=spec, reading=Reading(**(data.get("reading") or {})))
+        self._reader = SampleReader(text=text, spec=spec, reading=self.reading)
         self._lock = threading.Lock()
 
     @overload
@@ -166,7 +167,7 @@ class TrainedModel:
 
         Raises ValueError for a file that is missing, too large or no image.
         """
-        with applied(self._reader.reading):
+        with applied(self.reading):
             if isinstance(image, Image.Image):
                 return opened_image(image, name=str(getattr(image, "filename", "") or "from Pillow"))
             path = Path(image).expanduser()

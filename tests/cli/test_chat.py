@@ -15,12 +15,10 @@ import pytest
 from PIL import Image
 
 import vlm
-from tests.helpers.programs import QUICK, ROOT, train
+from tests.helpers.programs import LIVELY, QUICK, ROOT, train
 from vlm.cli.chat import Options, Terminal, main
 from vlm.cli.run_options import parse
 from vlm.files import escape_controls
-
-LIVELY = ["llm.config.tie_word_embeddings=false", "+llm.config.initializer_range=0.3"]
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,10 @@ QUICK = [
 ]
 
 
+# Of a random LLM that writes different letters for different images and texts.
+LIVELY = ["llm.config.tie_word_embeddings=false", "+llm.config.initializer_range=0.3"]
+
+
 FILES = {
     "config.yaml",
     "metrics.jsonl",
