@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.benchmarks import Squares
-from tests.helpers.programs import QUICK, evaluate, read, train
+from tests.helpers.programs import QUICK, ROOT, evaluate, read, train
 from vlm import build, config
 from vlm.data.collate import collate
 from vlm.evaluation.benchmarks.shapes import Shapes
@@ -124,3 +127,22 @@ def test_eval_runs_a_benchmark_with_shots(run_dir: Path, tmp_path: Path, capsys:
     assert record["id"] == "shapes/0/val/0"
     assert evaluate(*command, f"against={tmp_path / 'out'}") == 0
     assert "difference" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_results_of_one(run_dir: Path, tmp_path: Path) -> None:
+    """Each answers every second group of questions; rank 0 cannot write results before it has the answers of both."""
+    command = [sys.executable, str(ROOT / "eval.py"), f"ckpt={run_dir}", "benchmark=shapes", "num_samples=9"]
+    command += ["benchmark.shapes.image_size=32", "max_new_tokens=4", "batch_size=2", "trainer=ddp"]
+    command += ["trainer.accelerator=cpu", "trainer.precision=32-true"]
+    for num in (1, 2):
+        options = [f"trainer.devices={num}", f"out={tmp_path / str(num)}"]
+        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert f"MEMBER: {num}/{num}" in done.stderr
+    one, two = (tmp_path / num / "shapes" for num in "12")
+    assert len(read(two / "samples.jsonl")) == 9
+    assert read(one / "samples.jsonl") == read(two / "samples.jsonl")
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    assert results[0].pop("options_given") != results[1].pop("options_given")
+    assert results[0] == results[1]

@@ -67,7 +67,9 @@ def _text(file: Path) -> str:
 
 def records(benchmark: Benchmark, found: Mapping[int, Answer]) -> list[Record]:
     """The questions with their answers and scores, in the order of the benchmark."""
-    return [record_of(benchmark, answer) for _, answer in sorted(found.items())]
+    result = [record_of(benchmark, answer) for _, answer in sorted(found.items())]
+    benchmark.complete(scored(result))
+    return result
 
 
 def record_of(benchmark: Benchmark, answer: Answer) -> Record:
@@ -114,9 +116,11 @@ def figures(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, Any]:
         "num_groups": len(groups),
         "num_failed": sum("error" in record for record in found),
         "num_without_reference": sum(not record["references"] for record in found),
+        "num_left_out": benchmark.num_left_out,
     }
     if not groups:
-        return {**result, "metrics": {}, "best_constant": {}}
+        note = "no answer is scored, because no question has a reference; samples.jsonl has the predictions"
+        return {**result, "note": note, "metrics": {}, "best_constant": {}}
     measured, sums = intervals(list(groups.values()), benchmark.metrics), total(list(groups.values()))
     result["metrics"] = {
         name: {

@@ -68,9 +68,12 @@ class Asked:
     @property
     def indices(self) -> list[int]:
         """The questions that are asked, spread evenly over the benchmark."""
-        num = len(self.benchmark.questions)
+        units: dict[str, list[int]] = {}
+        for index, question in enumerate(self.benchmark.questions):
+            units.setdefault(question.unit or question.id, []).append(index)
+        together, num = list(units.values()), len(units)
         wanted = num if self.num_samples is None else min(self.num_samples, num)
-        return [number * num // wanted for number in range(wanted)]
+        return sorted(index for number in range(wanted) for index in together[number * num // wanted])
 
     def prompts(self, respondent: Respondent) -> Prompts:
         """The questions as conversations, with their demonstrations."""
@@ -225,7 +228,8 @@ def ask(
     for file in folder.glob("answers-*.jsonl"):
         file.unlink()
     _print(asked, results)
-    print_samples([_shown(record) for record in harness.scored(records)], of=f"questions of {asked.name}")
+    answered = [_shown(record) for record in records if "error" not in record]
+    print_samples(answered, of=f"questions of {asked.name}")
     run.CONSOLE.print(f"Results: {folder / 'results.json'}", soft_wrap=True)
 
 
@@ -304,10 +308,15 @@ def _print(asked: Asked, results: Mapping[str, Any]) -> None:
             row.append(f"{value} ({interval}), p {compared[name]['p']:.3f}")
         rows.append(row)
     headings = ["metric", "n", "value", "95 % interval", "best constant answer", *(["difference"] if compared else [])]
-    print_table(title, headings, rows)
+    if rows:
+        print_table(title, headings, rows)
+    else:
+        run.CONSOLE.print(f"{asked.name}: {results['note']}.", soft_wrap=True)
     for key, what in (("num_failed", "could not be answered"), ("num_without_reference", "have no reference")):
         if results[key]:
             run.CONSOLE.print(f"{results[key]:,} questions {what}; samples.jsonl names them.", soft_wrap=True)
+    if results["num_left_out"]:
+        run.CONSOLE.print(f"{results['num_left_out']:,} items of the files are not asked.", soft_wrap=True)
 
 
 def _shown(record: Record) -> dict[str, Any]:

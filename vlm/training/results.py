@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def print_samples(samples: Sequence[dict[str, Any]], num: int = 6, *, of: str = 
     table.add_column("verdict")
     for sample in shown:
         texts = (_cut(sample[key], width) for key in ("prompt", "prediction", "reference"))
-        score = sample["score"]
-        verdict = Text("correct", "green") if score == 1 else Text(f"{score:.2f}" if score else "wrong", "red")
+        score = sample.get("score", math.nan)  # an answer without a reference has none
+        wrong = Text("" if math.isnan(score) else f"{score:.2f}" if score else "wrong", "red")
+        verdict = Text("correct", "green") if score == 1 else wrong
         table.add_row(_cut(sample["id"], id_width), *texts, verdict)
     CONSOLE.print(table)
 

@@ -30,6 +30,8 @@ class Question:
         group: questions of one group are not independent, such as those about one image. Intervals take whole groups.
         type: for metrics by type.
         choices: answers to choose from.
+        unit: questions of one unit are asked together or not at all, such as one question with its options in several
+            orders. `num_samples` counts units; by default each question is one.
         meta: other facts that the metrics need.
     """
 
@@ -40,6 +42,7 @@ class Question:
     group: str = ""
     type: str | None = None
     choices: tuple[str, ...] = ()
+    unit: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,8 +54,8 @@ class Question:
 class Record(TypedDict, total=False):
     """One question with its answer, a line of samples.jsonl.
 
-    `log_likelihoods` has (nats, tokens) of each choice where the choices were ranked; `error` says why there is no
-    answer, and the record then takes no part in the metrics.
+    `log_likelihoods` has (nats, tokens) of each choice where the choices were ranked; `facts` is what
+    `Benchmark.complete` adds; `error` says why there is no answer, and the record then takes no part in the metrics.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Record(TypedDict, total=False):
     score: float
     correct: bool
     log_likelihoods: list[tuple[float, int]]
+    facts: dict[str, float]
     usage: dict[str, float]
     error: str
 
@@ -83,12 +87,14 @@ class Benchmark(ABC):
         headline: the metric to compare models by; by default the scorer's name.
         source: where to get the published files, for errors.
         max_new_tokens: the longest answer.
+        num_left_out: how many items of the files are not asked, for example because they are about a video.
     """
 
     version: ClassVar[int] = 1
     source: ClassVar[str] = ""
     method: Literal["generate", "rank"] = "generate"
     max_new_tokens: int = 16
+    num_left_out: int = 0
     scorer: Scorer
     prompt: str = "<image>\n{question}"
 
@@ -122,6 +128,9 @@ class Benchmark(ABC):
     def score(self, prediction: str, question: Question) -> float:
         """The score of one answer."""
         return self.scorer(prediction, as_sample(question))
+
+    def complete(self, records: Sequence[Record]) -> None:  # noqa: B027, most benchmarks have none
+        """Add `facts` that need several records, such as the rank of an image among others, to all scored records."""
 
     def sums(self, records: Sequence[Record]) -> dict[str, float]:
         """Named sums over the answered questions of one group; those of all groups are added up."""
