@@ -159,3 +159,12 @@ def test_too_few_demonstrations() -> None:
     squares = Squares()
     with pytest.raises(ValueError, match=r"num_shots=3 needs .* 'color-a.png', and there are 2"):
         choose_shots(squares, squares, num_shots=3, shots="random", seed=0)
+
+
+def test_a_shared_option_that_a_benchmark_has_too_reaches_it() -> None:
+    target = {"_target_": "vlm.evaluation.benchmarks.shapes.Shapes", "num_scenes": 2, "image_size": 32}
+    first, second = (
+        benchmarks.bind_benchmarks({"shapes": {**target, "seed": seed}}, defaults={})["shapes"] for seed in (0, 1)
+    )
+    assert first.benchmark.questions[0].id == "shapes/0/val/0"
+    assert second.benchmark.questions[0].id == "shapes/1/val/0"

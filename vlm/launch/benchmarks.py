@@ -20,7 +20,7 @@ from vlm.evaluation.benchmarks.base import Benchmark, Record
 from vlm.evaluation.prompts import Prompts, Shots, choose_shots, nearest_shots
 from vlm.evaluation.respondent import Answer, Respondent
 from vlm.launch.overrides import absolute_paths
-from vlm.options import bind, check_keys, check_mapping, check_values
+from vlm.options import bind, check_keys, check_mapping, check_values, find_class, parameters
 from vlm.ranges import Range, Samples, Seed
 from vlm.schema import hashed
 from vlm.training import artifact, run
@@ -130,8 +130,9 @@ def bind_benchmarks(cfg: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> d
 
 def _bind(name: str, options: Mapping[str, Any]) -> Asked:
     shared = {key: value for key, value in options.items() if key in SHARED}
-    own = {key: value for key, value in options.items() if key not in SHARED}
     full = f"benchmark.{name}"
+    accepted = parameters(find_class(full, options.get("_target_")))  # such as the seed of its scenes
+    own = {key: value for key, value in options.items() if key not in SHARED or key in accepted}
     check_values(full, shared, SHARED)
     benchmark = _benchmark(full, own, shared)
     demonstrations = None

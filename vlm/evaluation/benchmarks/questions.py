@@ -72,7 +72,7 @@ class _File(Source):
 def with_answer(record: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any]]:
     """Whether a record has its last answer, and the record with `NO_ANSWER` where it has not."""
     for key in TURN_KEYS:
-        turns = record.get(key)
+        turns: Any = record.get(key)
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human"):
             return False, {**record, key: [*turns, {"role": "assistant", "content": NO_ANSWER}]}
