@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vlm").rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # schema -> encoders, connectors, llms -> models, data -> objectives, evaluation -> training -> module -> config ->
-# build -> launch -> inference -> cli.
+# build, report -> launch -> inference -> cli.
 RANK = {
     **dict.fromkeys(("schema", "hub", "file_kinds", "architecture", "ranges", "files"), 0),
     **dict.fromkeys(("identity", "quote", "renamed"), 0),
@@ -20,7 +20,7 @@ RANK = {
     **dict.fromkeys(("objectives", "evaluation", "training"), 3),
     "module": 4,
     **dict.fromkeys(("callbacks", "loggers", "config"), 5),
-    "build": 6,
+    **dict.fromkeys(("build", "report"), 6),
     "launch": 7,
     "inference": 8,
     "cli": 9,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,12 @@ from vlm.data.checkup import Checkup, Folder, text_of
 from vlm.data.findings import KINDS, Finding, frequent_answers
 from vlm.data.images import to_rgb
 from vlm.quote import one_line
+from vlm.report import html
 from vlm.schema import Source, Split
 from vlm.training.artifact import write_json
 from vlm.training.run import CONSOLE
 
 SHOWN = 24  # findings of a kind in report.html; report.json has all
-THUMBNAIL = 160  # pixels of its longer side
 BINS, ANSWERS, LANGUAGES = 12, 10, 12
 HIGH = 99  # percentile at which a histogram ends if the largest values are far beyond it
 LENGTHS = ("tokens", "visual_tokens", "characters")
@@ -38,11 +36,6 @@ HEADINGS = {  # with units
     "score": "score (nats per token)",
 }
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
-h2 { margin: 2.2rem 0 .2rem; font-size: 1.15rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left }
-td + td, th + th { text-align: right } .note { color: #666; margin: 0 0 .6rem }
-.row { display: flex; flex-wrap: wrap; gap: 2.5rem }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: .8rem }
 .card { border: 1px solid #ddd; border-radius: 6px; padding: .6rem; overflow-wrap: anywhere; font-size: 13px }
 .card img { max-height: 130px; margin-right: .4rem; border: 1px solid #eee } .text { color: #555 }
@@ -198,7 +191,7 @@ def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mappi
         )
     body = [
         f"<h1>vlm-doctor</h1><p class=note>{escape(' · '.join(parts))}</p>",
-        _table(["kind", *(f"{split}, of {part['samples']:,} samples" for split, part in splits.items())], rows),
+        html.table(["kind", *(f"{split}, of {part['samples']:,} samples" for split, part in splits.items())], rows),
     ]
     for split, part in splits.items():
         charts = [_histogram(name, part[name]) for name in (*LENGTHS, "score") if part.get(name)]
@@ -212,14 +205,7 @@ def _page(report: Mapping[str, Any], findings: Sequence[Finding], sources: Mappi
             cards = "".join(_card(finding, sources) for finding in shown)
             heading = f"<h2>{kind}: {len(of_kind):,}</h2><p class=note>{escape(what)}{more}</p>"
             body.append(f"{heading}<div class=cards>{cards}</div>")
-    head = f"<!doctype html><meta charset=utf-8><title>vlm-doctor</title><style>{STYLE}</style>"
-    return head + "\n".join(body) + "\n"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    lines = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in rows)
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return html.document("vlm-doctor", body, style=STYLE)
 
 
 def _histogram(name: str, figures: Mapping[str, Any]) -> str:
@@ -253,7 +239,7 @@ def _card(finding: Finding, sources: Mapping[Split, Source]) -> str:
             shown = [to_rgb(image, name="") for image in sample.images[:4] if isinstance(image, Image.Image)]
         except ValueError:  # the finding itself is about an unreadable sample
             continue
-        images += "".join(map(_thumbnail, shown))
+        images += "".join(map(html.thumbnail, shown))
         if not number:
             text = " ⏎ ".join(f"{message['role']}: {text_of(message)}" for message in sample.messages)
     text = text if len(text) <= 300 else text[:300] + "…"
@@ -262,11 +248,3 @@ def _card(finding: Finding, sources: Mapping[Split, Source]) -> str:
         f"<div class=card>{images}<div><b>{position}</b> {escape(finding.message)}</div>"
         f"<div class=text>{escape(text)}</div></div>"
     )
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = BytesIO()
-    small.save(data, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'

@@ -113,7 +113,7 @@ def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str
     """Print a table; all columns but the first are numbers."""
     table = Table(title=title)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number, overflow="fold")
     for row in rows:
         table.add_row(*row)
     CONSOLE.print(table)

@@ -1,0 +1,168 @@
+"""The tables of a report, the same on the terminal, in Markdown and in HTML."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vlm.report.compare import SEED, choices, differing, mean_and_spread, paired_difference, short
+from vlm.report.runs import COSTS, Run, Score, is_loss
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; `note` is a sentence below the title."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs with the parameters in which they differ.
+
+    Attributes:
+        parameters: the values of each differing parameter, one for each run.
+        choices: the finished runs of each choice; a choice is a value of all parameters but the seed.
+        qualities: names of the figures that say how good a run is.
+    """
+
+    runs: Sequence[Run]
+    parameters: Mapping[str, Sequence[str]] = field(init=False)
+    choices: Mapping[str, Sequence[Run]] = field(init=False)
+    qualities: Sequence[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", differing(self.runs) if len(self.runs) > 1 else {})
+        found = choices(self.runs, self.parameters)
+        finished = {name: [run for run in runs if run.is_finished] for name, runs in found.items()}
+        object.__setattr__(self, "choices", {name: runs for name, runs in finished.items() if runs})
+        object.__setattr__(self, "qualities", list(dict.fromkeys(name for run in self.runs for name in run.qualities)))
+
+    @property
+    def metric(self) -> str:
+        """The figure by which the best choice is found."""
+        metric = self.runs[0].metric
+        return metric if metric in self.qualities else "val/loss"
+
+    @property
+    def best(self) -> str:
+        """The choice with the best mean of the metric."""
+        sign = 1 if is_loss(self.metric) else -1
+
+        def cost(name: str) -> float:
+            values = [sign * run.qualities.get(self.metric, sign * math.inf) for run in self.choices[name]]
+            return sum(values) / len(values)
+
+        return min(self.choices, key=cost)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether a choice has several finished runs."""
+        return any(len(runs) > 1 for runs in self.choices.values())
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The table of runs; for several choices the mean and spread of each and the differences from the first."""
+    found = [table_of_runs(comparison)]
+    if len(comparison.choices) > 1 and comparison.has_spread:
+        found += [table_of_choices(comparison), table_of_differences(comparison)]
+    return found
+
+
+def table_of_runs(comparison: Comparison) -> Table:
+    """A row for each run."""
+    parameters, runs = comparison.parameters, comparison.runs
+    losses = [name for name in comparison.qualities if not any(name in run.scores for run in runs)]
+    scores = [name for name in comparison.qualities if name not in losses]
+    costs = [name for name in COSTS if any(name in run.figures for run in runs)]
+    common = {name: beside.pop() for name in scores if len(beside := _beside(runs, name)) == 1}
+    scored = [f"{name} ({common[name]})" if name in common else name for name in scores]
+    rows = []
+    for number, run in enumerate(runs):
+        rows.append(
+            [
+                *([run.name] if not parameters else []),
+                *(short(values[number]) for values in parameters.values()),
+                run.status,
+                *(_figure(run.figures.get(name)) for name in losses),
+                *(_score(run.scores.get(name), beside=name not in common) for name in scores),
+                *(_figure(run.figures.get(name), name) for name in costs),
+            ]
+        )
+    headings = [*([] if parameters else ["run"]), *parameters, "status", *losses, *scored]
+    statuses = ", ".join(f"{num} {status}" for status, num in Counter(run.status for run in runs).items())
+    note = " Beside a score: its number of answers (n) and the score of the best constant answer." if scores else ""
+    return Table("Runs", [*headings, *(COSTS[name] for name in costs)], rows, f"{statuses}.{note}")
+
+
+def table_of_choices(comparison: Comparison) -> Table:
+    """Mean and spread over the seeds for each choice."""
+    shown = [*comparison.qualities, *(name for name in COSTS if any(name in run.figures for run in comparison.runs))]
+    rows = []
+    for name, runs in comparison.choices.items():
+        cells = []
+        for figure in shown:
+            values = [value for run in runs if (value := {**run.figures, **run.qualities}.get(figure)) is not None]
+            cells.append(_mean(values, figure))
+        rows.append([name, str(len(runs)), *cells])
+    headings = ["choice", "runs", *(COSTS.get(name, name) for name in shown)]
+    return Table("Choices", headings, rows, "Mean ± standard deviation over the finished runs of a choice.")
+
+
+def table_of_differences(comparison: Comparison) -> Table:
+    """Paired differences of each choice from the first one."""
+    (first, reference), *others = comparison.choices.items()
+    rows = []
+    for name, runs in others:
+        found = {figure: paired_difference(runs, reference, figure) for figure in comparison.qualities}
+        pairs = max((each.num_pairs for each in found.values() if each), default=0)
+        cells = []
+        for each in found.values():
+            if each is None:
+                cells.append("-")
+            elif each.low is None or each.high is None:
+                cells.append(f"{each.mean:+z.3f}")
+            else:
+                cells.append(f"{each.mean:+z.3f} [{each.low:+z.3f}, {each.high:+z.3f}]")
+        rows.append([name, str(pairs), *cells])
+    note = (
+        f"Mean over pairs of runs with the same {SEED}, with the 95 % interval of Student's t. An interval that holds "
+        "0 shows no difference; a single pair has no interval."
+    )
+    return Table(f"Differences from {first}", ["choice", "pairs", *comparison.qualities], rows, note)
+
+
+def _figure(value: float | None, name: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if name in ("params/trainable", "visual_tokens") else f"{value:z,.3f}"
+
+
+def _beside(runs: Sequence[Run], name: str) -> set[str]:
+    """What stands beside a score in each run that has it."""
+    return {_num_and_constant(run.scores[name]) for run in runs if name in run.scores}
+
+
+def _score(score: Score | None, *, beside: bool) -> str:
+    if score is None:
+        return "-"
+    interval = "" if score.low is None or score.high is None else f" [{score.low:.3f}, {score.high:.3f}]"
+    return f"{score.value:.3f}{interval}{f' ({_num_and_constant(score)})' if beside else ''}"
+
+
+def _num_and_constant(score: Score) -> str:
+    return f"n {score.num:,}" + ("" if score.constant is None else f", constant {score.constant:.3f}")
+
+
+def _mean(values: Sequence[float], name: str) -> str:
+    if not values:
+        return "-"
+    if len({*values}) == 1:  # also where there is a single run
+        return _figure(values[0], name)
+    mean, spread = mean_and_spread(values)
+    return f"{mean:z,.3f} ± {spread:.3f}"
