@@ -9,6 +9,10 @@ from vlm.launch import interrupt
 
 def evaluate(cfg: Any) -> None:
     """Loss, visual gain and answers of a run's artifact, or its benchmarks, into <run dir>/eval/ or `out`."""
+    if cfg.rival:
+        from vlm.launch.rival import evaluate_rival
+
+        return evaluate_rival(cfg)
     from vlm import build
     from vlm.evaluation.loop import evaluate
     from vlm.launch.evaluation import EvaluationRun

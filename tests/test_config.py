@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,7 @@ from vlm import config
 from vlm.launch.benchmarks import SHARED
 from vlm.launch.entry import CONF, config_error
 from vlm.models.composed import Composed
-from vlm.options import bind
+from vlm.options import bind, defaults
 
 OPTIONS = [(group, option) for group in GROUPS for option in options(group)]
 
@@ -64,6 +65,14 @@ def test_every_benchmark_composes_and_binds(option: str) -> None:
         }
         filled = {key: "x" if OmegaConf.is_missing(cfg.benchmark[name], key) else value for key, value in given.items()}
         bind(f"benchmark.{name}", OmegaConf.to_container(OmegaConf.create(filled)))
+
+
+def test_the_options_of_a_rival_are_those_of_its_class_with_its_defaults() -> None:
+    given: Any = OmegaConf.to_container(compose("eval", ["rival=openai"]).rival)
+    target = given.pop("_target_")
+    own = {"model_name": "???", "cache": None, "extra_body": {}}
+    assert given == {**defaults("rival", target), **own}
+    assert {*given} & {*config.EVALUATION} == set(), "they need no prefix"
 
 
 @pytest.mark.slow

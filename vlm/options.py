@@ -36,6 +36,7 @@ KINDS = {  # by config key; the longest matching prefix counts
     "model": Kind("vlm.models.base.Model", ("vlm.models.",)),
     "objective": Kind("vlm.objectives.base.Objective", ("vlm.objectives.",)),
     "benchmark": Kind("vlm.evaluation.benchmarks.base.Benchmark", ("vlm.evaluation.benchmarks.",)),
+    "rival": Kind("vlm.evaluation.openai.OpenAI", ("vlm.evaluation.openai.",)),
     "evaluators": Kind("vlm.evaluation.base.Evaluator", ("vlm.evaluation.",)),
     ".scorer": Kind("vlm.evaluation.scorers.base.Scorer", ("vlm.evaluation.scorers.",)),  # of an evaluator or benchmark
     "data": Kind("vlm.schema.Source", ("vlm.data.sources.",)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm.launch.entry import CONF
+from vlm.launch.configs import CONF, OF_EVAL
 
 # Of train.py.
-GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name != "benchmark")
+GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in OF_EVAL)
 COMPOSED = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
 

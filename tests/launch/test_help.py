@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.helpers.programs import QUICK, ROOT, read, train
+from vlm.launch.configs import OF_EVAL
 
 
 @pytest.mark.parametrize("program", ["train", "eval", "doctor"])
@@ -22,8 +23,8 @@ def test_help_comes_without_torch_and_names_every_group_and_key(program: str) ->
     line = [sys.executable, "-X", "importtime", *command, "--help"]
     shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not re.search(r"\| +(torch|hydra|transformers)$", shown.stderr, re.MULTILINE)
-    groups = ["trainer"] if program == "eval" else [path.name for path in (ROOT / "conf").iterdir() if path.is_dir()]
-    for group in {*groups} - {"hydra"}:
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} - {"hydra", *OF_EVAL}
+    for group in {"trainer", *OF_EVAL} if program == "eval" else groups:
         listed = re.search(rf"^  {group} +((.+\n)(?: {{24}}.+\n)*)", shown.stdout, re.MULTILINE)
         assert listed, group
         options = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml") if file.stem[0] != "_")

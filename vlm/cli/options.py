@@ -38,7 +38,7 @@ HEADINGS = {
 PROGRAMS = {"train": "train.py", "eval": "eval.py", "doctor": "vlm-doctor"}
 GROUPS = (
     *("model", "encoder", "connector", "llm", "objective", "evaluators", "data", "stage", "trainer"),
-    *("callbacks", "logger", "benchmark", "experiment", "debug", "hydra/launcher"),
+    *("callbacks", "logger", "benchmark", "rival", "experiment", "debug", "hydra/launcher"),
 )
 OPENING = """# Every option
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlm.data.reading import Reading
 from vlm.evaluation.benchmarks.base import Benchmark
 from vlm.evaluation.prompts import Prompts
+from vlm.ranges import Number
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Answer:
     prediction: str = ""
     log_likelihoods: list[tuple[float, int]] = field(default_factory=list)
     error: str = ""
-    usage: dict[str, float] = field(default_factory=dict)
+    usage: dict[str, Number] = field(default_factory=dict)
 
 
 Write = Callable[[Answer], None]
@@ -37,9 +38,11 @@ class Respondent(ABC):
     Attributes:
         rank: of this process; every rank calls each method.
         reading: limits of images.
+        remembers: an answered question costs nothing to ask again, so those that failed before are asked again.
     """
 
     rank: int = 0
+    remembers: bool = False
     reading: Reading = Reading()
 
     @abstractmethod

@@ -21,7 +21,7 @@ from vlm.evaluation.prompts import Prompts, Shots, choose_shots, nearest_shots
 from vlm.evaluation.respondent import Answer, Respondent
 from vlm.launch.overrides import absolute_paths
 from vlm.options import bind, check_keys, check_mapping, check_values, find_class, parameters
-from vlm.ranges import Range, Samples, Seed
+from vlm.ranges import Number, Range, Samples, Seed
 from vlm.schema import hashed
 from vlm.training import artifact, run
 from vlm.training.results import print_samples, print_table
@@ -196,6 +196,8 @@ def ask(
     """
     folder, key = out / asked.name, asked.key(who)
     records = _finished(folder, key)
+    if respondent.remembers and any("error" in record for record in records or ()):
+        records = None  # what failed is asked again
     if records is None:
         folder.mkdir(parents=True, exist_ok=True)
         _answer(asked, respondent, folder, key)
@@ -237,6 +239,8 @@ def ask(
 def _answer(asked: Asked, respondent: Respondent, folder: Path, key: str) -> None:
     """Ask the questions that have no answer in the folder."""
     known = harness.answers(folder, key=key)
+    if respondent.remembers:
+        known = {index: answer for index, answer in known.items() if not answer.error}
     if known and respondent.rank == 0:
         run.CONSOLE.print(f"{asked.name}: {len(known)} questions were answered before.", soft_wrap=True)
     prompts = asked.prompts(respondent)
@@ -258,8 +262,8 @@ def _refuse_failure(asked: Asked, records: Sequence[Record]) -> None:
         raise ValueError(f"none of the {len(records)} questions of {asked.name} has an answer: {failed[0]['error']}")
 
 
-def _usage(records: Sequence[Record]) -> dict[str, float]:
-    total: dict[str, float] = {}
+def _usage(records: Sequence[Record]) -> dict[str, Number]:
+    total: dict[str, Number] = {}
     for record in records:
         for name, value in record.get("usage", {}).items():
             total[name] = total.get(name, 0) + value
@@ -313,6 +317,8 @@ def _print(asked: Asked, results: Mapping[str, Any]) -> None:
         print_table(title, headings, rows)
     else:
         run.CONSOLE.print(f"{asked.name}: {results['note']}.", soft_wrap=True)
+    if usage := results["usage"]:
+        run.CONSOLE.print(f"Used: {', '.join(f'{value:,.6g} {name}' for name, value in usage.items())}", soft_wrap=True)
     for key, what in (("num_failed", "could not be answered"), ("num_without_reference", "have no reference")):
         if results[key]:
             run.CONSOLE.print(f"{results[key]:,} questions {what}; samples.jsonl names them.", soft_wrap=True)

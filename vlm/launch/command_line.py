@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from vlm.launch.configs import CONF, options_of
+from vlm.launch.configs import CONF, OF_EVAL, keys_of, options_of
 from vlm.launch.overrides import MANY, for_shell, holds_path, override, written
 from vlm.renamed import refuse_renamed_key
 from vlm.training.trust import group_choices, stored_config
@@ -34,10 +34,11 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     # `resume.run` is Hydra's key for `resume=`. With run_dir=, expand_resume has written it for another process.
     if not any(word.startswith("run_dir=") for word in words):
         words = [re.sub(r"^resume\.run=", "resume=", word) for word in words]
+    words = _for_rival(words, config_name=config_name)
     if config_name == "eval":
         # The run's data has keys of its own, and where weights lie may have to be said again.
         words = [
-            f"++{word}" if word.startswith(("data.", "benchmark.")) or SAID_AGAIN.match(word) else word
+            f"++{word}" if word.startswith(("data.", "benchmark.", "rival.")) or SAID_AGAIN.match(word) else word
             for word in words
         ]
         refuse_parts(words)
@@ -58,6 +59,30 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
         if key in ("ckpt", "resume") and isinstance(path := _parse(argument).value(), str):
             check_run_dir(key, Path(path))
     return [*flags, *(_job_names(words) if flags else []), *words]  # argparse wants flags first
+
+
+def _for_rival(words: Sequence[str], *, config_name: str) -> list[str]:
+    """`model=openai` as eval.py's group `rival`, and its options, such as `base_url=`, with that prefix.
+
+    Raises ValueError for options of eval.py that another program gets, and for an address with a secret in it, before
+    Hydra writes it anywhere.
+    """
+    rivals = {f"model={name}" for name in options_of("rival")} - {"model=none"}
+    if config_name != "eval":
+        for word in words:
+            if word in rivals or word.lstrip("+~").partition("=")[0].partition(".")[0] in OF_EVAL:
+                raise ValueError(f"{word} is an option of eval.py alone; leave it out")
+        return [*words]
+    chosen = [word.removeprefix("model=") for word in words if word in rivals]
+    keys = {key for name in chosen for key, _, _ in keys_of(Path(CONF, "rival", f"{name}.yaml"))}
+    words = [f"rival={word.removeprefix('model=')}" if word in rivals else word for word in words]
+    words = [f"rival.{word}" if re.split(r"[.=]", word)[0] in keys else word for word in words]
+    for word in words:
+        if word.lstrip("+").startswith("rival.base_url="):
+            from vlm.evaluation.openai import check_url  # imports torch, which the errors of other options need not
+
+            check_url(word.partition("=")[2].strip("'\""))
+    return words
 
 
 def expand_resume(arguments: Sequence[str]) -> list[str]:
@@ -171,7 +196,7 @@ def refuse_parts(arguments: Sequence[str]) -> None:
                 f"eval.py evaluates on the run's own data, so {argument} cannot be given; change options of that data "
                 "by data.<key>=, such as data.val_annotations=<file>"
             )
-        takes = group in ("data", "trainer", "benchmark") or SAID_AGAIN.match(argument.lstrip("+"))
+        takes = group in ("data", "trainer", *OF_EVAL) or SAID_AGAIN.match(argument.lstrip("+"))
         if group in (*REQUIRED, *MANY, "experiment", "debug") and not takes:
             raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
 

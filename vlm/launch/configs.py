@@ -12,6 +12,9 @@ import yaml
 CONF = str((Path(__file__).parents[1] / "conf").resolve())
 
 
+OF_EVAL = ("benchmark", "rival")  # groups of eval.py alone
+
+
 def options_of(group: str) -> list[str]:
     """The options of a group that a user may choose."""
     return sorted(file.stem for file in Path(CONF, group).glob("[!_]*.yaml"))

@@ -40,7 +40,7 @@ class EvaluationRun:
         self._manifest = artifact.read_manifest(self.run_dir)
         self.run_id = config.run_id(self.run_dir)
         parts = trust.model_sections(config.stored_config(self.run_dir)[0])
-        check_keys("", cfg, {*config.EVALUATION, "trainer", "evaluators", "benchmark", *parts})
+        check_keys("", cfg, {*config.EVALUATION, "trainer", "evaluators", "benchmark", "rival", *parts})
         asked = config.given(cfg, [key for key in ("data", "evaluators", *parts) if key in cfg])
         self._asked = absolute_paths(asked, "")  # from the user's folder, not the run's
         self.benchmarks = benchmarks.read(cfg)
@@ -58,7 +58,7 @@ class EvaluationRun:
             settings |= {"evaluators": {}, "callbacks": {}}
         config.check(settings)
         self._trainer = processes.check_machine(settings, self.run_dir)
-        self._check_out()
+        check_out(self.out)
         self.settings = settings
         if cfg.out is None:
             files.refuse_links(self.out, within=self.run_dir)
@@ -108,13 +108,6 @@ class EvaluationRun:
                 sizes["evaluators.answers.max_new_tokens"] = cfg.max_new_tokens
         return sizes
 
-    def _check_out(self) -> None:
-        """Raise ValueError where the folder cannot be made or written to, before anything loads."""
-        there = next(folder for folder in (self.out, *self.out.parents) if os.path.lexists(folder))
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "may not be written to" if there.is_dir() else "is not a folder"
-            raise ValueError(f"out={self.out} cannot be made because {there} {why}; give out=<folder>")
-
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
         """Print what is evaluated and which figures cannot be. Raises ValueError for other rows than in training."""
         run.CONSOLE.quiet = not run.is_rank_zero()
@@ -150,6 +143,14 @@ class EvaluationRun:
         run.CONSOLE.print(f"Results: {self.out / 'results.json'}", soft_wrap=True)
         if result.failure is not None:
             raise result.failure
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError where the folder cannot be made or written to, before anything loads."""
+    there = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "may not be written to" if there.is_dir() else "is not a folder"
+        raise ValueError(f"out={out} cannot be made because {there} {why}; give out=<folder>")
 
 
 def keep_other_results(out: Path, options: list[str]) -> None:

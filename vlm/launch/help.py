@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm.launch.configs import CONF, defaults, keys_of, options_of
+from vlm.launch.configs import CONF, OF_EVAL, defaults, keys_of, options_of
 
 WIDTH = 112
 INDENT = 24
@@ -24,7 +24,9 @@ Commands to try:
   python eval.py ckpt=<run dir>                        into <run dir>/eval
   python eval.py ckpt=<run dir> num_samples=64         on 64 of the samples
   python eval.py ckpt=<run dir> benchmark=shapes       questions by type, with intervals, into <run dir>/eval/shapes
-  python eval.py ckpt=<run dir> data.task=instruct out=<folder>""",
+  python eval.py ckpt=<run dir> data.task=instruct out=<folder>
+  python eval.py ckpt=<run dir> benchmark=shapes       a benchmark, with intervals
+  python eval.py model=openai model_name=gpt-4o benchmark=shapes""",
     "doctor": """Read a dataset as training would, and report its defects, before anything is trained on it.
 
 Commands to try:
@@ -87,7 +89,8 @@ def text(program: str) -> str:
 
 
 def _other_groups(chosen: Mapping[str, str]) -> list[str]:
-    return sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in (*chosen, "hydra"))
+    out = {*chosen, *OF_EVAL, "hydra"}
+    return sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in out)
 
 
 def _marked(group: str, default: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ PATHS = frozenset(
     {
         *("ckpt", "run_dir", "resume", "resume.run", "plan.json", "out", "against", "run.dir", "sweep.dir", "save_dir"),
         *("annotations", "val_annotations", "replay_annotations", "images", "root", "val_root", "shards", "val_shards"),
-        *("questions", "path", "filter", "pretrained", "init_from"),
+        *("questions", "rival.cache", "path", "filter", "pretrained", "init_from"),
     }
 )
 MANY = ("logger", "callbacks", "evaluators", "benchmark")  # groups of which a run has any number of options

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.evaluation.scorers.base import Scorer
+from vlm.ranges import Number
 from vlm.schema import Content, Message, Sample
 
 NUM_CONSTANTS = 20  # answers that are tried as the best constant one
@@ -68,7 +69,7 @@ class Record(TypedDict, total=False):
     correct: bool
     log_likelihoods: list[tuple[float, int]]
     facts: dict[str, float]
-    usage: dict[str, float]
+    usage: dict[str, Number]
     error: str
 
 
