@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vlm.data.annotations import (
     PackedJson,
@@ -45,7 +45,7 @@ LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".txt", ".token")
 LONGEST_ID = 200  # characters
 # restval: 30,000 of COCO's validation images, which are used for training.
-KARPATHY = {"train": "train", "restval": "train", "val": "val"}
+KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 class Caption(NamedTuple):
@@ -166,7 +166,7 @@ class Captions(CaptionedImages):
             file = existing_file(val_annotations, option="val_annotations")
         else:
             file = existing_file(annotations, option="annotations")
-        captions, self.left_out, is_split = _read(file, split, columns or {})
+        captions, self.left_out, is_split = read_captions(file, split, columns or {})
         if not captions:
             whose = f" of the split {split}" if is_split else ""
             raise ValueError(f"'{file}' holds 0 captions{whose}; set data.annotations= to a file with captions")
@@ -174,8 +174,13 @@ class Captions(CaptionedImages):
         super().__init__(captions, split=split, images=root, where=file, val_fraction=fraction, prompt=prompt)
 
 
-def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[list[Caption], dict[str, int], bool]:
-    """The file's captions, the counts for `left_out`, and whether the file itself defines the splits."""
+def read_captions(
+    file: Path, split: Split | Literal["test"], columns: Mapping[str, str | None]
+) -> tuple[list[Caption], dict[str, int], bool]:
+    """The file's captions, the counts for `left_out`, and whether the file itself defines the splits.
+
+    `split` counts only where it does.
+    """
     check_suffix(file, (".json", *LINES, *TABLES))
     suffix, left_out = file.suffix.lower(), {"images without a caption": 0}
     if suffix in TABLES and (text := text_of(file)).lstrip()[:1] not in ("{", "["):
@@ -187,7 +192,7 @@ def _read(file: Path, split: Split, columns: Mapping[str, str | None]) -> tuple[
     entries = document.get("images")
     if isinstance(entries, list) and any(isinstance(entry, dict) and "sentences" in entry for entry in entries):
         splits = [KARPATHY.get(str(entry.get("split"))) if isinstance(entry, dict) else split for entry in entries]
-        left_out["images of the test split"] = splits.count(None)
+        left_out["images of the test split"] = sum(each not in ("train", "val") for each in splits)
         mine = [index for index, its_split in enumerate(splits) if its_split == split]
         return [caption for index in mine for caption in _of_karpathy(file, index, entries[index])], left_out, True
     for name in ("images", "annotations"):
