@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers.parts import (
     HALVES,
@@ -32,6 +32,7 @@ from tests.helpers.parts import (
 )
 from vlm.callbacks.save import Save
 from vlm.evaluation.visual_gain import compared, num_with_images, select, swapped
+from vlm.loggers.metrics_file import MetricsFile
 from vlm.module import NotFinite
 from vlm.objectives.base import Objective
 from vlm.objectives.language_modeling import CHUNK, LanguageModeling, SummedCrossEntropy
@@ -100,6 +101,60 @@ def test_gradient_norm_is_that_of_the_mean(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
     trainer.fit(module, loader([*HALVES]))
     assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+
+
+class Scaled(LanguageModeling):
+    """With a parameter of its own, whose gradient is the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        output = super().forward(model, batch)
+        return replace(output, sums={name: self.scale * value for name, value in output.sums.items()})
+
+
+def test_gradient_norm_of_each_trained_part(tmp_path: Path) -> None:
+    module = make_module(states={"encoder": {"last_n": 1}}, objective=Scaled())
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
+    trainer.fit(module, loader([*HALVES]))
+    norms = {name: value.item() for name, value in trainer.callback_metrics.items() if "grad_norm/" in name}
+    assert norms.keys() == {f"train/grad_norm/{part}" for part in ("encoder", "connector", "objective")}
+    total = math.sqrt(sum(norm**2 for norm in norms.values()))
+    assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(total, rel=1e-6)
+    model = tiny_model()
+    loss = LanguageModeling()(model, WHOLE).sums["lm_loss"] / 12
+    expected = {"objective": loss.item()}
+    loss.backward()
+    for part, module in (("encoder", model.encoder.blocks()[-1]), ("connector", model.connector)):
+        expected[part] = math.sqrt(sum(p.grad.square().sum().item() for p in module.parameters()))
+    assert norms == {f"train/grad_norm/{part}": pytest.approx(norm, rel=1e-4) for part, norm in expected.items()}
+
+
+def test_a_part_without_a_gradient_in_a_step_has_a_norm_of_0(tmp_path: Path) -> None:
+    """A logger would otherwise repeat the norm of the step before."""
+    trainer = make_trainer(tmp_path, max_steps=2)
+    text = make_batch(([11], [21]), ([12], [22, 23]))
+    trainer.fit(make_module(states={"llm": "lora"}), loader([WHOLE, text]))
+    metrics = trainer.callback_metrics
+    assert metrics["train/grad_norm/connector"] == 0
+    assert metrics["train/grad_norm/llm"] == metrics["train/grad_norm"] > 0
+
+
+def test_the_learning_rates_of_a_logged_step(tmp_path: Path) -> None:
+    """Those of the step itself; of 10 steps, 5 are warm-up, then half a cosine goes down to 0.1 of the peak."""
+    rates = {"encoder": 1e-3, "connector": {"layers": 2e-3, "rest": 4e-3}, "llm": 1e-3}
+    module = make_module(states={"encoder": {"last_n": 1}}, lr=rates, warmup_ratio=0.5, min_lr_ratio=0.1)
+    trainer = make_trainer(tmp_path, max_steps=10, log_every_n_steps=4, logger=MetricsFile(run_dir=tmp_path))
+    trainer.fit(module, loader([WHOLE] * 10))
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], {name: lr for name, lr in line.items() if name.startswith("lr/")}) for line in logged]
+    peaks = {"lr/encoder": 1e-3, "lr/connector/layers": 2e-3, "lr/connector/rest": 4e-3}
+    factors = {4: 4 / 5, 8: 0.1 + 0.9 * (1 + math.cos(math.pi * 2 / 5)) / 2}
+    assert found == [
+        (step, {name: pytest.approx(peak * factor) for name, peak in peaks.items()}) for step, factor in factors.items()
+    ]
 
 
 class NaNFrom(Objective):

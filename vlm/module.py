@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Annotated, Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from vlm.evaluation.base import Context, Evaluator, Means, total
 from vlm.ranges import Number, Range, Ratio, RatioAboveZero, RatioBelowOne
 from vlm.schema import Batch, LossOutput, is_loss
-from vlm.training.optim import Rate, Schedule, make_schedule, parameter_groups
+from vlm.training.optim import Rate, Schedule, learning_rates, make_schedule, parameter_groups
 from vlm.training.sharding import FullyShard
 
 
@@ -151,22 +152,32 @@ class VLMModule(pl.LightningModule):
             if not math.isfinite(value):
                 self._stop(f"{name} is {value}")
         tokens = max(count for name, (_, count) in totals.items() if is_loss(name))
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        gradients = self._gradients()
         if (batches := self.trainer.accumulate_grad_batches) > 1:
-            for gradient in gradients:  # Lightning has divided by the batches, DDP or FSDP by the ranks
+            for gradient in chain.from_iterable(gradients.values()):
+                # Lightning has divided by the batches, DDP or FSDP by the ranks.
                 gradient.mul_(batches * self.trainer.world_size / tokens)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norms = {part: _norm(of_part) for part, of_part in gradients.items()}
+        norm = torch.linalg.vector_norm(torch.stack([*norms.values()]))
         if not torch.isfinite(norm) and self.trainer.precision != "16-mixed":  # its scaler skips the step
             self._stop(f"the gradient norm is {norm.item()}")
         means = {name: total / count for name, (total, count) in totals.items() if count}
         loss = sum(value for name, value in means.items() if is_loss(name))
         self.figures = {f"train/{name}": value for name, value in means.items()}
         self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
+        self.figures |= {f"train/grad_norm/{part}": value for part, value in norms.items()}
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.figures |= {f"lr/{name}": lr for name, lr in learning_rates(optimizer.param_groups).items()}
         # Sources without a sample in this step; otherwise loggers would repeat the loss of an earlier step.
         absent = {f"train/{name}": float("nan") for name in totals.keys() - means.keys()}
         self.log_dict({**absent, **self.figures, "step": self.global_step + 1})  # loggers use it as the step
         self._sums, self._counts, self._ids = {}, {}, []
+
+    def _gradients(self) -> dict[str, list[Tensor]]:
+        """The gradients of each trained part; parts without a gradient in this step have an empty list."""
+        parts = {part: getattr(self.model, part) for part in self.model.parts} | {"objective": self.objective}
+        trained = {part: [p for p in module.parameters() if p.requires_grad] for part, module in parts.items()}
+        return {part: [p.grad for p in each if p.grad is not None] for part, each in trained.items() if each}
 
     def on_validation_epoch_start(self) -> None:
         self._means = Means()
@@ -276,6 +287,11 @@ class VLMModule(pl.LightningModule):
             f"{what} at step {step}, samples {ids}; the weights of step {self.global_step} are kept; lower stage.lr "
             "or check these samples"
         )
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _not_finite(model: nn.Module) -> Iterator[str]:

@@ -50,6 +50,8 @@ KINDS = {  # by config key; the longest matching prefix counts
 KWARGS_OF = {  # functions that get the other arguments of a constructor (**kwargs)
     "lightning.pytorch.loggers.WandbLogger": "wandb.init",
     "lightning.pytorch.loggers.TensorBoardLogger": "torch.utils.tensorboard.SummaryWriter",
+    "vlm.loggers.wandb.Wandb": "wandb.init",
+    "vlm.loggers.tensorboard.TensorBoard": "torch.utils.tensorboard.SummaryWriter",
 }
 WORDS = {
     int: "a whole number",

@@ -45,6 +45,7 @@ def test_help_explains_every_figure_of_a_run(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert train("--help") == 0
     text = capsys.readouterr().out.replace("<name>_loss", "lm_loss").replace("<type>", "caption")
+    text = text.replace("grad_norm/<part>", "grad_norm/connector").replace("lr/<group>", "lr/connector")
     assert {name for name in figures - {"step", "status"} if name not in text} == set()
 
 

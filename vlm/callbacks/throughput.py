@@ -61,6 +61,7 @@ class Throughput(pl.Callback):
                 seconds, num_tokens, num_samples = self._window
                 module.log("perf/tokens_per_second", num_tokens / seconds)
                 module.log("perf/samples_per_second", num_samples / seconds)
+                module.log("perf/peak_memory_gb", peak_memory_gb())
                 self._window = [0.0, 0.0, 0.0]
 
     def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:

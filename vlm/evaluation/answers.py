@@ -48,11 +48,11 @@ class Answers(Evaluator):
 
     def finish(self, context: Context) -> dict[str, float]:
         indices = context.data.val_indices(self.num_samples)
-        samples, self.samples = self._answered(context, indices)  # the same on every rank
+        samples, self.samples = self.answered(context, indices)  # the same on every rank
         metrics = mean_scores(self.samples, self.scorer) | constant_scores(samples, self.scorer)
         return {f"val/{name}": value for name, value in metrics.items()}
 
-    def _answered(self, context: Context, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
+    def answered(self, context: Context, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
         """The readable samples, and a record of each: id, type, prompt, prediction, reference, score, correct."""
         text, samples, records = context.data.text, [], []
         for prompts in context.data.prompts(indices, self.batch_size):

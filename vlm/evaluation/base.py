@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.datamodule import VLMDataModule
-from vlm.schema import Batch, LossOutput, is_loss
+from vlm.schema import Batch, LossOutput, Sample, is_loss
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Evaluator:
     def finish(self, context: Context) -> dict[str, float]:
         """The metrics."""
         return {}
+
+    def answered(self, context: Context, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
+        """Some validation samples without the bad ones, and a record of each with the model's answer.
+
+        Every rank must call this. Both lists are empty for an evaluator that generates no answers.
+        """
+        return [], []
 
     def reason_to_stop(self, step: int) -> str | None:
         """After logging: a sentence with the reason to stop training at `step`, or None."""

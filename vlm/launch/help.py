@@ -40,6 +40,8 @@ TRAINED = {
     "train/padding_ratio": "ratio of padding in a batch",
     "train/supervised_ratio": "ratio of tokens that the loss counts",
     "train/grad_norm": "norm of the gradient before it is clipped",
+    "train/grad_norm/<part>": "the same for one trained part, such as the connector",
+    "lr/<group>": "learning rate of a logged step, for each group of parameters that has its own",
     "params/trainable, params/total": "numbers of parameters of the model and the objective",
     "perf/tokens_per_second": "tokens of the rows per second and process, visual tokens and prompts included",
     "perf/samples_per_second": "training samples per second and process",

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 
 from vlm import build
 from vlm.data.workers import SIGNALS
+from vlm.launch.overrides import override
 
 FORWARDED = (*SIGNALS, signal.SIGHUP)
 
@@ -93,9 +94,9 @@ def run_apart(trainer: Any, script: str) -> bool:
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN or started_from_outside(trainer):
         return False
-    quoted = str(hydra.runtime.output_dir).replace("'", r"\'")
-    options = [*hydra.overrides.task, *searchpath(hydra), f"run_dir='{quoted}'"]
-    if code := wait_for([sys.executable, script, *options]):
+    folders = {"run_dir": hydra.runtime.output_dir, "hydra.sweep.dir": hydra.sweep.dir}
+    options = [override(key, str(folder)) for key, folder in folders.items()]
+    if code := wait_for([sys.executable, script, *hydra.overrides.task, *searchpath(hydra), *options]):
         sys.exit(code)
     return True
 

@@ -22,6 +22,14 @@ def folder_name(options: str) -> str:
     return re.sub(r"[\\'\"]", "", options).replace("/", "_")
 
 
+def place_in_sweep(hydra: Any) -> dict[str, str | None]:
+    """The names of a run's `sweep` and of its `job` in it, both by their folders; None for a run of its own."""
+    root, folder = Path(hydra.runtime.cwd, hydra.sweep.dir), Path(hydra.runtime.output_dir)
+    if not folder.is_relative_to(root):
+        return {"job": None, "sweep": None}
+    return {"job": str(folder.relative_to(root)), "sweep": root.name}
+
+
 def record_failure(message: str) -> None:
     """Note that this job has failed, for the process that started the sweep."""
     hydra = HydraConfig.get()

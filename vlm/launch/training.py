@@ -20,9 +20,10 @@ from vlm.evaluation.answers import write_samples
 from vlm.evaluation.loop import Result, evaluate
 from vlm.launch import processes, resume
 from vlm.launch.overrides import chosen
+from vlm.launch.sweep import place_in_sweep
 from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
-from vlm.training import artifact, results, run
+from vlm.training import artifact, dashboards, results, run
 
 
 class TrainingRun:
@@ -59,10 +60,11 @@ class TrainingRun:
         run.CONSOLE.quiet = not run.is_rank_zero()
         self._lock = run.lock(self.run_dir, resumed=self._resumes)
         self.run_id = (config.run_id(self.run_dir) if self._resumes else None) or secrets.token_hex(8)
-        parts = config.model_class(self.settings).parts
+        parts = [*config.model_class(self.settings).parts]
         self.identity = run.identity(self.run_id, self.settings, self.choices, parts)
         self.checkpoint = newest_checkpoint(self.run_dir, self.identity) if self._resumes else None
-        run.name_loggers(self.settings["logger"], step=self._step)
+        names = dashboards.names(self.choices, parts, **place_in_sweep(HydraConfig.get()))
+        run.name_loggers(self.settings["logger"], step=self._step, names=names)
         pl.seed_everything(self.settings["seed"], verbose=False)
 
     def load(self, model: Model, manifest: dict[str, Any], objective: nn.Module) -> None:
@@ -132,7 +134,8 @@ class TrainingRun:
             # From here on the directory belongs to this run.
             config.write_config(self.run_dir, self.settings, self.choices, self.run_id)
             run.truncate_metrics(self.run_dir, step=self._step)
-        run.log_config(trainer, self.settings)
+        counts = run.count_parameters(module.model, module.objective)
+        run.log_config(trainer, self.settings, choices=self.choices, parameters=counts)
         checkpoint = self.checkpoint and self.checkpoint[0]
         try:
             with run.naming_log_folder(trainer):
@@ -164,7 +167,8 @@ class TrainingRun:
             metrics |= {f"params/{kind}": sum(part[kind] for part in counts) for kind in ("trainable", "total")}
             write_samples(self.run_dir / "samples.jsonl", result.samples)
             results.finish(self.run_dir, metrics, result.samples, self._status(trainer, module, result))
-            run.close_loggers(trainer, metrics, failed=result.failure is not None)
+            of_run: dict[str, Any] = {"run_dir": self.run_dir, "identity": self.identity}
+            run.close_loggers(trainer, metrics, **of_run, failed=result.failure is not None)
         if result.failure is not None:
             raise result.failure
         if module.stopped_by is not None and trainer.is_global_zero:

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlm import files
+from vlm.training.dashboards import measured
 
 
 class MetricsFile(Logger):
@@ -52,10 +53,8 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._fit_is_over:
             return
-        # Without Lightning's `epoch` and without NaN.
-        values = {name: float(value) for name, value in metrics.items() if "/" in name and value == value}
         with files.append(self.file) as file:
-            file.write(json.dumps({"step": int(step or 0), **values}) + "\n")
+            file.write(json.dumps({"step": int(step or 0), **measured(metrics)}) + "\n")
 
     def finalize(self, status: str) -> None:
         """Called by Lightning at the end of a fit."""

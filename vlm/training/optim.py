@@ -230,6 +230,11 @@ def _by_module(
     ]
 
 
+def learning_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rates of `parameter_groups`, without `/decay` and `/no_decay`, whose rates are equal."""
+    return {group["name"].rpartition("/")[0]: group["lr"] for group in groups}
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, *, kind: Schedule, warmup: int, steps: int, min_ratio: float
 ) -> torch.optim.lr_scheduler.LambdaLR:

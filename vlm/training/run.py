@@ -24,6 +24,7 @@ from torch import nn
 from vlm import files
 from vlm.models.base import Model
 from vlm.training.artifact import commit, temporary_path, write
+from vlm.training.dashboards import TakesTrained
 
 
 class PlainConsole(Console):
@@ -108,14 +109,17 @@ def is_rank_zero() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
-def name_loggers(loggers: Mapping[str, dict[str, Any]], *, step: int) -> None:
-    """Choose the id of the run at logging services; config.yaml stores it for resuming.
+def name_loggers(loggers: Mapping[str, dict[str, Any]], *, step: int, names: Mapping[str, Any]) -> None:
+    """Choose the id of the run at logging services, and its `names` that are not set; config.yaml stores them.
 
-    A CSVLogger that resumes from `step` gets a new folder, because Lightning's would overwrite the previous table.
+    An agent of a W&B sweep has chosen the id. A CSVLogger that resumes from `step` gets a new folder, because
+    Lightning's would overwrite the previous table.
     """
     for options in loggers.values():
-        if "id" in options and options["id"] is None:
-            options["id"] = secrets.token_hex(4)
+        if "id" in options and options["id"] is None:  # else the run resumes, or the user has chosen the id
+            of_agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+            options["id"] = of_agent or secrets.token_hex(4)
+            options |= {key: value for key, value in names.items() if key in options and options[key] is None}
         if step and str(options.get("_target_")).endswith(".CSVLogger"):
             options["version"] = f"from_step_{step}"
 
@@ -194,12 +198,12 @@ def print_parts(
     CONSOLE.print(table)
 
 
-def log_config(trainer: Any, cfg: Mapping[str, Any]) -> None:
-    """Log the config, which starts the loggers. Raises ValueError if one cannot start."""
+def log_config(trainer: Any, cfg: Mapping[str, Any], **further: Any) -> None:
+    """Log the config and `further` facts, which starts the loggers. Raises ValueError if one cannot start."""
     for (name, options), logger in zip(cfg["logger"].items(), trainer.loggers, strict=True):
         try:
             with naming_log_folder(trainer):
-                logger.log_hyperparams(cfg)
+                logger.log_hyperparams({**cfg, **further})
         except Exception as error:  # services raise different errors
             cause = str(error).strip().partition("\n")[0]
             offline = f"logger.{name}.offline=true needs no account"
@@ -219,11 +223,15 @@ def naming_log_folder(trainer: Any) -> Iterator[None]:
         raise OSError(f"could not write the metrics in {folders}: {error.strerror}") from error
 
 
-def close_loggers(trainer: Any, metrics: Mapping[str, float], *, failed: bool) -> None:
-    """Log the final metrics and finish the loggers."""
+def close_loggers(
+    trainer: Any, metrics: Mapping[str, float], *, run_dir: Path, identity: Mapping[str, Any], failed: bool
+) -> None:
+    """Log the final metrics and the artifact, and finish the loggers."""
     for logger in trainer.loggers:
         with naming_log_folder(trainer):
             logger.log_metrics(metrics, step=trainer.global_step)
+            if isinstance(logger, TakesTrained) and (run_dir / "artifact").is_dir():
+                logger.log_trained(run_dir / "artifact", identity)
             logger.finalize("failed" if failed else "success")
         if finish := getattr(
             logger.experiment, "finish", None
