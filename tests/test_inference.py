@@ -206,7 +206,8 @@ def test_a_type_casts_what_is_frozen_alone(dtype: str, talks: Path, talk: tuple[
 def test_an_encoder_decoder_answers() -> None:
     model = tiny_model(llm=t5(chat_template="t5"))  # type: ignore[arg-type]
     model.chat_template = "t5"
-    ready = TrainedModel(model=model, data={}, device=torch.device("cpu"), precision="32-true")
+    reader = build.build_reader({"data": {}}, model)
+    ready = TrainedModel(model=model, reader=reader, device=torch.device("cpu"), precision="32-true")
     image = Image.new("RGB", (20, 20), "red")
     answers = ready.answer([image, None], ["What is it?", "Who?"], max_new_tokens=20)
     assert any(answers)

@@ -21,14 +21,13 @@ from vlm import build, config
 from vlm.data.collate import collate
 from vlm.data.conversations import question_content
 from vlm.data.images import load_image, opened_image
-from vlm.data.reading import Reading, applied
+from vlm.data.reading import applied
 from vlm.data.record_keys import Malformed
 from vlm.data.sample_reader import SampleReader
 from vlm.launch.command_line import check_run_dir
 from vlm.launch.overrides import absolute_paths
 from vlm.models.base import Generates, Model, check_capabilities
 from vlm.schema import Batch, Message, Sample
-from vlm.text.encode import TextEncoder
 from vlm.text.turns import count
 from vlm.training import artifact
 
@@ -74,7 +73,9 @@ def load(
         check_capabilities("vlm.load", (Generates,), config.model_class(settings))
         model, manifest = build.build_model(settings)
         artifact.load(path, model=model, manifest=manifest, run_id=config.run_id(path))
-    return TrainedModel(model=model, data=settings["data"], device=chosen, precision=config.precision(settings))
+        settings["data"] = {**settings["data"], "max_length": UNLIMITED}
+        reader = build.build_reader(settings, model)
+    return TrainedModel(model=model, reader=reader, device=chosen, precision=config.precision(settings))
 
 
 class TrainedModel:
@@ -82,26 +83,15 @@ class TrainedModel:
 
     Args:
         model: with its trained tensors.
-        data: the options `data` of its run, of which the text and the limits of images are used.
+        reader: encodes conversations as the data of its run did.
         device: to compute on.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.
     """
 
-    def __init__(self, *, model: Model, data: Mapping[str, Any], device: torch.device, precision: str) -> None:
+    def __init__(self, *, model: Model, reader: SampleReader, device: torch.device, precision: str) -> None:
         self.model: Any = model.to(device).eval().requires_grad_(False)
-        self.device, self.precision = device, precision
-        self.reading = Reading(**(data.get("reading") or {}))
-        spec, system_prompt = model.visual_spec(), data.get("system_prompt")
-        text = TextEncoder(
-            tokenizer=model.tokenizer,
-            num_image_tokens=spec.num_tokens,
-            max_length=UNLIMITED,
-            chat_template=model.chat_template,
-            tile_rows=spec.tile_rows,
-            row_separator=spec.row_separator,
-            system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
-        )
-        self._reader = SampleReader(text=text, spec=spec, reading=self.reading)
+        self.device, self.precision, self.reading = device, precision, reader.reading
+        self._reader = reader
         self._lock = threading.Lock()
 
     @overload
