@@ -231,7 +231,8 @@ def ask(
     for file in folder.glob("answers-*.jsonl"):
         file.unlink()
     _print(asked, results)
-    answered = [_shown(record) for record in records if "error" not in record]
+    # The only choice of a question, whose likelihood is asked, is not shown as a correct answer.
+    answered = [_shown(r) for r in records if "error" not in r and len(r.get("log_likelihoods", ())) != 1]
     print_samples(answered, of=f"questions of {asked.name}")
     run.CONSOLE.print(f"Results: {folder / 'results.json'}", soft_wrap=True)
 
