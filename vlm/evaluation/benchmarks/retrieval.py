@@ -93,7 +93,7 @@ class Retrieval(OfSource):
             same = np.array([[caption == record["references"][0] for caption in captions] for record in pool])  # I C
             own = same.argmax(axis=1)  # I, the column of each image's caption
             for row, record in enumerate(pool):
-                facts = {}
+                facts: dict[str, float] = {}
                 of_image, of_caption, is_same = ranked[row], scores[:, own[row]], same[:, own[row]]
                 facts["image_to_text"] = 1 + int((of_image[~same[row]] >= of_image[own[row]]).sum())
                 facts["text_to_image"] = 1 + int((of_caption[~is_same] >= of_caption[is_same].max()).sum())
