@@ -54,7 +54,7 @@ def page(model: TrainedModel, *, title: str, generation: Mapping[str, Any]) -> A
         multimodal=True,
         title=title,
         # An answer is shown as plain text: Markdown could load an image from another machine.
-        chatbot=gradio.Chatbot(show_label=False, render_markdown=False, buttons=["copy"]),
+        chatbot=gradio.Chatbot(show_label=False, render_markdown=False, buttons=["copy"], height="70vh"),
         textbox=gradio.MultimodalTextbox(
             file_types=["image"], file_count="multiple", placeholder="Add an image and ask a question", show_label=False
         ),
