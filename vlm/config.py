@@ -40,12 +40,13 @@ NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups with one o
 # Keys that are not arguments of a constructor: values at the top level, and sections.
 VALUES: dict[str, Any] = {
     **{"seed": Seed, "ckpt": Name | None, "run_dir": Name, "recipe": dict[str, Any] | None},
-    **dict.fromkeys(("preflight", "plan", "resume"), dict[str, Any]),
+    **dict.fromkeys(("preflight", "plan", "resume", "sweep"), dict[str, Any]),
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "preflight": {"samples": Annotated[int, Range(1, 10**6)], "show": Annotated[int, Range(0, 10**6)]},
     "plan": {"show": bool, "json": Name | None},
     "resume": {"run": Name | None, "allow": list[Name]},
+    "sweep": {"metric": Name},
 }
 STAGE: dict[str, Any] = {  # besides the states of the parts and the arguments of VLMModule
     "name": Annotated[str, Pattern("[^/]+", "align")],  # also a folder
@@ -58,6 +59,7 @@ STAGE: dict[str, Any] = {  # besides the states of the parts and the arguments o
 OPTIONAL = {
     "run",
     "allow",
+    "metric",
     "show",
     "json",
     "task",

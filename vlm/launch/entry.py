@@ -22,7 +22,7 @@ CONTINUE = "continue with resume=<run dir>"
 LIST = re.compile(r"[^\s,]+(, [^\s,]+){79,}")  # more names than any list of our own has: every class of Transformers
 
 
-def start(job: Callable[[Any], None], *, config_name: str) -> None:
+def start(job: Callable[[Any], Any], *, config_name: str) -> None:
     """Run `job` on the composed config; exit with 2 and one line where the user can fix it, 130 on Ctrl-C."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(help.text(config_name))
@@ -33,7 +33,7 @@ def start(job: Callable[[Any], None], *, config_name: str) -> None:
         sys.exit(130)
 
 
-def _start(job: Callable[[Any], None], *, config_name: str) -> None:
+def _start(job: Callable[[Any], Any], *, config_name: str) -> None:
     quiet()
     sleep_early()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
@@ -44,15 +44,17 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from vlm.launch.command_line import SWEEP, expand_resume, refuse_empty_mappings, translate
-    from vlm.launch.sweep import folder_name, record_failure
+    from vlm.launch.sweep import folder_name, record_failure, start_job
 
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)  # conf/train.yaml names jobs by it
     sweeps = bool({*SWEEP} & {*sys.argv})
 
-    def run_job(cfg: Any) -> None:
+    def run_job(cfg: Any) -> Any:
+        if sweeps:
+            start_job()
         try:  # in here, or Hydra would print its own lines first
             refuse_empty_mappings(cfg, HydraConfig.get().overrides.task)
-            job(cfg)
+            return job(cfg)
         except KeyboardInterrupt:
             sys.exit(130)
         except SystemExit as end:
@@ -68,6 +70,7 @@ def _start(job: Callable[[Any], None], *, config_name: str) -> None:
                 fail(message)
             print(f"Error: {escape_controls(message)}", file=sys.stderr)
             record_failure(message)
+        return None
 
     try:
         sys.argv = [sys.argv[0], *expand_resume(translate(sys.argv[1:], config_name=config_name))]

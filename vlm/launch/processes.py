@@ -85,7 +85,7 @@ def started_from_outside(trainer: Any) -> bool:
     return trainer.world_size == 1 or getattr(environment, "creates_processes_externally", False)
 
 
-def run_apart(trainer: Any, script: str) -> bool:
+def run_apart(trainer: Any, script: str, *, resumes: bool) -> bool:
     """Whether this job of a sweep was one for several devices, and has been run in a process made for it.
 
     Lightning starts the other ranks by the command line, which is that of the whole sweep here, and leaves the process
@@ -95,6 +95,8 @@ def run_apart(trainer: Any, script: str) -> bool:
     if hydra.mode != RunMode.MULTIRUN or started_from_outside(trainer):
         return False
     folders = {"run_dir": hydra.runtime.output_dir, "hydra.sweep.dir": hydra.sweep.dir}
+    if resumes:
+        folders["resume.run"] = hydra.runtime.output_dir
     options = [override(key, str(folder)) for key, folder in folders.items()]
     if code := wait_for([sys.executable, script, *hydra.overrides.task, *searchpath(hydra), *options]):
         sys.exit(code)

@@ -51,8 +51,11 @@ class Stage:
     cfg: DictConfig
 
 
-def run_stages(cfg: DictConfig) -> None:
-    """Run or plan every stage of `cfg.recipe`; what an earlier call has finished is left as it is."""
+def run_stages(cfg: DictConfig) -> Path | None:
+    """Run or plan every stage of `cfg.recipe`; what an earlier call has finished is left as it is.
+
+    Returns the run directory of the last stage, or None for a plan.
+    """
     root = Path(HydraConfig.get().runtime.output_dir)
     stages = read_stages(cfg, root)
     if plan.wanted(cfg):
@@ -61,7 +64,7 @@ def run_stages(cfg: DictConfig) -> None:
             if file := cfg.plan.json:
                 stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
             plan.plan(stage.cfg)
-        return
+        return None
     if (num := num_processes()) > 1:
         raise ValueError(
             f"a recipe starts its stages itself, but {num} processes were started with it; start one, or each stage by "
@@ -83,6 +86,7 @@ def run_stages(cfg: DictConfig) -> None:
                 (stage.run_dir / "eval" / "results.json").unlink(missing_ok=True)  # of other options
                 _run(f"evaluation of {stage.name}", "eval.py", _evaluation(stage, cfg))
         _report(root, stages, cfg)
+    return stages[-1].run_dir
 
 
 def read_stages(cfg: DictConfig, root: Path) -> list[Stage]:

@@ -54,6 +54,14 @@ def settings(cfg: DictConfig, run_dir: Path) -> tuple[dict[str, Any], dict[str, 
     return after, choices
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configs of a run differ, with both values, but for those that change no figure."""
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    ignored = {*FREE, "sweep"} - {"evaluators"}
+    keys = [key for key in {**old, **new} if not within(key, ignored)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
 def _overridden(
     before: dict[str, Any], choices: dict[str, str | None], cfg: DictConfig
 ) -> tuple[dict[str, Any], dict[str, str | None]]:

@@ -1,8 +1,11 @@
-"""Failed jobs of a sweep: the others still run, and the sweep exits with 2."""
+"""A sweep of train.py -m: it numbers its jobs, goes on when one fails, and ends with the tables of vlm-report.
+
+The same command again in the same folder leaves finished jobs as they are and resumes the others.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 import sys
@@ -10,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 
 from vlm.files import escape_controls
-
-FILE = "failed_jobs.jsonl"  # in the sweep's folder, because a launcher may run the jobs in other processes
+from vlm.report import jobs
 
 
 def folder_name(options: str) -> str:
@@ -30,27 +35,102 @@ def place_in_sweep(hydra: Any) -> dict[str, str | None]:
     return {"job": str(folder.relative_to(root)), "sweep": root.name}
 
 
+def start_job() -> None:
+    """Print which job of the sweep this is, and note it in the sweep's folder."""
+    hydra = HydraConfig.get()
+    root, job = _root_and_job()
+    jobs.start_job(root, job, num=hydra.job.num, options=list(hydra.overrides.task))
+    num = jobs.num_jobs(root)
+    print(f"\nJob {hydra.job.num + 1}{f' of {num}' if num else ''}: {escape_controls(job)}", flush=True)
+
+
 def record_failure(message: str) -> None:
     """Note that this job has failed, for the process that started the sweep."""
-    hydra = HydraConfig.get()
-    root = Path(hydra.runtime.cwd, hydra.sweep.dir)
-    job = os.path.relpath(hydra.runtime.output_dir, root)
-    with open(root / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": job, "error": message}) + "\n")
+    root, job = _root_and_job()
+    jobs.fail_job(root, job, error=message)
 
 
-class FailedJobs(Callback):
-    """Hydra calls it around a sweep: it names the failed jobs at the end and exits with 2."""
+def figure(settings: Any, run_dir: Path) -> float | None:
+    """What a job of a sweep returns to Hydra's sweeper: `sweep.metric` of its run. None outside a sweep.
+
+    Raises ValueError where the run has no such figure.
+    """
+    from vlm.training import run
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not run.is_rank_zero():
+        return None
+    metrics, name = run.read_metrics(run_dir), settings["sweep"]["metric"]
+    if name not in metrics:
+        raise ValueError(f"sweep.metric={name} is not a figure of this run; choose one of {', '.join(sorted(metrics))}")
+    return float(metrics[name])
+
+
+def continues(settings: dict[str, Any], run_dir: Path) -> bool:
+    """Whether an earlier command has started this job of a sweep, whose loggers `settings` then get.
+
+    Raises ValueError where that run has other settings.
+    """
+    from vlm import config
+    from vlm.launch.resume import differences
+
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not (run_dir / "config.yaml").exists():
+        return False
+    before, _, _ = config.stored_config(run_dir)
+    if changed := differences(before, settings):
+        values = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
+        raise ValueError(f"{run_dir} holds a run with other settings: {values}; set hydra.sweep.dir= to another folder")
+    settings["logger"] = before["logger"]  # they have the id of the run at a logging service
+    return True
+
+
+def number_of_jobs(config: Any) -> int | None:
+    """How many jobs a sweep has; None where the sweeper alone knows."""
+    sweeper = config.hydra.sweeper
+    if "n_trials" in sweeper:
+        return int(sweeper.n_trials)
+    given = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *config.hydra.overrides.task]
+    counts = {}
+    for each in OverridesParser.create().parse_overrides(given):
+        is_sweep = each.is_sweep_override()
+        if is_sweep and (not each.is_discrete_sweep() or isinstance(each.value(), Glob)):
+            return None
+        counts[each.get_key_element()] = len(list(each.sweep_string_iterator())) if is_sweep else 1
+    return math.prod(counts.values())
+
+
+class SweepReport(Callback):
+    """Hydra calls it around a sweep: it prints the tables at the end, and exits with 2 where jobs have failed."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        Path(config.hydra.sweep.dir, FILE).unlink(missing_ok=True)
+        jobs.start_sweep(Path(config.hydra.sweep.dir), num_jobs=number_of_jobs(config))
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
-        file = Path(config.hydra.sweep.dir, FILE)
-        if not file.exists():
+        root = Path(config.hydra.sweep.dir)
+        _show(root)
+        failed = [job for job in jobs.read_jobs(root / jobs.FILE) if job.is_last and job.error]
+        if not failed:
             return
-        failed = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        names = "; ".join(f"{each['job']} ({each['error']})" for each in failed)
-        jobs = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
-        print(f"Error: {jobs} failed, the others ran: {escape_controls(names)}", file=sys.stderr)
+        names = "; ".join(f"{job.folder} ({job.error})" for job in failed)
+        count = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
+        print(f"Error: {count} failed, the others ran: {escape_controls(names)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show(root: Path) -> None:
+    """Print the tables of the runs in the sweep's folder, if there are any: eval.py and plan=true make none."""
+    from vlm.report import page
+    from vlm.report.runs import read_runs
+    from vlm.report.tables import Comparison
+    from vlm.training.run import CONSOLE
+
+    if not any(root.rglob("config.yaml")):
+        return
+    page.show(Comparison(read_runs([root])))
+    CONSOLE.print(f"Sweep: {root} (vlm-report {root} writes a page with pictures)", soft_wrap=True)
+
+
+def _root_and_job() -> tuple[Path, str]:
+    """The sweep's folder, and that of this job from there."""
+    hydra = HydraConfig.get()
+    root = Path(hydra.runtime.cwd, hydra.sweep.dir)
+    return root, os.path.relpath(hydra.runtime.output_dir, root)

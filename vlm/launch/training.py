@@ -18,9 +18,8 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.data.preflight import render
 from vlm.evaluation.answers import write_samples
 from vlm.evaluation.loop import Result, evaluate
-from vlm.launch import processes, resume
+from vlm.launch import processes, resume, sweep
 from vlm.launch.overrides import chosen
-from vlm.launch.sweep import place_in_sweep
 from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
 from vlm.training import artifact, dashboards, results, run
@@ -37,33 +36,36 @@ class TrainingRun:
         inherited: names of tensors that earlier stages have trained.
         trainer: one without callbacks and loggers, which knows how many processes there will be.
         checkpoint: the file to resume from and its step, or None.
+        resumes: whether the directory holds this run already, by `resume=` or from an earlier command of a sweep.
+        is_finished: whether it is a job of a sweep that an earlier command has finished.
     """
 
     def __init__(self, cfg: Any) -> None:
         """Raises ValueError for a config that cannot be run, or a directory that another run uses."""
         hydra = HydraConfig.get()
         self.run_dir = Path(hydra.runtime.output_dir)
-        resumes = cfg.resume.run is not None
-        found = resume.settings(cfg, self.run_dir) if resumes else (config.plain(cfg), chosen(hydra))
+        is_named = cfg.resume.run is not None
+        found = resume.settings(cfg, self.run_dir) if is_named else (config.plain(cfg), chosen(hydra))
         self.settings, self.choices = found
         config.check(self.settings)
+        self.resumes = is_named or sweep.continues(self.settings, self.run_dir)
+        self.is_finished = self.resumes and not is_named and run.status(self.run_dir) == "finished"
         processes.check_ranks(hydra)
-        if self.settings["ckpt"] and not resumes:
+        if self.settings["ckpt"] and not self.resumes:
             artifact.read_manifest(self.settings["ckpt"])
         self.trainer = processes.check_machine(self.settings, self.run_dir)
-        self.other_data_allowed = resumes and resume.allows_other_data(cfg)
-        self._resumes = resumes
+        self.other_data_allowed = is_named and resume.allows_other_data(cfg)
         self._is_own = False  # the artifact that was loaded
 
     def start(self) -> None:
         """Lock the directory, find the checkpoint to resume from, and seed the random numbers."""
         run.CONSOLE.quiet = not run.is_rank_zero()
-        self._lock = run.lock(self.run_dir, resumed=self._resumes)
-        self.run_id = (config.run_id(self.run_dir) if self._resumes else None) or secrets.token_hex(8)
+        self._lock = run.lock(self.run_dir, resumed=self.resumes)
+        self.run_id = (config.run_id(self.run_dir) if self.resumes else None) or secrets.token_hex(8)
         parts = [*config.model_class(self.settings).parts]
         self.identity = run.identity(self.run_id, self.settings, self.choices, parts)
-        self.checkpoint = newest_checkpoint(self.run_dir, self.identity) if self._resumes else None
-        names = dashboards.names(self.choices, parts, **place_in_sweep(HydraConfig.get()))
+        self.checkpoint = newest_checkpoint(self.run_dir, self.identity) if self.resumes else None
+        names = dashboards.names(self.choices, parts, **sweep.place_in_sweep(HydraConfig.get()))
         run.name_loggers(self.settings["logger"], step=self._step, names=names)
         pl.seed_everything(self.settings["seed"], verbose=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _below(root: Path, prefix: str) -> Iterator[Run]:
     jobs = {file.parent / job.folder: job for file in sorted(root.rglob(FILE)) for job in read_jobs(file)}
-    of_sweeps = (folder for folder, job in jobs.items() if job.is_last or (folder / "config.yaml").is_file())
-    with_config = sorted(file.parent for file in root.rglob("config.yaml"))
-    for folder in dict.fromkeys([*of_sweeps, *with_config]):
+    runs = sorted(file.parent for file in root.rglob("config.yaml"))
+    found: dict[Path, Job | None] = {}
+    for folder, job in jobs.items():
+        stages = [run for run in runs if folder in run.parents]  # of a recipe
+        found |= {run: replace(job, options={**job.options, "stage": str(run.relative_to(folder))}) for run in stages}
+        if folder in runs or (job.is_last and not stages):
+            found[folder] = job
+    for folder in dict.fromkeys([*found, *runs]):
         name = str(Path(prefix, folder.relative_to(root)))
-        yield read_run(folder, root.name if name == "." else name, jobs.get(folder))
+        yield read_run(folder, root.name if name == "." else name, found.get(folder))
 
 
 def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
@@ -115,7 +120,7 @@ def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
         return Run(folder=folder, name=name, status="failed" if error else "unfinished", options=options, error=error)
     settings, _ = trust.stored_config(folder)
     choices = settings.get("choices")
-    status = "failed" if error else run.status(folder) or "unfinished"
+    status = run.status(folder) or ("failed" if error else "unfinished")
     metrics = run.read_metrics(folder) if (folder / "metrics.json").is_file() else {}
     numbers = _numbers(metrics)
     figures = {key: value for key, value in numbers.items() if key in ("val/loss", "val/visual_gain", *COSTS)}

@@ -112,8 +112,12 @@ def format_metric(value: int | float) -> str:
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table; all columns but the first are numbers."""
     table = Table(title=title)
+    words = [max(map(len, heading.split()), default=0) for heading in headings]
+    fits = sum(words) + 3 * len(words) < CONSOLE.width  # else a heading is broken inside a word
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number, overflow="fold")
+        justify: Any = "right" if number else "left"
+        width = words[number] if fits else None
+        table.add_column(heading, justify=justify, no_wrap=not number, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*row)
     CONSOLE.print(table)

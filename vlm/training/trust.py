@@ -38,7 +38,18 @@ NEEDED = (
 OPTIONAL = ("encoder", "connector", "llm", "objective", "checkpoint", "answers")  # sections that may be absent
 MAY_BE_NONE = ("logger", "callbacks", "evaluators")
 # Sections that do not describe the model.
-OF_THE_RUN = ("data", "trainer", *MAY_BE_NONE, "choices", "preflight", "plan", "resume", "recipe", "checkpoint")
+OF_THE_RUN = (
+    "data",
+    "trainer",
+    *MAY_BE_NONE,
+    "choices",
+    "preflight",
+    "plan",
+    "resume",
+    "sweep",
+    "recipe",
+    "checkpoint",
+)
 # A path, not a name or hub id: absolute, in a home or parent folder, or a URL of a local file.
 PATH = re.compile(r"^(~|/|\\|\.{1,2}([/\\]|$)|[A-Za-z]:\\|file:|local-dir:)|(^|/)\.\.(/|$)")
 HUB = ("pretrained", "name", "init_from")  # keys whose value is a hub id or a folder
