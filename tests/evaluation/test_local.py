@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.benchmarks import Squares
+from tests.helpers.benchmarks import Squares, write_images
 from tests.helpers.programs import QUICK, ROOT, evaluate, read, train
 from vlm import build, config
 from vlm.data.collate import collate
@@ -127,6 +127,34 @@ def test_eval_runs_a_benchmark_with_shots(run_dir: Path, tmp_path: Path, capsys:
     assert record["id"] == "shapes/0/val/0"
     assert evaluate(*command, f"against={tmp_path / 'out'}") == 0
     assert "difference" in capsys.readouterr().out
+
+
+def test_eval_asks_benchmarks_of_published_files(run_dir: Path, tmp_path: Path) -> None:
+    images = [f"COCO_val2014_{number:012d}.jpg" for number in (1, 2)]
+    write_images(tmp_path, *images)
+    asked = [
+        {"question_id": number, "image": image, "text": "Is there a cat in the image?", "label": label}
+        for number, (image, label) in enumerate(zip(images, ("yes", "no"), strict=True))
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, asked)))
+    captions = [{"image": image, "captions": ["A cat.", "A small cat."]} for image in images]
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    command = [f"ckpt={run_dir}", "trainer=cpu", "benchmark=[pope,caption]", "max_new_tokens=3"]
+    command += [f"benchmark.pope.annotations={tmp_path}", f"benchmark.pope.images={tmp_path}"]
+    command += ["benchmark.pope.categories=[random]", f"benchmark.caption.annotations={tmp_path / 'captions.json'}"]
+    command += [f"benchmark.caption.images={tmp_path}", f"out={tmp_path / 'out'}"]
+    assert evaluate(*command) == 0
+    (record, _) = read(tmp_path / "out" / "pope" / "samples.jsonl")
+    assert record["id"] == "random/0"
+    assert record["prompt"].startswith("<image>\nIs there a cat in the image?\nAnswer")
+    metrics = {
+        name: json.loads((tmp_path / "out" / name / "results.json").read_text())["metrics"].keys()
+        for name in ("pope", "caption")
+    }
+    assert metrics == {
+        "pope": {"accuracy", "precision", "recall", "f1", "yes_ratio"},
+        "caption": {"cider_d", "bleu_4", "rouge_l"},
+    }
 
 
 @pytest.mark.slow

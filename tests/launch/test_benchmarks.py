@@ -66,6 +66,15 @@ def test_a_killed_evaluation_asks_only_what_is_missing(tmp_path: Path) -> None:
     assert finished.asked == []
 
 
+def test_stored_answers_are_scored_anew(tmp_path: Path) -> None:
+    """With the references, types and scorer of today."""
+    first = ask(tmp_path, Table(["red", "red", "blue", "no"]))
+    file = tmp_path / "squares" / "samples.jsonl"
+    stale = [{**record, "score": 0.5, "references": ["?"], "type": "old"} for record in read(file)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in stale))
+    assert ask(tmp_path, Table([]))["metrics"] == first["metrics"]
+
+
 def test_answers_of_other_options_are_not_taken(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(tmp_path, Table(["red"] * 4, stop_after=2))

@@ -72,6 +72,23 @@ def records(benchmark: Benchmark, found: Mapping[int, Answer]) -> list[Record]:
     return result
 
 
+def scored_anew(benchmark: Benchmark, found: Sequence[Record]) -> list[Record]:
+    """The answers of stored records with the references, types and scorer of today."""
+    indices = {question.id: index for index, question in enumerate(benchmark.questions)}
+    answers = [
+        Answer(
+            indices[record["id"]],
+            prediction=record["prediction"],
+            log_likelihoods=[(nats, tokens) for nats, tokens in record.get("log_likelihoods", [])],
+            error=record.get("error", ""),
+            usage=record.get("usage", {}),
+        )
+        for record in found
+        if record["id"] in indices
+    ]
+    return records(benchmark, {answer.index: answer for answer in answers})
+
+
 def record_of(benchmark: Benchmark, answer: Answer) -> Record:
     """One question with its answer, scored unless it has no reference or the model gave no answer."""
     question = benchmark.questions[answer.index]

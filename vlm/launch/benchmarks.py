@@ -195,7 +195,7 @@ def ask(
     With `against`, they also have the differences to the results in that file, or of this benchmark in that folder.
     """
     folder, key = out / asked.name, asked.key(who)
-    records = _finished(folder, key)
+    records = _finished(asked, folder, key)
     if respondent.remembers and any("error" in record for record in records or ()):
         records = None  # what failed is asked again
     if records is None:
@@ -278,18 +278,18 @@ def _against(asked: Asked, records: Sequence[Record], other: Path) -> dict[str, 
     theirs = json.loads(files.read(file, max_bytes=harness.MAX_BYTES))
     if theirs.get("benchmark") != asked.name:
         raise ValueError(f"against={file} holds results of {theirs.get('benchmark')}, not of {asked.name}")
-    compared = harness.compare(asked.benchmark, records, _records(file.parent))
+    compared = harness.compare(asked.benchmark, records, _records(asked, file.parent))
     return {"results": str(file), **compared}
 
 
-def _finished(folder: Path, key: str) -> list[Record] | None:
+def _finished(asked: Asked, folder: Path, key: str) -> list[Record] | None:
     """The records of an earlier call that asked the same, if it has finished."""
-    return _records(folder) if _key_of(folder / "results.json") == key else None
+    return _records(asked, folder) if _key_of(folder / "results.json") == key else None
 
 
-def _records(folder: Path) -> list[Record]:
+def _records(asked: Asked, folder: Path) -> list[Record]:
     lines = files.read(folder / "samples.jsonl", max_bytes=harness.MAX_BYTES).decode().splitlines()
-    return [json.loads(line) for line in lines]
+    return harness.scored_anew(asked.benchmark, [json.loads(line) for line in lines])
 
 
 def _key_of(file: Path) -> str | None:
@@ -328,7 +328,7 @@ def _print(asked: Asked, results: Mapping[str, Any]) -> None:
 
 
 def _shown(record: Record) -> dict[str, Any]:
-    return {**record, "reference": " | ".join(record["references"])}
+    return {**record, "reference": " | ".join(dict.fromkeys(record["references"]))}
 
 
 def _interval(metric: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from vlm.evaluation.scorers.base import Scorer
 from vlm.evaluation.scorers.vqa_accuracy import VqaAccuracy, normalize
 from vlm.ranges import Name
 
+NUM_CONSTANTS = 10  # answers that are tried as the best constant one; VQAv2 has 214,354 questions in val
+
 
 class Vqa(Published):
     """Open questions with the answers of ten people.
@@ -67,7 +69,7 @@ class Vqa(Published):
     def constants(self) -> list[str]:
         """The answers that the most people gave to the questions."""
         counts = Counter(normalize(answer) for question in self.questions for answer in question.references)
-        return [answer for answer, _ in counts.most_common(20)]
+        return [answer for answer, _ in counts.most_common(NUM_CONSTANTS)]
 
 
 def _of_vqa(file: Path, document: Mapping[str, Any], answers: Mapping[str, Record], types: str) -> Iterator[Question]:

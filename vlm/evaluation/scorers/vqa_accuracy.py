@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import lru_cache
 from typing import ClassVar
 
 from vlm.evaluation.scorers.base import Scorer, references
@@ -38,8 +39,8 @@ CONTRACTIONS = {
 class VqaAccuracy(Scorer):
     """The mean, over the people, of min(answers of the others that are the same / 3, 1), after `normalize`.
 
-    A single reference is compared after `normalize`. The official script leaves the answers as they are where all
-    people agree; here they are normalized too, as VQA's server does.
+    A single reference is compared after `normalize`. The official script normalizes the references only where people
+    disagree, here they always are.
     """
 
     name: ClassVar[str] = "vqa_accuracy"
@@ -54,6 +55,7 @@ class VqaAccuracy(Scorer):
         return (same * min(1.0, (same - 1) / 3) + (num - same) * min(1.0, same / 3)) / num
 
 
+@lru_cache(maxsize=100_000)  # people often give the same answers
 def normalize(text: str) -> str:
     """Lower case, without punctuation and articles, numbers to ten as digits, contractions with their apostrophes.
 

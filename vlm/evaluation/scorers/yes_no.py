@@ -15,9 +15,9 @@ class YesNo(Scorer):
 
     Args:
         rule: `pope`: the answer says no if the first sentence has the word "no", "No" or "not"; every other answer, an
-            empty one too, says yes (Li et al. 2023, arXiv:2305.10355, their evaluate.py). `mme`: "yes" or "no" stands
-            in the first four letters, in any case; other answers are wrong (Fu et al. 2023, arXiv:2306.13394, their
-            calculation.py).
+            empty one too, says yes (Li et al. 2023, arXiv:2305.10355, their script). `mme`: "yes" or "no" stands in the
+            first four letters, in any case, or the answer is the letter y or n; other answers are wrong (Fu et al.
+            2023, arXiv:2306.13394, their script; the single letter is from lmms-eval).
     """
 
     name: ClassVar[str] = "accuracy"
