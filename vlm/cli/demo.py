@@ -56,7 +56,11 @@ def page(model: TrainedModel, *, title: str, generation: Mapping[str, Any]) -> A
         # An answer is shown as plain text: Markdown could load an image from another machine.
         chatbot=gradio.Chatbot(show_label=False, render_markdown=False, buttons=["copy"], height="70vh"),
         textbox=gradio.MultimodalTextbox(
-            file_types=["image"], file_count="multiple", placeholder="Add an image and ask a question", show_label=False
+            file_types=["image"],
+            file_count="multiple",
+            placeholder="Add an image and ask a question",
+            show_label=False,
+            stop_btn=True,
         ),
         analytics_enabled=False,
         api_visibility="private",
