@@ -119,6 +119,7 @@ def mmbench(folder: Path) -> MultipleChoice:
 
 def test_mmbench_counts_a_question_if_every_rotation_is_right(tmp_path: Path) -> None:
     benchmark = mmbench(tmp_path)
+    assert not MultipleChoice(path=str(tmp_path / "mmbench.tsv"), answer_by="likelihood").circular
     assert [q.id for q in benchmark.questions] == ["1", "1#1", "1#2", "1#3", "2", "2#1"]
     assert [q.references for q in benchmark.questions] == [("C",), ("B",), ("A",), ("D",), ("A",), ("B",)]
     assert benchmark.questions[1].text == 'A hint\nA "green"\nsquare?\nA. a dog\nB. two dogs\nC. birds\nD. a cat'

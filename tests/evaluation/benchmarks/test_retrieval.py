@@ -75,6 +75,13 @@ def test_likelihoods_of_shuffled_images_are_at_chance(tmp_path: Path) -> None:
     assert sum(hits) / len(hits) == pytest.approx(1 / num, abs=0.02)
 
 
+def test_the_prompt_does_not_tell_the_form_of_the_caption() -> None:
+    benchmark = Retrieval(data="shapes", num_candidates=50)
+    assert len({benchmark.ask(question) for question in benchmark.questions}) == 1
+    assert len({json.dumps(benchmark.messages(question)) for question in benchmark.questions}) == 1
+    assert benchmark.num_left_out > 0
+
+
 def test_pools_are_apart(tmp_path: Path) -> None:
     benchmark = pairs(tmp_path, "a", "b", "c", "d", "e", num_candidates=2, num_pools=None)
     assert len(benchmark.questions) == 4

@@ -33,7 +33,7 @@ class MultipleChoice(Benchmark):
             ranks the letters, `likelihood` the texts of the options by their mean log-likelihood per token. The prompt
             lists the options in the first two.
         circular: a question is asked with its options in every rotation, and counts only if all are right. None is
-            true for MMBench alone.
+            true for MMBench, unless `answer_by=likelihood`, in which the options have no order.
         only: all questions, or those with or without an image, as in ScienceQA's IMG.
     """
 
@@ -58,7 +58,7 @@ class MultipleChoice(Benchmark):
         self.prompt = "<image>\n{question}" if answer_by == "likelihood" else BY_LETTER
         items, self._open, self.num_left_out = read_items(path, layout=layout, split=split, images=images)
         is_mmbench = layout == "mmbench" or (layout is None and path.lower().endswith(".tsv"))
-        self.circular = is_mmbench if circular is None else circular
+        self.circular = is_mmbench and answer_by != "likelihood" if circular is None else circular
         if answer_by == "likelihood":  # an option that is an image has no likelihood
             self.num_left_out += sum(_options_show_images(item) for item in items)
             items = [item for item in items if not _options_show_images(item)]

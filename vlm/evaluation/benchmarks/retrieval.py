@@ -6,7 +6,7 @@ As VisualGPTScore (Lin et al. 2023, arXiv:2306.01879), with its correction for c
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import comb
@@ -22,6 +22,7 @@ from vlm.ranges import Name, Range, Seed
 from vlm.schema import Source
 
 AT = (1, 5, 10)
+NUM_SCENES = 4_096  # a third of the captions have the most frequent prompt
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -34,6 +35,9 @@ class Retrieval(OfSource):
     `image_to_text/R@k` is the ratio of images whose caption is among the k best of the pool, `text_to_image/R@k` that
     of captions whose image is; a tie counts as a miss, and an equal text of another image as right. `chance` is beside
     each. Intervals draw images and leave the pools as they are.
+
+    All are asked with the same prompt, the most frequent one of the data: another form of prompt, as shapes have, would
+    tell the form of its caption. Pairs with other prompts are left out.
 
     Args:
         data: where the pairs are from: a file of captions, or the held-out stamps or scenes.
@@ -62,7 +66,9 @@ class Retrieval(OfSource):
     ) -> None:
         self.prior = prior
         super().__init__(source=_source(data, annotations, images), scorer=ExactMatch(), max_new_tokens=1)
-        order = list(self.questions)
+        (prompt, _), *_ = Counter(question.text for question in self.questions).most_common(1)
+        order = [question for question in self.questions if question.text == prompt]
+        self.num_left_out += len(self.questions) - len(order)
         random.Random(seed).shuffle(order)
         possible = len(order) // num_candidates
         if possible < (num_pools or 1):
@@ -130,7 +136,7 @@ def _source(data: str, annotations: str | None, images: str | None) -> Source:
         return captions.Captions(split="val", annotations=annotations, val_annotations=annotations, images=images)
     if data == "stamps":
         return stamps.Stamps(split="val")
-    return shapes.Shapes(split="val", task="caption")
+    return shapes.Shapes(split="val", task="caption", num_val=NUM_SCENES)
 
 
 def _pool(pairs: Sequence[Question]) -> list[Question]:
