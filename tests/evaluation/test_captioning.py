@@ -7,8 +7,6 @@ CoreNLP 3.4.1, in lower case, without its list of punctuation), recorded once.
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,31 +14,10 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from tests.helpers.captions import cases, official
 from vlm.evaluation.captioning import bleu_sums, cider_d, frequencies, rouge_l, tokens
 
-WORDS = ["a", "the", "red", "blue", "cat", "dog", "sits", "runs", "on", "under", "table", "tree", "two", "of", "and"]
 PTB_WORDS = json.loads((Path(__file__).parent / "ptb_words.json").read_text(encoding="utf-8"))
-
-
-def cases(num: int = 250) -> list[tuple[str, list[str]]]:
-    """Captions with 1 to 5 references each; some equal a reference, and some are short."""
-    rng = random.Random(0)
-
-    def sentence(least: int = 1) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(least, 12)))
-
-    found = []
-    for number in range(num):
-        references = [sentence() for _ in range(rng.randint(1, 5))]
-        words = rng.choice(references).split()
-        rng.shuffle(words)
-        found.append(([sentence(), references[0], " ".join(words[:6])][number % 3], references))
-    return found
-
-
-def official(captions: Sequence[tuple[str, list[str]]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    references = {number: texts for number, (_, texts) in enumerate(captions)}
-    return references, {number: [caption] for number, (caption, _) in enumerate(captions)}
 
 
 def test_words_are_those_of_the_java_tokenizer() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
-from tests.evaluation.test_captioning import cases, official
 from tests.helpers.benchmarks import figures, values, write_images
+from tests.helpers.captions import cases, official
 from vlm.evaluation.benchmarks.caption import Caption
 from vlm.launch.benchmarks import bind_benchmarks
 
