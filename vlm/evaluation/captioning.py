@@ -19,8 +19,10 @@ BETA = 1.2  # of ROUGE-L: how much more recall counts than precision
 Tokens = tuple[str, ...]
 
 _PLAIN = str.maketrans("‘’“”", "''\"\"")
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PARTS = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}
+_WRITTEN = {  # words that the Java tokenizer writes in another way
+    **{"(": ["-lrb-"], ")": ["-rrb-"], "[": ["-lsb-"], "]": ["-rsb-"], "{": ["-lcb-"], "}": ["-rcb-"]},
+    **{"cannot": ["can", "not"], "gonna": ["gon", "na"], "gotta": ["got", "ta"], "wanna": ["wan", "na"]},
+}
 _DROPPED = set("\"'`.?!,:;-–—…")
 _TOKEN = re.compile(
     r"""
@@ -42,20 +44,23 @@ def tokens(text: str) -> Tokens:
 
     They are those of the Java PTB tokenizer of the evaluation of COCO's captions, with its list of dropped punctuation:
     "it's" is two words, "t-shirt" is one, a bracket is the word "-lrb-". Few texts differ: those with runs of
-    punctuation such as "?!" (a word there, dropped here), currencies, tags, addresses, and rare abbreviations.
+    punctuation such as "?!" (a word there, dropped here), currencies, tags, addresses, and rare abbreviations. Only
+    English is meant: a language without spaces is not split.
     """
     found: list[str] = []
     for word in _TOKEN.findall(text.translate(_PLAIN).lower()):
-        if word in _DROPPED:
-            continue
-        found += _PARTS.get(word) or (_BRACKETS[word],) if word in _BRACKETS or word in _PARTS else _split(word)
+        if word not in _DROPPED:
+            found += _WRITTEN.get(word) or _split(word)
     return tuple(found)
 
 
 def _split(word: str) -> list[str]:
     """`didn't` as `did` and `n't`."""
-    match = _CLITIC.fullmatch(word)
-    return [*_split(match[1]), match[2]] if match else [word]
+    ends: list[str] = []
+    while match := _CLITIC.fullmatch(word):
+        word = match[1]
+        ends.insert(0, match[2])
+    return [word, *ends]
 
 
 def ngrams(words: Sequence[str]) -> Counter[Tokens]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from vlm.data.annotations import read_json
 from vlm.evaluation.benchmarks.base import Question, Record, Sums, kinds, ratio, types
@@ -22,7 +22,7 @@ class Pope(Published):
     Args:
         annotations: folder of coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json.
         images: folder of COCO's val2014 images.
-        categories: which of these files are asked; each is a type.
+        categories: which of these files are asked, None for all; each is a type.
     """
 
     source: ClassVar[str] = "https://github.com/RUCAIBox/POPE (output/coco)"
@@ -33,12 +33,14 @@ class Pope(Published):
         *,
         annotations: Name,
         images: Name,
-        categories: Annotated[list[Category], Length(1)] = ["random", "popular", "adversarial"],  # noqa: B006, not changed
+        categories: Annotated[list[Category], Length(1)] | None = None,
     ) -> None:
         super().__init__(images=images)
         self.scorer = YesNo(rule="pope")
         folder = self._folder(annotations, option="annotations", holds="coco_pope_random.json and the like")
-        self.questions = [question for category in categories for question in self._read(folder, category)]
+        self.questions = [
+            question for category in categories or get_args(Category) for question in self._read(folder, category)
+        ]
 
     def _read(self, folder: Path, category: Category) -> Iterator[Question]:
         file = self._file(folder / f"coco_pope_{category}.json", option="annotations")
