@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,25 @@ def test_greedy_answers_are_those_in_the_samples_of_the_run(
     (tmp_path / "link.png").symlink_to(file)
     assert model.answer([[tmp_path / "link.png"], [images[1]]], questions, max_new_tokens=NEW) == expected
     assert model.answer([], [], max_new_tokens=NEW) == []
+
+
+def test_a_log_likelihood_is_that_of_the_loss(model: TrainedModel, trained: tuple[Path, Batch, list]) -> None:
+    """By the cross-entropy of the conversation with the answer, padded on the other side."""
+    image, question = trained[2][0]
+    asked = model._sample(question, image)
+    for answer in ("All red.", "x"):
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        sample = replace(asked, messages=[*asked.messages, turn])
+        text = model._reader.text
+        rows = [model._reader.row(sample, text.encode(sample))]
+        batch = collate(rows, spec=model._reader.spec, pad_id=text.pad_id, side="right")
+        with torch.no_grad(), model._autocast():
+            logits = model.model(batch).float()
+        found = model.log_likelihood(image, question, answer)
+        loss = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
+        assert found.nats == pytest.approx(-float(loss), rel=1e-4)
+        assert found.num_tokens == len(batch.targets) == len(answer) + 1  # bytes, and the end of the turn
+        assert found.is_greedy == torch.equal(logits.argmax(1), batch.targets)
 
 
 def test_pieces_of_a_stream_are_the_answer(model: TrainedModel, trained: tuple[Path, Batch, list]) -> None:

@@ -9,9 +9,10 @@ import contextlib
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -27,7 +28,7 @@ from vlm.data.sample_reader import SampleReader
 from vlm.launch.command_line import check_run_dir
 from vlm.launch.overrides import absolute_paths
 from vlm.models.base import Generates, Model, check_capabilities
-from vlm.schema import Batch, Message, Sample
+from vlm.schema import Batch, Form, Message, Sample
 from vlm.text.turns import count
 from vlm.training import artifact
 
@@ -76,6 +77,14 @@ def load(
         settings["data"] = {**settings["data"], "max_length": UNLIMITED}
         reader = build.build_reader(settings, model)
     return TrainedModel(model=model, reader=reader, device=chosen, precision=config.precision(settings))
+
+
+class LogLikelihood(NamedTuple):
+    """Of an answer: in nats, its tokens with the end of the turn, and whether each is the most likely one."""
+
+    nats: float
+    num_tokens: int
+    is_greedy: bool
 
 
 class TrainedModel:
@@ -148,6 +157,18 @@ class TrainedModel:
         """The pieces of `answer`, each as soon as it is generated; joined, they are the answer."""
         return self._pieces(self._batch([self._sample(question, images)]), max_new_tokens, options)
 
+    @torch.inference_mode()
+    def log_likelihood(self, images: Images, question: str, answer: str) -> LogLikelihood:
+        """How likely an answer to a question about images is; `answer` describes the first two."""
+        sample = self._sample(question, images)
+        turn: Message = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        batch = self._batch([replace(sample, messages=[*sample.messages, turn])], form="conversation")
+        with self._lock, self._autocast():
+            logits = self.model(batch).float()  # M V
+        log_p = logits.log_softmax(1).gather(1, batch.targets[:, None])  # M 1
+        greedy = bool((logits.argmax(1) == batch.targets).all())
+        return LogLikelihood(float(log_p.sum()), len(batch.targets), greedy)
+
     def chat(self) -> Chat:
         """A new conversation of several turns."""
         return Chat(self)
@@ -188,12 +209,13 @@ class TrainedModel:
         earlier = before or Sample(id=NAME, images=[], messages=[])
         return Sample(id=NAME, images=[*earlier.images, *loaded], messages=[*earlier.messages, turn])
 
-    def _batch(self, samples: Sequence[Sample]) -> Batch:
-        """Left-padded prompts on the device. Raises ValueError for one longer than the LLM's positions."""
+    def _batch(self, samples: Sequence[Sample], *, form: Form = "prompt") -> Batch:
+        """Left-padded rows on the device. Raises ValueError for one longer than the LLM's positions."""
         text, rows = self._reader.text, []
         for sample in samples:
             self._reader.check(sample)
-            rows.append(self._reader.row(sample, text.encode_prompt(sample)))
+            encoded = text.encode_prompt(sample) if form == "prompt" else text.encode(sample)
+            rows.append(self._reader.row(sample, encoded))
         batch = collate(rows, spec=self._reader.spec, pad_id=text.pad_id, side="left")
         length, positions = batch.input_ids.shape[1], self.model.num_positions
         if positions is not None and length >= positions:
