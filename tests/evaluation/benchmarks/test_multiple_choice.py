@@ -98,6 +98,13 @@ def test_science_qa(tmp_path: Path) -> None:
     }
     assert [q.id for q in MultipleChoice(path=str(tmp_path), only="with_image").questions] == ["7"]
     assert [q.id for q in MultipleChoice(path=str(tmp_path), split="train").questions] == ["9"]
+    target = {"_target_": "vlm.evaluation.benchmarks.multiple_choice.MultipleChoice", "path": str(tmp_path)}
+    for answer_by, shown in (("letter", "B"), ("likelihood", "two")):
+        options = {**target, "num_shots": 1, "answer_by": answer_by}
+        asked = benchmarks.bind_benchmarks({"science": options}, defaults={})["science"]
+        assert asked.demonstrations is not None
+        (demonstration,) = asked.demonstrations.questions
+        assert (demonstration.id, asked.demonstrations.answer(demonstration)) == ("9", shown)
     with pytest.raises(ValueError, match=r"pid_splits.json' has no split 'val', only 'train', 'test'; set data.split="):
         MultipleChoice(path=str(tmp_path), split="val")
 
@@ -260,6 +267,17 @@ def test_records_that_do_not_fit(question: dict[str, Any], said: str, tmp_path: 
         jsonl(tmp_path, question)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_path_that_does_not_exist_and_a_table_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^there is no file '.*nowhere'; set data.path="):
+        MultipleChoice(path=str(tmp_path / "nowhere"))
+    file = tmp_path / "other.tsv"
+    file.write_text("index\tquestion\n1\tWhich?\n")
+    with pytest.raises(
+        ValueError, match=r"has no column 'A' in its first line \('index', 'question'\); check the file"
+    ):
+        MultipleChoice(path=str(file))
 
 
 def test_a_folder_without_tables(tmp_path: Path) -> None:

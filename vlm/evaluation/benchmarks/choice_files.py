@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from vlm.quote import named, quoted
 
 Layout = Literal["scienceqa", "mmbench", "mmmu", "seed", "jsonl"]
 SPLITS = {"scienceqa": "test", "mmmu": "validation"}  # by default
+SHOWN = {"scienceqa": "train", "mmmu": "dev"}  # splits of the demonstrations
 LONGEST = 100_000  # characters of a list of options
 REFERENCE = 64  # characters: a shorter cell under `image` is the index of the row that has the image
 ROTATED = 1_000_000  # MMBench's files number the rotations of question i as i + k * 1,000,000
@@ -51,28 +53,28 @@ class Items(NamedTuple):
     num_left_out: int = 0
 
 
-def read_items(path: str, *, layout: Layout | None, split: str | None, images: str | None) -> Items:
+def read_items(path: str, *, layout: Layout, split: str | None, images: str | None) -> Items:
     """The questions of a file or folder. Raises ValueError for a record that does not have the published form."""
-    file = Path(path).expanduser()
-    found = layout or _layout_of(file)
-    if split is not None and found not in SPLITS:
-        raise ValueError(f"data.split={split} is for {' and '.join(SPLITS)}, and '{file}' is {found}; leave it out")
+    if split is not None and layout not in SPLITS:
+        raise ValueError(f"data.split={split} is for {' and '.join(SPLITS)}, and '{path}' is {layout}; leave it out")
     folder = None if images is None else existing_folder(images, option="images")
-    if found in SPLITS:
-        root = existing_folder(path, option="path", holds=f"the files of {found}")
-        wanted = split or SPLITS[found]
-        return _science_qa(root, wanted, folder) if found == "scienceqa" else _mmmu(root, wanted)
+    if layout in SPLITS:
+        root = existing_folder(path, option="path", holds=f"the files of {layout}")
+        wanted = split or SPLITS[layout]
+        return _science_qa(root, wanted, folder) if layout == "scienceqa" else _mmmu(root, wanted)
     file = existing_file(path, option="path")
-    if found == "mmbench":
+    if layout == "mmbench":
         return _mmbench(file)
-    if found == "seed":
+    if layout == "seed":
         return _seed(file, folder or file.parent / "SEED-Bench-image")
     return Items(list(jsonl_items(file)), Files(folder or file.parent))
 
 
-def _layout_of(file: Path) -> Layout:
-    if file.is_dir():
-        return "scienceqa" if (file / "problems.json").is_file() else "mmmu"
+def layout_of(path: str) -> Layout:
+    """The layout that the name of a file or the files in a folder tell. Raises ValueError if they do not."""
+    if (folder := Path(path).expanduser()).is_dir():
+        return "scienceqa" if (folder / "problems.json").is_file() else "mmmu"
+    file = existing_file(path, option="path")
     suffixes: dict[str, Layout] = {".tsv": "mmbench", ".json": "seed", ".jsonl": "jsonl", ".ndjson": "jsonl"}
     if file.suffix.lower() not in suffixes:
         raise ValueError(f"the layout of '{file}' is not known by its name; set data.layout=")
@@ -134,16 +136,20 @@ def _mmbench(file: Path) -> Items:
     """MMBench (Liu et al. 2023, arXiv:2307.06281): a table with the images in base64; a question without options C, D
     has two. Of the rotations of a question, which some files list too, only the first row is taken.
     """
-    csv.field_size_limit(sys.maxsize)
-    lines = csv.reader(text_of(file).splitlines(keepends=True), delimiter="\t")
-    header = next(lines)
+    csv.field_size_limit(sys.maxsize)  # an image is one field
+    lines = csv.reader(StringIO(text_of(file), newline=""), delimiter="\t")
+    try:
+        (_, header), *rows = ((lines.line_num, cells) for cells in lines)
+    except csv.Error as error:
+        raise ValueError(f"'{file}' line {lines.line_num} is not a table ({error}); download it again") from error
     for column in ("index", "question", "A", "B", "image"):
         if column not in header:
-            raise ValueError(f"'{file}' has no column '{column}' in its first line ({named(header)}); check the file")
+            found = named(header)
+            raise ValueError(f"'{file}' has no column '{column}' in its first line ({found}); check the file")
     items: dict[str, Item] = {}
     images: dict[str, str] = {}
-    for cells in lines:
-        where = f"'{file.name}' line {lines.line_num}"
+    for line, cells in rows:
+        where = f"'{file.name}' line {line}"
         if len(cells) != len(header):
             raise ValueError(f"{where} has {len(cells)} fields and the first line {len(header)}; check the file")
         row = dict(zip(header, cells, strict=True))

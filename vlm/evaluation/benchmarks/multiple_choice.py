@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from vlm.evaluation.benchmarks.base import Benchmark, Question, Record, Sums, kinds, ratio, types
-from vlm.evaluation.benchmarks.choice_files import Item, Layout, read_items
+from vlm.evaluation.benchmarks.choice_files import SHOWN, Item, Layout, layout_of, read_items
 from vlm.evaluation.scorers.letter import LETTERS, Letter, read_letter
 from vlm.ranges import Name
 from vlm.schema import Content, Message
@@ -56,9 +56,11 @@ class MultipleChoice(Benchmark):
         self.scorer, self._answer_by = Letter(), answer_by
         self.method = "generate" if answer_by == "letter" else "rank"
         self.prompt = "<image>\n{question}" if answer_by == "likelihood" else BY_LETTER
+        layout = layout or layout_of(path)
         items, self._open, self.num_left_out = read_items(path, layout=layout, split=split, images=images)
-        is_mmbench = layout == "mmbench" or (layout is None and path.lower().endswith(".tsv"))
-        self.circular = is_mmbench and answer_by != "likelihood" if circular is None else circular
+        by_letter = answer_by != "likelihood"
+        self.circular = layout == "mmbench" and by_letter if circular is None else circular
+        self.demonstrations = {"split": SHOWN[layout]} if layout in SHOWN else {}
         if answer_by == "likelihood":  # an option that is an image has no likelihood
             self.num_left_out += sum(_options_show_images(item) for item in items)
             items = [item for item in items if not _options_show_images(item)]
@@ -91,6 +93,11 @@ class MultipleChoice(Benchmark):
 
     def image(self, name: str) -> Image.Image:
         return self._open(name)
+
+    def answer(self, question: Question) -> str:
+        """The letter, or the text of the option where the texts are ranked."""
+        letter = super().answer(question)
+        return question.choices[LETTERS.index(letter)] if self._answer_by == "likelihood" else letter
 
     def messages(self, question: Question) -> list[Message]:
         """The user message; an image that the text shows by its number is there, the others come first."""
