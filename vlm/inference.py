@@ -51,8 +51,8 @@ def load(
     Args:
         run_dir: of train.py, or of `vlm-artifact merge`.
         device: such as `cpu` or `cuda:1`; `auto` is the accelerator of this machine if it has one.
-        dtype: `float32`, or `bfloat16` or `float16` for the frozen weights and the computation, while trained tensors
-            stay in float32. `auto` is what eval.py uses: bfloat16 where the hardware supports it.
+        dtype: `float32`; `bfloat16` for the frozen weights and the computation; `float16` for the computation alone.
+            Trained tensors stay in float32. `auto` is what eval.py uses: bfloat16 where the hardware supports it.
         overrides: options of the run by their full key. The config of a run from elsewhere does not decide where
             weights lie: {"llm.pretrained": "weights/gemma"}.
 
@@ -181,6 +181,8 @@ class TrainedModel:
         with applied(self.reading):
             if isinstance(image, Image.Image):
                 return opened_image(image, name=str(getattr(image, "filename", "") or "from Pillow"))
+            if not isinstance(image, str | Path):
+                raise ValueError(f"an image of type {type(image).__name__} cannot be read; give a path or a PIL.Image")
             path = Path(image).expanduser()
             if not path.is_file():
                 why = "is not a file" if path.exists() else "does not exist"
@@ -193,17 +195,17 @@ class TrainedModel:
 
     def _sample(self, question: str, images: Images, before: Sample | None = None) -> Sample:
         """A conversation that ends with a question; `before` has the turns before it."""
-        given = [] if images is None else [images] if isinstance(images, OneImage) else list(images)
+        given: list[Any] = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
         loaded = [self.read_image(image) for image in given]
         try:
             content = question_content(question, num_images=len(loaded), where="in it")
         except Malformed as error:
             raise ValueError(f"the question {error}") from error
-        num_marks = sum(piece["type"] == "image" for piece in content)
-        if num_marks != len(loaded):
+        num_placeholders = sum(piece["type"] == "image" for piece in content)
+        if num_placeholders != len(loaded):
             raise ValueError(
-                f"the question has {num_marks} <image> and {count(len(loaded), 'image')}; give an image for each, or "
-                r"write \<image> for the word"
+                f"the question has {num_placeholders} <image> and {count(len(loaded), 'image')}; give an image for "
+                r"each, or write \<image> for the word"
             )
         turn: Message = {"role": "user", "content": content}
         earlier = before or Sample(id=NAME, images=[], messages=[])
