@@ -45,7 +45,7 @@ def refusal(*overrides: str) -> str:
 
 
 def test_every_group_is_one_that_a_config_names() -> None:
-    assert set(GROUPS) == {*config.NEEDED, *config.MANY, *Composed.parts, "debug", "experiment", "hydra"}
+    assert set(GROUPS) == {*config.NEEDED, *config.MANY, *Composed.parts, "debug", "experiment", "sweep", "hydra"}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)

@@ -33,7 +33,9 @@ from vlm.ranges import LIBRARIES, Known, Range
 Key = tuple[str, ...]
 VALUES: list[Any] = [-1, 0, 1e300, math.nan, None, "x", [], {}]
 DERIVED = {"vision_width", "llm_width", "grid", "output_rms", "dtype", "split", "source", "model", "bad_samples_file"}
-SWEPT = [group for group in GROUPS if group not in ("hydra", "experiment", "debug")]  # these set keys of the others
+# These groups set keys of the others.
+SETTING = ("experiment", "debug", "sweep")
+SWEPT = [group for group in GROUPS if group not in ("hydra", *SETTING)]
 
 
 @pytest.fixture(scope="module", autouse=True)

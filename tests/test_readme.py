@@ -71,7 +71,7 @@ def test_the_example_of_your_own_data(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_table_names_every_option() -> None:
-    for group in ("data", "stage", "trainer", "logger", "experiment", "debug"):
+    for group in ("data", "stage", "trainer", "logger", "experiment", "debug", "sweep"):
         row = re.search(rf"^\| `{group}=` \| (.*) \|$", README, flags=re.MULTILINE)
         assert row is not None, f"the README's table has no row for {group}"
         options = {path.stem for path in (ROOT / "conf" / group).glob("[!_]*.yaml")}

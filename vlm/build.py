@@ -119,11 +119,13 @@ def build_module(cfg: Mapping[str, Any], model: Model, objective: Objective) -> 
 def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> Any:
     """Lightning's Trainer with the configured callbacks and loggers.
 
-    Their constructors get `run_dir`, `max_time`, `ema_decay` and the values `of_the_run` that they accept.
+    Their constructors get `run_dir`, `max_time`, `ema_decay`, `match`, `budget` and the values `of_the_run` that they
+    accept.
     """
     of_the_run |= {
         "run_dir": run_dir,
         "max_time": cfg["trainer"].get("max_time"),
+        **{key: (cfg.get("sweep") or {}).get(key) for key in ("match", "budget")},
         "ema_decay": (cfg.get("stage") or {}).get("ema_decay"),
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # importing it sets INFO, which prints much

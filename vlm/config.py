@@ -46,7 +46,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "preflight": {"samples": Annotated[int, Range(1, 10**6)], "show": Annotated[int, Range(0, 10**6)]},
     "plan": {"show": bool, "json": Name | None},
     "resume": {"run": Name | None, "allow": list[Name]},
-    "sweep": {"metric": Name},
+    "sweep": {
+        "metric": Name,
+        "match": Literal["steps", "tokens", "seconds"] | None,
+        "budget": Annotated[Number, Range(1, 10**15)] | None,
+    },
 }
 STAGE: dict[str, Any] = {  # besides the states of the parts and the arguments of VLMModule
     "name": Annotated[str, Pattern("[^/]+", "align")],  # also a folder
@@ -60,6 +64,8 @@ OPTIONAL = {
     "run",
     "allow",
     "metric",
+    "match",
+    "budget",
     "show",
     "json",
     "task",
@@ -87,7 +93,7 @@ OF_TRAINER = {  # fixed arguments of the Trainer
     "use_distributed_sampler": False,
 }
 # Arguments that a callback or logger gets from the run if its constructor has them.
-OF_THE_RUN = dict.fromkeys(("run_dir", "max_time", "ema_decay", "manifest", "inherited"))
+OF_THE_RUN = dict.fromkeys(("run_dir", "max_time", "ema_decay", "manifest", "inherited", "match", "budget"))
 NEEDED_CALLBACKS = {  # callbacks that earlier versions did not have in their config
     "save": "save.Save",
     "ema": "ema.EMA",
@@ -134,6 +140,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         check_keys(section, cfg.get(section) or {}, hints)
         check_values(section, cfg.get(section) or {}, hints)
         check_required(section, cfg.get(section) or {}, hints.keys() - OPTIONAL)
+    _check_budget(cfg.get("sweep") or {})
     _check_stage(cfg["stage"], model)
     if file := (cfg.get("plan") or {}).get("json"):
         check_parent("plan.json", file)
@@ -164,6 +171,18 @@ def check_model(cfg: Mapping[str, Any]) -> None:
     _check_stage(cfg["stage"], model)
     check_loader("data", split_data(cfg["data"])[0])
     model.check(cfg)
+
+
+def _check_budget(sweep: Mapping[str, Any]) -> None:
+    """Raise ValueError for a budget without its unit, and a unit without its budget."""
+    match, budget = sweep.get("match"), sweep.get("budget")
+    if match in ("tokens", "seconds") and budget is None:
+        raise ValueError(f"sweep.match={match} needs the number of {match} of a job; set sweep.budget=<{match}>")
+    if budget is not None and match not in ("tokens", "seconds"):
+        raise ValueError(
+            f"sweep.budget={budget} is a number of tokens or seconds, and sweep.match is {match or 'null'}; set "
+            "sweep.match=tokens or seconds, or trainer.max_steps="
+        )
 
 
 def _check_stage(stage: Mapping[str, Any], model: type[Model]) -> None:

@@ -39,6 +39,7 @@ class VLMModule(pl.LightningModule):
         figures: metrics of the last optimizer step; Lightning's callback_metrics also hold those of earlier steps.
         totals: metrics of the whole run, added by callbacks.
         stopped_by: the signal that stopped the run, or None.
+        budget_is_spent: whether the run ended at `sweep.budget`.
         weights_to_save: context in which the model holds the weights to save, such as a moving average.
     """
 
@@ -69,6 +70,7 @@ class VLMModule(pl.LightningModule):
         self.figures: dict[str, Any] = {}
         self.totals: dict[str, float] = {}
         self.stopped_by: int | None = None
+        self.budget_is_spent = False
         self.weights_to_save: Callable[[], AbstractContextManager[None]] = nullcontext
         self.validated_step = -1  # optimizer step of the last validation
         self.train()

@@ -17,6 +17,7 @@ import tests.helpers.programs as programs
 from tests.helpers.programs import QUICK, read, train
 from vlm import config
 from vlm.launch import sweep
+from vlm.launch.command_line import translate
 from vlm.launch.configs import CONF
 from vlm.launch.sweep import place_in_sweep
 from vlm.training.run import read_metrics
@@ -68,6 +69,7 @@ def test_number_of_jobs(overrides: list[str], sweeper: dict[str, Any], num: int 
     assert sweep.number_of_jobs(OmegaConf.create({"hydra": hydra})) == num
 
 
+@pytest.mark.slow
 def test_the_same_command_does_only_what_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     returned: list[float] = []
 
@@ -106,3 +108,19 @@ def test_a_metric_that_a_run_has_not(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def read_metric(run_dir: Path, name: str) -> float:
     return read_metrics(run_dir)[name]
+
+
+@pytest.mark.parametrize("file", sorted(Path(CONF, "sweep").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_value_of_a_preset_is_an_option(file: Path) -> None:
+    params = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        connector = [f"connector={params['connector']}"] if params.get("connector") == "resampler" else []
+        for key, values in params.items():
+            for value in ["1e-3"] if "interval" in values else str(values).split(","):
+                config.check(config.plain(compose("train", [*connector, f"{key}={value}", "run_dir=x"])))
+
+
+def test_a_preset_names_its_jobs_by_what_differs() -> None:
+    names = translate(["-m", "sweep=connectors", "llm=tiny"], config_name="train")[1]
+    assert names == "hydra.job.config.override_dirname.exclude_keys=[llm,sweep]"

@@ -38,7 +38,7 @@ HEADINGS = {
 PROGRAMS = {"train": "train.py", "eval": "eval.py", "doctor": "vlm-doctor"}
 GROUPS = (
     *("model", "encoder", "connector", "llm", "objective", "evaluators", "data", "stage", "trainer"),
-    *("callbacks", "logger", "benchmark", "rival", "experiment", "debug", "hydra/launcher"),
+    *("callbacks", "logger", "benchmark", "rival", "experiment", "debug", "sweep", "hydra/launcher"),
 )
 OPENING = """# Every option
 
@@ -121,7 +121,7 @@ def _section(group: str) -> Iterator[str]:
     else:
         rows = [f"| `{path.stem}` | {_comment(path)} |" for path in options]
         yield "\n".join([f"| `{group}=` | |", "|---|---|", *rows, ""])
-    if group in ("experiment", "debug"):  # which only set keys of other groups
+    if group in ("experiment", "debug", "sweep"):  # which only set keys of other groups
         return
     prefix = f"{group.replace('/', '.')}."
     shared = [path for path in paths if path not in options]

@@ -24,7 +24,8 @@ SAID_AGAIN = re.compile(
     r"(?!data\.|trainer\.)\w+\.(pretrained|init_from|package|attention|trust_remote_code|_target_)="
 )
 GROUPS = tuple(sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name != "hydra"))
-REQUIRED = tuple(group for group in GROUPS if group not in (*MANY, "experiment", "debug"))
+NOT_NEEDED = ("experiment", "debug", "sweep")  # groups whose default is none
+REQUIRED = tuple(group for group in GROUPS if group not in (*MANY, *NOT_NEEDED))
 
 
 def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
@@ -47,6 +48,8 @@ def translate(arguments: Sequence[str], *, config_name: str) -> list[str]:
     words = [quote_path(argument, sweep=bool(flags)) for argument in words]
     words = [each for argument in words for each in _group_option(argument)]
     keys = {argument.partition("=")[0] for argument in words}
+    if not flags and "sweep" in keys:
+        raise ValueError("sweep= chooses the jobs of a sweep; add -m")
     if flags and "run_dir" in keys:
         raise ValueError("run_dir= names the folder of one run, but -m makes one a job; set hydra.sweep.dir=<folder>")
     if flags and config_name == "eval" and "out" in keys:
@@ -104,11 +107,12 @@ def expand_resume(arguments: Sequence[str]) -> list[str]:
 def _job_names(words: Sequence[str]) -> list[str]:
     """The option that leaves what all jobs of a sweep share out of the names of their folders.
 
-    Of a sweep with one job, and of an experiment, whose sweeps have one folder for all, only paths are left out.
+    Of a sweep with one job (`sweep=` brings others), and of an experiment, whose sweeps have one folder for all, only
+    paths are left out.
     """
     options = [_parse(word) for word in words if not word.startswith("-")]
     shared = {each.key_or_group for each in options if not each.is_sweep_override()}
-    if len(shared) == len(options) or "experiment" in shared:
+    if (len(shared) == len(options) and "sweep" not in shared) or "experiment" in shared:
         shared = {*filter(holds_path, shared)}
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"]
 
@@ -197,7 +201,7 @@ def refuse_parts(arguments: Sequence[str]) -> None:
                 "by data.<key>=, such as data.val_annotations=<file>"
             )
         takes = group in ("data", "trainer", *OF_EVAL) or SAID_AGAIN.match(argument.lstrip("+"))
-        if group in (*REQUIRED, *MANY, "experiment", "debug") and not takes:
+        if group in (*REQUIRED, *MANY, *NOT_NEEDED) and not takes:
             raise ValueError(f"eval.py takes the {group} that the run has, so leave out {argument}")
 
 
@@ -206,14 +210,14 @@ def _group_option(argument: str) -> list[str]:
     key, _, value = argument.partition("=")
     group = key.lstrip("~+")
     absent = key.startswith("~") or value == "null"
-    if group in ("experiment", "debug") and absent:
+    if group in NOT_NEEDED and absent:
         return []
     if group in MANY and absent:
         return [f"{group}=none"]
-    if group in (*REQUIRED, *MANY, "experiment", "debug") and (why := _no_option(group, value, absent=absent)):
+    if group in (*REQUIRED, *MANY, *NOT_NEEDED) and (why := _no_option(group, value, absent=absent)):
         choices = ", ".join(options_of(group))
         raise ValueError(f"{argument} is refused because {why}; choose {group}= one of {choices}")
-    known = group in (*REQUIRED, *MANY, "experiment", "debug")
+    known = group in (*REQUIRED, *MANY, *NOT_NEEDED)
     return [f"{group}={value}"] if known and key.startswith("+") else [argument]
 
 
@@ -239,7 +243,7 @@ def _check_grammar(argument: str, *, sweep: bool) -> None:
     try:
         if sweep or not _parse(argument).is_sweep_override():
             return
-        if key in (*REQUIRED, "experiment", "debug"):
+        if key in (*REQUIRED, *NOT_NEEDED):
             raise ValueError(f"{_short(argument)} names several options; give one, or add -m for a run of each")
         why = "has a comma, which separates the values of a sweep (-m)"
     except HydraException:

@@ -228,6 +228,8 @@ def config_error(error: Exception) -> str:
     cause = error.__cause__ or error
     if isinstance(error, MissingConfigException) and error.options:
         file = str(error.missing_cfg_file)
+        if file == "hydra/sweeper/optuna":
+            return "Hydra's Optuna sweeper is not installed; pip install 'vlm-template[sweep]'"
         group, _, option = file.rpartition("/") if file.startswith("hydra/") else file.partition("/")
         choices = [name for name in error.options if not name.startswith("_")]
         return unknown_key(f"{group}={option}", choices, asked=option)

@@ -103,6 +103,10 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         jobs.start_sweep(Path(config.hydra.sweep.dir), num_jobs=number_of_jobs(config))
+        sweep: Any = config.get("sweep") or {}  # eval.py has none
+        if match := sweep.get("match"):
+            num = config.trainer.max_steps if match == "steps" else sweep.budget
+            print(f"Equal budget: every job trains for {num:,} {match} (sweep.match={match})", flush=True)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         root = Path(config.hydra.sweep.dir)

@@ -186,7 +186,8 @@ class TrainingRun:
             return "stopped"
         if result.failure is not None:
             return "failed"
-        return "time_up" if trainer.global_step < trainer.max_steps else "finished"
+        is_finished = trainer.global_step >= trainer.max_steps or module.budget_is_spent
+        return "finished" if is_finished else "time_up"
 
 
 def extent(data: VLMDataModule) -> str:
