@@ -167,8 +167,8 @@ class VLMModule(pl.LightningModule):
         loss = sum(value for name, value in means.items() if is_loss(name))
         self.figures = {f"train/{name}": value for name, value in means.items()}
         self.figures |= {"train/loss": loss, "train/tokens": tokens, "train/grad_norm": norm}
-        self.figures |= {f"train/grad_norm/{part}": value for part, value in norms.items()}
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.figures |= {f"train/grad_norm/{part}": value for part, value in norms.items()}
             self.figures |= {f"lr/{name}": lr for name, lr in learning_rates(optimizer.param_groups).items()}
         # Sources without a sample in this step; otherwise loggers would repeat the loss of an earlier step.
         absent = {f"train/{name}": float("nan") for name in totals.keys() - means.keys()}
