@@ -387,7 +387,7 @@ def test_eval_writes_figures_without_the_key_and_a_rerun_is_free(
 
     printed = "".join(capfd.readouterr())
     assert "Used: 3 images" in printed
-    assert "1 questions could not be answered" in printed
+    assert "1 question without an answer" in printed
     assert SECRET not in printed
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in written} == {"results.json", "samples.jsonl", "requests.jsonl"}

@@ -165,7 +165,9 @@ def best_constants(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, d
             score = benchmark.score(constant, questions[record["id"]])
             same.append(Record(**{**record, "prediction": constant, "score": score, "correct": score == 1}))
         for name, value in _values(benchmark, same).items():
-            if not math.isnan(value) and (name not in best or value > best[name]["value"]):
+            if name.partition("/")[0] in benchmark.no_scores or math.isnan(value):
+                continue
+            if name not in best or value > best[name]["value"]:
                 best[name] = {"value": value, "answer": constant}
     return {name: {**each, "value": _rounded(each["value"])} for name, each in best.items()}
 

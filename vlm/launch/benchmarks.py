@@ -23,6 +23,7 @@ from vlm.launch.overrides import absolute_paths
 from vlm.options import bind, check_keys, check_mapping, check_values, find_class, parameters
 from vlm.ranges import Number, Range, Samples, Seed
 from vlm.schema import hashed
+from vlm.text.turns import count
 from vlm.training import artifact, run
 from vlm.training.results import print_samples, print_table
 
@@ -320,9 +321,9 @@ def _print(asked: Asked, results: Mapping[str, Any]) -> None:
         run.CONSOLE.print(f"{asked.name}: {results['note']}.", soft_wrap=True)
     if usage := results["usage"]:
         run.CONSOLE.print(f"Used: {', '.join(f'{value:,.6g} {name}' for name, value in usage.items())}", soft_wrap=True)
-    for key, what in (("num_failed", "could not be answered"), ("num_without_reference", "have no reference")):
-        if results[key]:
-            run.CONSOLE.print(f"{results[key]:,} questions {what}; samples.jsonl names them.", soft_wrap=True)
+    for key, what in (("num_failed", "without an answer"), ("num_without_reference", "without a reference")):
+        if num := results[key]:
+            run.CONSOLE.print(f"{count(num, 'question')} {what}: samples.jsonl has the names.", soft_wrap=True)
     if results["num_left_out"]:
         run.CONSOLE.print(f"{results['num_left_out']:,} items of the files are not asked.", soft_wrap=True)
 

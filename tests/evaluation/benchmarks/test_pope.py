@@ -96,6 +96,7 @@ def test_metrics(folder: Path) -> None:
 def test_the_best_constant_answer(folder: Path) -> None:
     benchmark = pope(folder)
     best = figures(benchmark, {question.id: "yes" for question in benchmark.questions})["best_constant"]
+    assert not any(name.startswith("yes_ratio") for name in best)
     assert best["accuracy"] == {"value": pytest.approx(4 / 7, abs=1e-6), "answer": "no"}
     assert best["f1"] == {"value": 0.6, "answer": "yes"}
 

@@ -86,12 +86,14 @@ class Benchmark(ABC):
         version: raise it when the same answers would get other metrics.
         method: `generate` an answer, or `rank` the choices of a question by their likelihood as its answer.
         headline: the metric to compare models by; by default the scorer's name.
+        no_scores: metrics that are not better when they are higher, so that they have no best constant answer.
         source: where to get the published files, for errors.
         max_new_tokens: the longest answer.
         num_left_out: how many items of the files are not asked, for example because they are about a video.
     """
 
     version: ClassVar[int] = 1
+    no_scores: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
     method: Literal["generate", "rank"] = "generate"
     max_new_tokens: int = 16

@@ -37,6 +37,7 @@ class MultipleChoice(Benchmark):
         only: all questions, or those with or without an image, as in ScienceQA's IMG.
     """
 
+    no_scores: ClassVar[tuple[str, ...]] = ("chance", "chance_single", "no_letter")
     source: ClassVar[str] = (
         "ScienceQA: https://github.com/lupantech/ScienceQA; MMBench: https://github.com/open-compass/MMBench; MMMU: "
         "https://huggingface.co/datasets/MMMU/MMMU; SEED-Bench: https://huggingface.co/datasets/AILab-CVC/SEED-Bench"

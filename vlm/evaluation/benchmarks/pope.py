@@ -26,6 +26,7 @@ class Pope(Published):
     """
 
     source: ClassVar[str] = "https://github.com/RUCAIBox/POPE (output/coco)"
+    no_scores: ClassVar[tuple[str, ...]] = ("yes_ratio",)
     prompt = "<image>\n{question}\nAnswer the question using a single word or phrase."
 
     def __init__(
