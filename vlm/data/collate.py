@@ -50,8 +50,12 @@ def collate(
     pad_id: int,
     side: Literal["left", "right"] = "right",
     sources: Sequence[str] = (),
+    share_images: bool = False,
 ) -> Batch:
-    """A batch of rows, padded to the longest: on the right to train, on the left to generate."""
+    """A batch of rows, padded to the longest: on the right to train, on the left to generate.
+
+    With `share_images`, a tensor that several images have is in `pixel_values` once.
+    """
     first = accumulate((len(row.samples) for row in rows), initial=0)
     columns = [_columns(row, number) for row, number in zip(rows, first, strict=False)]
     longest = max(len(column["input_ids"]) for column in columns)
@@ -65,9 +69,8 @@ def collate(
 
     samples = list(chain.from_iterable(row.samples for row in rows))
     images = list(chain.from_iterable(row.pixel_values for row in rows))
-    # In a benchmark, the rows about an image have the same tensor.
-    distinct = {pixels.data_ptr(): pixels for pixels in images}
-    index = {pointer: number for number, pointer in enumerate(distinct)}
+    distinct = {pixels.data_ptr(): pixels for pixels in images} if share_images else dict(enumerate(images))
+    numbers = {pointer: number for number, pointer in enumerate(distinct)}
     channels_last = (
         torch.stack([pixels.permute(1, 2, 0) for pixels in distinct.values()])
         if images
@@ -88,9 +91,7 @@ def collate(
         ids=[sample.id for sample in samples],
         samples=samples,
         sources=tuple(sources),
-        image_index=torch.tensor([index[pixels.data_ptr()] for pixels in images])
-        if len(distinct) < len(images)
-        else None,
+        image_index=torch.tensor([numbers[pixels.data_ptr()] for pixels in images]) if share_images else None,
     )
 
 

@@ -59,7 +59,9 @@ class Rows(Dataset[Work]):
         if not rows:
             return Work(None, [], failed)
         side: Any = "left" if self.prompts.benchmark.method == "generate" else "right"
-        return Work(collate(rows, spec=reader.spec, pad_id=reader.text.pad_id, side=side), kept, failed)
+        return Work(
+            collate(rows, spec=reader.spec, pad_id=reader.text.pad_id, side=side, share_images=True), kept, failed
+        )
 
     def _row(self, reader: SampleReader, sample: Sample | BadSample, index: int, choice: int) -> Row:
         if isinstance(sample, BadSample):
