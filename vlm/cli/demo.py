@@ -96,7 +96,7 @@ def demo(arguments: list[str]) -> None:
             raise ValueError("vlm-demo needs Gradio; pip install 'vlm-template[demo]'") from error
         model = opened(options, overrides)
         chat = page(model, title=os.path.basename(os.path.abspath(options.ckpt)), generation=options.generation)
-        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         try:
             _, address, _ = chat.launch(
                 server_name=HOST,
