@@ -190,11 +190,12 @@ def test_a_new_image_joins_a_conversation(talker: TrainedModel, talk: tuple[Samp
 
 
 def test_an_answer_that_nobody_reads_on_stops(talker: TrainedModel, talk: tuple[Sample, Batch]) -> None:
-    chat = talker.chat()
+    chat, before = talker.chat(), threading.active_count()
     pieces: Iterator[str] = chat.stream("What?", talk[0].images[0], max_new_tokens=1500)
     start = next(pieces)
+    assert threading.active_count() == before + 1
     pieces.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == 1
+    assert threading.active_count() == before
     assert [words(message) for message in chat.messages] == ["What?", start]
     assert chat.ask("Go on.", max_new_tokens=2) == words(chat.messages[3])
 

@@ -159,14 +159,23 @@ def hints_of_options() -> Iterator[tuple[str, dict[str, Any]]]:
         if key[-1] == "_target_"
         for node in [settings if not key[:-1] else at(settings, key[:-1])]
     }
-    ours = {each for each in targets if each.__module__.startswith("vlm.")}
+    named = {
+        name for group in ("benchmark", "rival") for file in Path(CONF, group).glob("*.yaml") for name in named_in(file)
+    }
+    ours = {each for each in targets if each.__module__.startswith("vlm.")} | {*map(constructor, named)}
     for each in (*ours, Save, Augment, VLMDataModule, VLMModule, DoctorOptions):
         function = each.__init__ if inspect.isclass(each) else each
-        yield each.__name__, get_type_hints(function, include_extras=True)
+        of_a_library = getattr(function, "__module__", "").startswith("lightning.")  # inherited by a logger
+        yield each.__name__, {} if of_a_library else get_type_hints(function, include_extras=True)
     yield "add_lora", get_type_hints(LanguageModel.add_lora, include_extras=True)
     yield from LIBRARIES.items()
     yield from (*config.SECTIONS.items(), ("stage", config.STAGE))
     yield from (("values", config.VALUES), ("evaluation", config.EVALUATION))
+
+
+def named_in(file: Path) -> list[str]:
+    """The classes of this project that a config names."""
+    return re.findall(r"_target_: (vlm\.[\w.]+)", file.read_text("utf-8"))
 
 
 def at(node: Any, key: Key) -> Any:
@@ -178,8 +187,7 @@ def at(node: Any, key: Key) -> Any:
 @pytest.mark.slow
 def test_every_number_has_a_range() -> None:
     checked = dict(hints_of_options())
-    files = Path(CONF).rglob("*.yaml")
-    named = {name for file in files for name in re.findall(r"_target_: vlm\.[\w.]+\.(\w+)", file.read_text("utf-8"))}
+    named = {name.rpartition(".")[2] for file in Path(CONF).rglob("*.yaml") for name in named_in(file)}
     shared = {"Save", "Augment", "VLMDataModule", "VLMModule", "Options", "add_lora", "stage", "values", "evaluation"}
     assert checked.keys() == (named - {"SweepReport"}) | shared | LIBRARIES.keys() | config.SECTIONS.keys()
     missing = {

@@ -91,7 +91,9 @@ def collate(
         ids=[sample.id for sample in samples],
         samples=samples,
         sources=tuple(sources),
-        image_index=torch.tensor([numbers[pixels.data_ptr()] for pixels in images]) if share_images else None,
+        image_index=torch.tensor([numbers[pixels.data_ptr()] for pixels in images], dtype=torch.long)
+        if share_images
+        else None,
     )
 
 
