@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vlm.launch.entry import fail, quiet, sentence
+from vlm.launch.entry import run_program
 
 COMMANDS = {"show": ("ckpt",), "diff": ("ckpt", "other"), "merge": ("ckpt", "out")}  # what each needs
 AGAIN = tuple(f"{part}.{key}" for part in ("encoder", "llm") for key in ("pretrained", "trust_remote_code"))
@@ -192,35 +191,29 @@ def _print(title: str, headings: Sequence[str], rows: Any, *, right: Sequence[in
     CONSOLE.print(table)
 
 
-def main() -> None:
+def run_command(arguments: Sequence[str]) -> None:
+    """Run a command. Raises ValueError for options or runs that cannot be used."""
     from vlm.launch.command_line import check_run_dir
 
-    quiet()
-    if not sys.argv[1:] or {"-h", "--help", "help"} & {*sys.argv[1:]}:
-        print(USAGE)
-        sys.exit(0 if sys.argv[1:] else 2)
-    try:
-        command, options = parse(sys.argv[1:])
-        for key in ("ckpt", "other"):
-            if key in options:
-                check_run_dir(key, Path(options[key]))
-        ckpt = Path(options["ckpt"])
-        if command == "show":
-            show(ckpt)
-        elif command == "diff":
-            diff(ckpt, Path(options["other"]))
-        else:
-            from vlm.cli.artifact_merge import merge
+    command, options = parse(arguments)
+    for key in ("ckpt", "other"):
+        if key in options:
+            check_run_dir(key, Path(options[key]))
+    ckpt = Path(options["ckpt"])
+    if command == "show":
+        show(ckpt)
+    elif command == "diff":
+        diff(ckpt, Path(options["other"]))
+    else:
+        from vlm.cli.artifact_merge import merge
 
-            said = {key: value for key, value in options.items() if key in AGAIN}
-            given = {
-                key: value == "true" if key.endswith("trust_remote_code") else value for key, value in said.items()
-            }
-            merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"), given=given)  # type: ignore[arg-type]
-    except (ValueError, OSError) as error:
-        fail(sentence(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        said = {key: value for key, value in options.items() if key in AGAIN}
+        given = {key: value == "true" if key.endswith("trust_remote_code") else value for key, value in said.items()}
+        merge(ckpt, Path(options["out"]), dtype=options.get("dtype", "float32"), given=given)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    run_program(run_command, usage=USAGE)
 
 
 if __name__ == "__main__":

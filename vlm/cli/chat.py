@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.cli.run_options import HELP, RunOptions, opened, parse
 from vlm.files import escape_controls
-from vlm.launch.entry import fail, quiet, sentence
+from vlm.launch.entry import run_program, sentence
 from vlm.ranges import Name
 
 if TYPE_CHECKING:
@@ -120,28 +120,22 @@ def typed() -> Iterator[str]:
 
 def chat(arguments: list[str]) -> None:
     """Load the run and talk. Raises ValueError for an option or a run that cannot be used."""
-    options, overrides = parse("vlm-chat", Options, arguments)
-    model = opened(options, overrides)
-    terminal = Terminal(model, model.chat(), [], options.generation)
-    if sys.stdin.isatty():
-        print("Ask a question. /help lists the commands.")
-    if options.image is not None:
-        terminal.show(options.image)
-    terminal.run(typed())
+    try:
+        options, overrides = parse("vlm-chat", Options, arguments)
+        model = opened(options, overrides)
+        terminal = Terminal(model, model.chat(), [], options.generation)
+        if sys.stdin.isatty():
+            print("Ask a question. /help lists the commands.")
+        if options.image is not None:
+            terminal.show(options.image)
+        terminal.run(typed())
+    except KeyboardInterrupt:
+        print()  # ends the line of the prompt
+        raise
 
 
 def main() -> None:
-    quiet()
-    if not sys.argv[1:] or {"-h", "--help", "help"} & {*sys.argv[1:]}:
-        print(USAGE)
-        sys.exit(0 if sys.argv[1:] else 2)
-    try:
-        chat(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        fail(sentence(error))
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
+    run_program(chat, usage=USAGE)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from vlm.cli.run_options import HELP, RunOptions, opened, parse
-from vlm.launch.entry import fail, quiet, sentence
+from vlm.launch.entry import run_program, sentence
 from vlm.ranges import Range
 
 if TYPE_CHECKING:
@@ -119,16 +118,7 @@ def demo(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    quiet()
-    if not sys.argv[1:] or {"-h", "--help", "help"} & {*sys.argv[1:]}:
-        print(USAGE)
-        sys.exit(0 if sys.argv[1:] else 2)
-    try:
-        demo(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        fail(sentence(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(demo, usage=USAGE)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,21 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def run_program(job: Callable[[list[str]], None], *, usage: str) -> None:
+    """Run a program of the package that takes key=value; it exits as `start` does, and without arguments with 2."""
+    quiet()
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help", "help"} & {*arguments}:
+        print(usage)
+        sys.exit(0 if arguments else 2)
+    try:
+        job(arguments)
+    except (ValueError, OSError) as error:
+        fail(sentence(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def quiet() -> None:
     """Keep the libraries' routine messages out of the output; their errors are still shown."""
     with suppress(AttributeError):  # of a notebook
