@@ -51,6 +51,16 @@ def test_the_page_of_a_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
 
 
+def test_a_single_run_has_curves_without_costs(tmp_path: Path) -> None:
+    metrics = {"params/trainable": 10.0, "perf/step_seconds": 0.1}
+    write_run(tmp_path, lines=({"step": 1, "val/loss": 2.0, "val/other_loss": 1.0},), loss=2.0, **metrics)
+    main([str(tmp_path), "--no-images"])
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Curves</h2>" in page
+    assert "Quality and cost" not in page
+    assert "nats per token" not in page  # another loss is in the sum
+
+
 def test_a_search_has_parallel_coordinates(tmp_path: Path) -> None:
     for number in range(3):
         write_run(tmp_path / str(number), loss=1.0 - 0.1 * number)

@@ -23,6 +23,13 @@ def write_run(folder: Path, *, seed: int = 0, lines: tuple[dict, ...] = (), **me
     (folder / "artifact" / "manifest.json").write_text(json.dumps({"num_image_tokens": 64}))
 
 
+def write_results(run: Path, benchmark: str, metrics: dict[str, dict[str, float | None]], **other: Any) -> None:
+    """What eval.py leaves of a benchmark."""
+    folder = run / "eval" / benchmark
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"metrics": metrics, **other}))
+
+
 def write_sweep(root: Path, losses: dict[str, list[float]], *, key: str = "connector") -> None:
     """A finished job for each value of an option and each seed, in that order."""
     jobs.start_sweep(root, num_jobs=sum(map(len, losses.values())))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.reports import write_run, write_sweep
+from tests.helpers.reports import write_results, write_run, write_sweep
 from vlm.report.compare import differing, mean_and_spread, paired_difference, t_quantile
 from vlm.report.runs import read_runs
-from vlm.report.tables import Comparison, table_of_choices, table_of_differences, table_of_runs
+from vlm.report.tables import Comparison, table_of_choices, table_of_differences, table_of_runs, tables_of_scores
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,24 @@ def test_the_table_of_runs_has_what_differs(tmp_path: Path) -> None:
     score = "val/exact_match (n 128, constant 0.250)"
     assert list(table.headings) == ["connector", "status", "val/loss", score, *costs]  # llm=tiny is that of all
     assert list(table.rows[0]) == ["mlp", "finished", "0.500", "0.500", "3,000", "64", "0.100"]
+
+
+def test_scores_by_type_have_a_table_of_their_own(tmp_path: Path) -> None:
+    """The table of runs has the headline alone; a choice with one run has its interval, one with two their spread."""
+    write_sweep(tmp_path, {"mlp": [0.5, 0.6], "linear": [0.6]})
+    for name, value in {"mlp,seed=0": 0.2, "mlp,seed=1": 0.4, "linear,seed=0": 0.5}.items():
+        metrics = {
+            "accuracy": {"value": value, "n": 90},
+            "accuracy/x": {"value": value, "low": 0.1, "high": 0.9, "n": 9},
+        }
+        constants = {"accuracy/x": {"value": 0.75}}
+        write_results(tmp_path / f"connector={name}", "gqa", metrics, headline="accuracy", best_constant=constants)
+    comparison = Comparison(read_runs([tmp_path]))
+    assert [name for name in comparison.qualities if "gqa" in name] == ["gqa: accuracy"]
+    (table,) = tables_of_scores(comparison)
+    assert list(table.headings) == ["metric", "n", "best constant", "connector=mlp", "connector=linear"]
+    assert list(table.rows[0]) == ["accuracy", "90", "-", "0.300 ± 0.141", "0.500"]
+    assert list(table.rows[1]) == ["accuracy/x", "9", "0.750", "0.300 ± 0.141", "0.500 [0.100, 0.900]"]
 
 
 def test_runs_that_no_sweep_made_differ_by_their_config(tmp_path: Path) -> None:

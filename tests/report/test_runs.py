@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.reports import write_run, write_sweep
+from tests.helpers.reports import write_results, write_run, write_sweep
 from vlm.report import jobs
 from vlm.report.runs import Score, read_runs
 
@@ -36,13 +35,30 @@ def test_the_last_command_of_a_folder_comes_first(tmp_path: Path) -> None:
 
 def test_benchmarks_are_scores(tmp_path: Path) -> None:
     write_run(tmp_path / "run", loss=1.0)
-    metrics = {"accuracy": {"value": 0.6, "low": 0.5, "high": 0.7, "n": 50}, "other": {"value": None}}
-    content = {"n": 50, "metrics": metrics, "best_constant": {"accuracy": {"value": 0.4, "answer": "no"}}}
-    (tmp_path / "run" / "eval" / "pope").mkdir(parents=True)
-    (tmp_path / "run" / "eval" / "pope" / "results.json").write_text(json.dumps(content))
+    metrics = {
+        "f1": {"value": 0.9},
+        "accuracy": {"value": 0.6, "low": 0.5, "high": 0.7, "n": 50},
+        "no": {"value": None},
+    }
+    constants = {"accuracy": {"value": 0.4, "answer": "no"}}
+    write_results(tmp_path / "run", "pope", metrics, best_constant=constants, headline="accuracy", n=50)
     (run,) = read_runs([tmp_path])
-    assert run.scores == {"pope: accuracy": Score(0.6, 50, 0.4, 0.5, 0.7)}
+    accuracy = Score(0.6, 50, 0.4, 0.5, 0.7)
+    assert run.scores == {"pope: accuracy": accuracy}
+    assert run.details["pope"] == {"f1": Score(0.9, 50, None), "accuracy": accuracy}
     assert run.status == "finished"
+
+
+def test_scores_by_type_of_the_validation_answers(tmp_path: Path) -> None:
+    write_run(
+        tmp_path,
+        **{f"val/exact_match{kind}": value for kind, value in {"": 0.5, "/count": 0.2, "/color": 0.8}.items()},
+        **{f"val/exact_match_constant{kind}": 0.1 for kind in ("", "/count", "/color")},
+        **{f"val/num_answers{kind}": value for kind, value in {"": 64, "/count": 32, "/color": 32}.items()},
+    )
+    (run,) = read_runs([tmp_path])
+    assert run.scores == {"val/exact_match": Score(0.5, 64, 0.1)}
+    assert run.details["validation"]["val/exact_match/count"] == Score(0.2, 32, 0.1)
 
 
 def test_a_killed_run_is_unfinished_and_its_cut_line_is_left_out(tmp_path: Path) -> None:

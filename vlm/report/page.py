@@ -10,10 +10,10 @@ from vlm.files import escape_controls
 from vlm.quote import one_line
 from vlm.report import html, pictures
 from vlm.report.runs import Run
-from vlm.report.tables import Comparison, tables
+from vlm.report.tables import NUM_COLUMNS, Comparison, tables
 from vlm.training import results, run
 
-NUM_SAMPLES, NUM_COLUMNS = 12, 6  # in the table of answers
+NUM_SAMPLES = 12  # in the table of answers
 LONGEST = 300  # characters of a text in a cell
 STYLE = """
 body { max-width: 94rem } .scroll { overflow-x: auto }

@@ -8,6 +8,7 @@ from vlm.report import svg
 from vlm.report.compare import SEED
 from vlm.report.runs import COSTS, Run, is_loss
 from vlm.report.tables import Comparison
+from vlm.training.results import unit_of_loss
 
 CURVES = ("train/loss", "val/loss", "val/visual_gain")
 MAX_POINTS = 400  # of a curve
@@ -17,17 +18,20 @@ GRAY = "#999999"
 def curves(comparison: Comparison) -> str:
     """The losses and the visual gain over the steps, a line for each run; as HTML."""
     colors = _colors(comparison)
+    names = {name for run in comparison.runs for line in run.lines for name in line}
     found = []
     for figure in CURVES:
         series = [svg.Series(_curve(run, figure), colors[run.name], opacity=0.8) for run in comparison.runs]
         series.sort(key=lambda each: each.color != GRAY)  # gray lines below the others
-        unit = "nats per token" if figure != "train/loss" else "loss of the step"
+        unit = "loss of the step" if figure == "train/loss" else unit_of_loss(names)
         found.append(svg.lines(figure, "optimizer step", unit, series))
     return _row(found, comparison, colors)
 
 
 def trade_offs(comparison: Comparison) -> str:
-    """Quality against what it costs, a point for each finished run; as HTML."""
+    """Quality against what it costs, a point for each finished run; as HTML. Empty for a single choice."""
+    if len(comparison.choices) < 2:
+        return ""
     colors = _colors(comparison)
     scores = [name for name in comparison.qualities if any(name in run.scores for run in comparison.runs)]
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 from vlm import files
 from vlm.report.jobs import FILE, Job, read_jobs
 from vlm.training import run, trust
+from vlm.training.results import names_beside
 
 MAX_BYTES = 2**28  # of a file
 COSTS = {
@@ -19,7 +20,7 @@ COSTS = {
     "visual_tokens": "visual tokens",
     "perf/step_seconds": "seconds per step",
 }
-LOWER_IS_BETTER = ("loss", "forgetting")  # words in the names of figures
+LOWER_IS_BETTER = ("loss", "forgetting", "nats")  # words in the names of figures
 # Beginnings of keys that change no figure, or follow from other keys.
 IGNORED = ("run_dir", "resume", "plan", "preflight", "logger", "callbacks", "cwd", "run_id", "choices", "sweep")
 
@@ -46,7 +47,8 @@ class Run:
         choices: the option of each config group.
         settings: every other value of config.yaml, by its dotted key.
         figures: losses and visual gain, and what the run costs, by name.
-        scores: by name; those of a benchmark begin with its name.
+        scores: the score over all validation answers, and the headline score of each benchmark, by name.
+        details: all scores of the validation answers and of each benchmark, those by type of question too.
         lines: metrics.jsonl.
         samples: samples.jsonl.
         metric: the figure that a search looks at, `sweep.metric`.
@@ -61,6 +63,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     lines: Sequence[Mapping[str, float]] = ()
     samples: Sequence[Mapping[str, Any]] = ()
     metric: str = "val/loss"
@@ -123,6 +126,7 @@ def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
     status = run.status(folder) or ("failed" if error else "unfinished")
     metrics = run.read_metrics(folder) if (folder / "metrics.json").is_file() else {}
     numbers = _numbers(metrics)
+    validation, benchmarks = _own_scores(numbers), _benchmarks(folder)
     figures = {key: value for key, value in numbers.items() if key in ("val/loss", "val/visual_gain", *COSTS)}
     if (visual_tokens := _numbers(_read(folder / "artifact" / "manifest.json")).get("num_image_tokens")) is not None:
         figures["visual_tokens"] = visual_tokens
@@ -134,7 +138,10 @@ def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
         choices=choices if isinstance(choices, dict) else {},
         settings={key: value for key, value in _leaves(settings) if key.partition(".")[0] not in IGNORED},
         figures=figures,
-        scores=_own_scores(numbers) | _benchmarks(folder),
+        scores={name: score for name, score in validation.items() if name.count("/") == 1}
+        | {f"{name}: {headline}": scores[headline] for name, (headline, scores) in benchmarks.items()},
+        details={"validation": validation if len(validation) > 2 else {}}  # of a single type, it would be there twice
+        | {name: scores for name, (_, scores) in benchmarks.items()},
         lines=[line for line in map(_numbers, _read_lines(folder / "metrics.jsonl")) if "step" in line],
         samples=_read_lines(folder / "samples.jsonl"),
         metric=str((settings.get("sweep") or {}).get("metric", "val/loss")),
@@ -143,26 +150,32 @@ def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
 
 
 def _own_scores(metrics: Mapping[str, float]) -> dict[str, Score]:
-    """The scores of metrics.json over all questions: each has its number of answers and its constant beside it."""
-    constants = {name: f"{name}_constant" for name in metrics if f"{name}_constant" in metrics}
-    num = int(metrics.get("val/num_answers", 0))
-    return {name: Score(metrics[name], num, metrics[constant]) for name, constant in constants.items()}
+    """The scores of metrics.json, over all questions and by type: those with a constant beside them."""
+    beside = {name: names_beside(name) for name in metrics}
+    return {
+        name: Score(metrics[name], int(metrics[num]), metrics[constant])
+        for name, (num, constant) in beside.items()
+        if num in metrics and constant in metrics
+    }
 
 
-def _benchmarks(folder: Path) -> dict[str, Score]:
-    """The metrics of eval/<benchmark>/results.json."""
-    scores = {}
+def _benchmarks(folder: Path) -> dict[str, tuple[str, dict[str, Score]]]:
+    """The headline and the metrics of each eval/<benchmark>/results.json."""
+    found = {}
     for file in sorted(folder.glob("eval/*/results.json")):
         content = _read(file)
         metrics = content.get("metrics") if isinstance(content, dict) else None
+        scores = {}
         for name, metric in metrics.items() if isinstance(metrics, dict) else ():
             numbers = _numbers(metric)
             if "value" in numbers:
                 best = _numbers((content.get("best_constant") or {}).get(name)).get("value")
                 num = int(numbers.get("n", _numbers(content).get("n", 0)))
-                bounds = numbers.get("low"), numbers.get("high")
-                scores[f"{file.parent.name}: {name}"] = Score(numbers["value"], num, best, *bounds)
-    return scores
+                scores[name] = Score(numbers["value"], num, best, numbers.get("low"), numbers.get("high"))
+        if scores:
+            headline = content.get("headline")
+            found[file.parent.name] = (headline if headline in scores else next(iter(scores)), scores)
+    return found
 
 
 def _read(file: Path) -> Any:

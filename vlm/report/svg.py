@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 70, 14, 30, 46
+LEFT, RIGHT, TOP, BOTTOM = 78, 14, 30, 46
 # Okabe and Ito's colors, which people with color blindness can tell apart; the yellow is left out.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 LOG_RATIO = 20  # largest / smallest value above which an axis is logarithmic

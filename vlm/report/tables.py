@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from vlm.report.compare import SEED, choices, differing, mean_and_spread, paired_difference, short
 from vlm.report.runs import COSTS, Run, Score, is_loss
 
+NUM_COLUMNS = 6  # choices in a table of scores, and in that of answers
+
 
 @dataclass(frozen=True)
 class Table:
@@ -67,11 +69,11 @@ class Comparison:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The table of runs; for several choices the mean and spread of each and the differences from the first."""
+    """The table of runs; for several choices the mean and spread of each and the differences from the first; scores."""
     found = [table_of_runs(comparison)]
     if len(comparison.choices) > 1 and comparison.has_spread:
         found += [table_of_choices(comparison), table_of_differences(comparison)]
-    return found
+    return found + tables_of_scores(comparison)
 
 
 def table_of_runs(comparison: Comparison) -> Table:
@@ -135,6 +137,43 @@ def table_of_differences(comparison: Comparison) -> Table:
         "0 shows no difference; a single pair has no interval."
     )
     return Table(f"Differences from {first}", ["choice", "pairs", *comparison.qualities], rows, note)
+
+
+def tables_of_scores(comparison: Comparison) -> list[Table]:
+    """For each benchmark, and for the validation answers, all scores where there are several: a row for each."""
+    columns = comparison.choices or {run.name: [run] for run in comparison.runs}
+    shown = dict(list(columns.items())[:NUM_COLUMNS])
+    if len(columns) == 1:
+        shown = {"score": next(iter(columns.values()))}
+    note = "Mean ± standard deviation over the finished runs of a choice; a single run has its 95 % interval."
+    if len(columns) > len(shown):
+        note += f" The first {len(shown)} of {len(columns)} choices are shown."
+    found = []
+    for benchmark in dict.fromkeys(name for run in comparison.runs for name in run.details):
+        of_runs = {name: [run.details.get(benchmark, {}) for run in runs] for name, runs in shown.items()}
+        names = list(dict.fromkeys(name for scores in of_runs.values() for each in scores for name in each))
+        rows = []
+        for name in names:
+            scores = {column: [each[name] for each in given if name in each] for column, given in of_runs.items()}
+            everywhere = [score for given in scores.values() for score in given]
+            nums = _range([score.num for score in everywhere], "{:,}")
+            constants = _range([score.constant for score in everywhere if score.constant is not None], "{:.3f}")
+            rows.append([name, nums, constants, *map(_mean_score, scores.values())])
+        if len(rows) > 1:
+            found.append(Table(f"Scores of {benchmark}", ["metric", "n", "best constant", *shown], rows, note))
+    return found
+
+
+def _range(values: Sequence[int | float], form: str) -> str:
+    """The value of all, or the lowest and the highest."""
+    return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values)))) if values else "-"
+
+
+def _mean_score(scores: Sequence[Score]) -> str:
+    if len(scores) > 1:
+        mean, spread = mean_and_spread([score.value for score in scores])
+        return f"{mean:.3f} ± {spread:.3f}"
+    return _score(scores[0] if scores else None, beside=False)
 
 
 def _figure(value: float | None, name: str = "") -> str:

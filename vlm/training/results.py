@@ -64,7 +64,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("unit")
-    beside = {each for name in metrics if metrics.keys() >= {*_beside(name)} for each in _beside(name)}
+    beside = {each for name in metrics if metrics.keys() >= {*names_beside(name)} for each in names_beside(name)}
     left = sorted(metrics.keys() - beside, key=[*FIRST, *metrics].index)
     for prefix, title in GROUPS.items():
         names = [name for name in left if name.startswith(prefix)]
@@ -84,7 +84,7 @@ def _losses(metrics: Iterable[str]) -> list[str]:
     return [name for name in metrics if name.startswith("val/") and is_loss(name.removeprefix("val/"))]
 
 
-def _beside(score: str) -> tuple[str, str]:
+def names_beside(score: str) -> tuple[str, str]:
     """The names of the number of answers that a score is of, and of the score of the best constant answer."""
     group, _, rest = score.partition("/")
     name, slash, type_ = rest.partition("/")
@@ -92,16 +92,21 @@ def _beside(score: str) -> tuple[str, str]:
 
 
 def _unit(name: str, metrics: Mapping[str, float]) -> str:
-    num, constant = _beside(name)
+    num, constant = names_beside(name)
     if num in metrics and constant in metrics:
         best = format_metric(metrics[constant])
         return f"mean of {metrics[num]:,.0f} answers; best constant answer: {best}"
     group, _, rest = name.partition("/")
     if "loss" in rest or rest in ("visual_gain", "forgetting"):
-        return "nats per token" if group == "text" or set(_losses(metrics)) <= {"val/lm_loss"} else ""
+        return "nats per token" if group == "text" else unit_of_loss(metrics)
     if group in ("train", "val") and rest.startswith("num_"):
         return "samples"
     return UNITS.get(name, "")
+
+
+def unit_of_loss(metrics: Iterable[str]) -> str:
+    """Of val/loss and the visual gain of a run with these metrics; empty where losses of other units are in the sum."""
+    return "nats per token" if set(_losses(metrics)) <= {"val/lm_loss"} else ""
 
 
 def format_metric(value: int | float) -> str:
