@@ -19,7 +19,7 @@ def evaluate(cfg: Any) -> None:
     from vlm.training import artifact
 
     run = EvaluationRun(cfg)
-    data = None if run.benchmarks else build.build_data(run.settings, None)
+    data = None if run.benchmarks else build.build_data(run.settings, None, splits=("val",))
     model, manifest = build.build_model(run.settings)
     objective = build.build_objective(run.settings)
     artifact.load(run.run_dir, model=model, manifest=manifest, objective=objective, run_id=run.run_id)

@@ -28,6 +28,7 @@ from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.objectives.base import Objective
 from vlm.options import bind, parameters
+from vlm.schema import Split
 from vlm.text.encode import TextEncoder
 from vlm.training.artifact import short_hash
 from vlm.training.optim import cast_frozen, set_trainable
@@ -49,12 +50,15 @@ def build_model(cfg: Mapping[str, Any]) -> tuple[Model, dict[str, Any]]:
     return model, manifest
 
 
-def build_data(cfg: Mapping[str, Any], run_dir: Path | None) -> VLMDataModule:
+def build_data(
+    cfg: Mapping[str, Any], run_dir: Path | None, *, splits: tuple[Split, ...] = ("train", "val")
+) -> VLMDataModule:
     """The data, not yet connected. It needs no model, so that a missing file is reported before one loads."""
     loader, source = split_data(cfg["data"])
     return VLMDataModule(
         source=bind_source("data", source),
         bad_samples_file=run_dir / "bad_samples.jsonl" if run_dir else None,
+        splits=splits,
         **loader,
     )
 

@@ -27,7 +27,7 @@ from vlm.options import (
     parameters,
     shown,
 )
-from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Pattern, Range, Seed, Workers
+from vlm.ranges import BatchSize, Decay, Depth, Name, Number, Pattern, Range, Samples, Seed, Workers
 from vlm.renamed import refuse_renamed, rename
 from vlm.training import trust
 from vlm.training.artifact import commit, temporary_path, write
@@ -76,7 +76,7 @@ OPTIONAL = {
 EVALUATION: dict[str, Any] = {  # top-level keys of conf/eval.yaml
     "ckpt": Name,
     "out": Name | None,
-    "num_samples": Annotated[int, Range(2, 10**8)] | None,  # at least 2, because images are swapped
+    "num_samples": Samples | None,
     "batch_size": BatchSize,
     "max_new_tokens": MaxNewTokens | None,
     "against": Name | None,

@@ -246,7 +246,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path: Path, told: Any) -> None:
         ("ckpt=5", "/5 is not a run directory: there is no such folder"),
         ("batch_size=0", "batch_size=0 must be a whole number from 1 to 65,536"),
         ("max_new_tokens=nan", "max_new_tokens=nan must be a whole number from 1 to 65,536"),
-        ("num_samples=1", "num_samples=1 must be a whole number from 2 to 100,000,000 or null"),
+        ("num_samples=0", "num_samples=0 must be a whole number from 1 to 100,000,000 or null"),
         ("foo=1", "there is no option foo; choose one of against, batch_size, "),
         ("+foo=1", "there is no option foo; choose one of against, batch_size, "),
         ("trainer.foo=1", "there is no option trainer.foo; choose one of _target_, accelerator"),

@@ -29,7 +29,7 @@ def images_of(run: Run, num: int) -> tuple[dict[str, str], str]:
         settings, _, _ = config.stored_config(run.folder)
         with chdir(os.curdir):
             config.enter_folder_of(run.folder)
-            data = build.build_data(settings, None)
+            data = build.build_data(settings, None, splits=("val",))
             source = data.splits["val"]
             with applied(data.reading):
                 # Answers are to samples that are spread over the split, in this order; some more may be unreadable.

@@ -58,6 +58,7 @@ class VLMDataModule(pl.LightningDataModule):
         text_replay: the ratio of training samples that are conversations without images; 0 adds none.
         replay_annotations: a file of such conversations; None uses those of the project.
         reading: the options of `Reading`: limits, and the conversion of 16-bit images.
+        splits: which are read; an evaluation needs no training data.
 
     Call `connect`, which receives what the model determines, before any loader is made.
     """
@@ -85,20 +86,21 @@ class VLMDataModule(pl.LightningDataModule):
         text_replay: Annotated[Number, Range(0, 0.9)] = 0.0,
         replay_annotations: Name | None = None,
         reading: dict[str, Any] | None = None,
+        splits: tuple[Split, ...] = ("train", "val"),
     ) -> None:
         super().__init__()
         self.reading = Reading(**(reading or {}))
         with applied(self.reading):
-            self.splits: dict[Split, Source] = {"train": source(split="train"), "val": source(split="val")}
+            self.splits: dict[Split, Source] = {split: source(split=split) for split in splits}
             if filter is not None:
                 self.splits = filtered(self.splits, filter)
             for split, samples in self.splits.items():
-                if len(samples) < 2:
+                if len(samples) < (minimum := 2 if "train" in splits else 1):
                     raise ValueError(
-                        f"the {split} split has {count(len(samples), 'sample')} and needs at least 2; give more data, "
-                        "or set the option of the source that splits them, such as data.val_fraction="
+                        f"the {split} split has {count(len(samples), 'sample')} and needs at least {minimum}; give "
+                        "more data, or set the option of the source that splits them, such as data.val_fraction="
                     )
-            if text_replay:
+            if text_replay and "train" in splits:
                 self.splits["train"] = with_replay(
                     self.splits["train"], ratio=text_replay, annotations=replay_annotations
                 )

@@ -17,6 +17,7 @@ from vlm import files
 from vlm.evaluation import harness
 from vlm.evaluation.answers import MaxNewTokens, write_samples
 from vlm.evaluation.benchmarks.base import Benchmark, Record
+from vlm.evaluation.benchmarks.questions import Questions
 from vlm.evaluation.prompts import Prompts, Shots, choose_shots, nearest_shots
 from vlm.evaluation.respondent import Answer, Respondent
 from vlm.launch.overrides import absolute_paths
@@ -107,8 +108,18 @@ class Asked:
 def read(cfg: Any) -> dict[str, Asked]:
     """The benchmarks of eval.py's config, with its own options as defaults of theirs; paths are from this folder on."""
     options: Any = OmegaConf.to_container(cfg.benchmark, resolve=True, throw_on_missing=True)
-    defaults = {key: cfg[key] for key in ("num_samples", "max_new_tokens")}
-    return bind_benchmarks(absolute_paths(options, "benchmark"), defaults=defaults)
+    return bind_benchmarks(absolute_paths(options, "benchmark"), defaults=_defaults(cfg))
+
+
+def questions(cfg: Any, annotations: str, images: str | None) -> dict[str, Asked]:
+    """The questions of a file, as with benchmark=questions."""
+    target = f"{Questions.__module__}.{Questions.__name__}"
+    options = {"questions": {"_target_": target, "annotations": annotations, "images": images}}
+    return bind_benchmarks(options, defaults=_defaults(cfg))
+
+
+def _defaults(cfg: Any) -> dict[str, Any]:
+    return {key: cfg[key] for key in ("num_samples", "max_new_tokens")}
 
 
 def bind_benchmarks(cfg: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Asked]:

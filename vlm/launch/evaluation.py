@@ -14,6 +14,7 @@ from vlm import config, files
 from vlm.build import build_reader, build_trainer, check_rows
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.answers import write_samples
+from vlm.evaluation.benchmarks.questions import num_unanswered
 from vlm.evaluation.local import Local
 from vlm.evaluation.loop import Result
 from vlm.launch import benchmarks, interrupt, processes
@@ -21,6 +22,7 @@ from vlm.launch.overrides import absolute_paths
 from vlm.models.base import Generates, Model, PredictsTokens
 from vlm.module import VLMModule
 from vlm.options import check_keys
+from vlm.text.turns import count
 from vlm.training import artifact, results, run, trust
 
 
@@ -30,7 +32,8 @@ class EvaluationRun:
     Attributes:
         run_dir: of the training.
         settings: its checked config, with the trainer and the changes of the command line.
-        benchmarks: what is asked; if empty, the run's validation split is evaluated.
+        benchmarks: what is asked; if empty, the run's validation split is evaluated. A file of questions without
+            answers in its place is asked as a benchmark.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -51,6 +54,7 @@ class EvaluationRun:
         self.out = Path(cfg.out or self.run_dir / "eval").absolute()
         self._against = None if cfg.against is None else Path(cfg.against).absolute()
         config.enter_folder_of(self.run_dir)
+        self.benchmarks = self.benchmarks or self._questions(settings["data"].get("images"))
         settings["stage"] = {**settings["stage"], "ema_decay": None}  # of training alone
         settings |= {"trainer": OmegaConf.to_container(cfg.trainer, resolve=True), "logger": {}}
         settings["callbacks"] = {"progress": {"_target_": "vlm.callbacks.progress.Progress"}}
@@ -67,6 +71,19 @@ class EvaluationRun:
         elif cfg.out is None:
             keep_other_results(self.out, self._options)
         interrupt.raise_again()
+
+    def _questions(self, images: str | None) -> dict[str, benchmarks.Asked]:
+        """The validation file of the command line as a benchmark, if it has questions without an answer."""
+        file = self._asked.get("data.val_annotations")
+        if file is None or not (num := num_unanswered(Path(file))):
+            return {}
+        run.CONSOLE.quiet = not run.is_rank_zero()
+        run.CONSOLE.print(
+            f"{count(num, 'question')} of {file} {'has' if num == 1 else 'have'} no answer, so that there is no loss; "
+            "all are asked, as with benchmark=questions.",
+            soft_wrap=True,
+        )
+        return benchmarks.questions(self._cfg, file, images)
 
     def _who(self) -> benchmarks.Who:
         """The model, for benchmarks."""

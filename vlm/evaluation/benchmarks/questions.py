@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm.data.annotations import existing_file, existing_folder, read_json, read_jsonl, to_record
+from vlm.data.annotations import Record, existing_file, existing_folder, read_json, read_jsonl, to_record
 from vlm.data.conversations import RecordReader
 from vlm.data.image_names import open_image
 from vlm.data.record_keys import PAIRS, TURN_KEYS, Malformed, is_empty
@@ -18,6 +18,7 @@ from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.ranges import Name
 from vlm.schema import Sample, Source
 
+LINES = (".jsonl", ".ndjson")  # suffixes of JSON lines
 NO_ANSWER = "-"  # where a record has none; it is not shown to the model
 
 
@@ -43,10 +44,8 @@ class Questions(OfSource):
 class _File(Source):
     def __init__(self, file: Path, *, images: Path) -> None:
         self._images = images
-        found = list(read_jsonl(file)) if file.suffix.lower() in (".jsonl", ".ndjson") else read_json(file)
-        records = [to_record(file.name, found)] if isinstance(found, dict) else found
         self._samples: list[tuple[Sample, list[str]]] = []
-        for location, fields, problem in records:
+        for location, fields, problem in records_of(file):
             try:
                 if problem:
                     raise Malformed(problem)
@@ -67,6 +66,19 @@ class _File(Source):
 
     def outline(self, index: int) -> Sample:
         return self._samples[index][0]
+
+
+def records_of(file: Path) -> list[Record]:
+    """The records of a JSON file or JSON lines; a single object is one record."""
+    found = list(read_jsonl(file)) if file.suffix.lower() in LINES else read_json(file)
+    return [to_record(file.name, found)] if isinstance(found, dict) else found
+
+
+def num_unanswered(file: Path) -> int:
+    """How many questions of a file have no answer; 0 for a file of another kind."""
+    if file.suffix.lower() not in (".json", *LINES) or not file.is_file():
+        return 0
+    return sum(not with_answer(record.fields)[0] for record in records_of(file))
 
 
 def with_answer(record: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any]]:
