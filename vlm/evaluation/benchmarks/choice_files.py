@@ -6,9 +6,8 @@ import ast
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +16,9 @@ from PIL import Image
 
 from vlm.data.annotations import Record, existing_file, existing_folder, read_jsonl, text_of
 from vlm.data.image_names import open_image
-from vlm.data.images import BadImage, decode_image
+from vlm.data.images import BadImage
 from vlm.data.record_keys import Malformed, as_text, record_images
+from vlm.evaluation.benchmarks.dataset_table import DatasetTable
 from vlm.evaluation.benchmarks.published import document_of, records_of, text_in
 from vlm.evaluation.scorers.letter import LETTERS
 from vlm.quote import named, quoted
@@ -67,7 +67,7 @@ def read_items(path: str, *, layout: Layout, split: str | None, images: str | No
         return _mmbench(file)
     if layout == "seed":
         return _seed(file, folder or file.parent / "SEED-Bench-image")
-    return Items(list(jsonl_items(file)), Files(folder or file.parent))
+    return Items(list(items_of(read_jsonl(file))), Files(folder or file.parent))
 
 
 def layout_of(path: str) -> Layout:
@@ -202,73 +202,31 @@ def _seed(file: Path, images: Path) -> Items:
     return Items(items, Files(images), num_left_out)
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Opens images in cells of Parquet files or folders of `datasets`, named `<table>#<row>#<column>`."""
-
-    def __call__(self, name: str) -> Image.Image:
-        table, row, column = name.rsplit("#", 2)
-        value = _table(table, (column,)).column(column)[int(row)].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise BadImage(f"image '{name}' holds no bytes; save the table with its images")
-        return decode_image(data, name=name)
-
-
 def _mmmu(root: Path, split: str) -> Items:
     """MMMU (Yue et al. 2023, arXiv:2311.16502): Parquet files or folders of `datasets`, by subject, with up to seven
     images a question. Questions without options are left out.
     """
-    files = sorted(file for file in root.rglob("*.parquet") if re.split(r"[-.]", file.name)[0] == split)
-    folders = sorted(file.parent for file in root.rglob("state.json") if file.parent.name == split)
-    if not files and not folders:
-        raise ValueError(
-            f"'{root}' has neither {split}-*.parquet nor a folder '{split}' of datasets; set data.path= to the folder "
-            "of the subjects, or data.split="
-        )
+    table = DatasetTable(root, split=split)
+    columns = [name for name in table.columns if re.fullmatch(r"image_\d+", name)]
     items, num_left_out = [], 0
-    for path in files or folders:
-        table = _table(str(path), None)
-        columns = [name for name in table.column_names if re.fullmatch(r"image_\d+", name)]
-        has_image = {name: table.column(name).is_valid().to_pylist() for name in columns}
-        texts = table.select([name for name in ("id", "question", "options", "answer") if name in table.column_names])
-        for row, record in enumerate(texts.to_pylist()):
-            where = f"'{path}' row {row}"
-            name = text_in(record, "id", where=where)
-            options = _literal_list(record.get("options"), where=where)
-            if not options:
-                num_left_out += 1
-                continue
-            choices, subject = choices_in(options, where=where), _MMMU_ID.fullmatch(name)
-            items.append(
-                Item(
-                    id=name,
-                    question=text_in(record, "question", where=where),
-                    choices=choices,
-                    answer=letter_in(record.get("answer"), choices, where=where),
-                    images=tuple(f"{path}#{row}#{column}" for column in columns if has_image[column][row]),
-                    type=subject[1] if subject else None,
-                )
+    for where, record, _ in table.records():
+        name = text_in(record, "id", where=where)
+        options = _literal_list(record.get("options"), where=where)
+        if not options:
+            num_left_out += 1
+            continue
+        choices, subject = choices_in(options, where=where), _MMMU_ID.fullmatch(name)
+        items.append(
+            Item(
+                id=name,
+                question=text_in(record, "question", where=where),
+                choices=choices,
+                answer=letter_in(record.get("answer"), choices, where=where),
+                images=tuple(record[column] for column in columns if record[column] is not None),
+                type=subject[1] if subject else None,
             )
-    return Items(items, Cells(), num_left_out)
-
-
-@lru_cache(maxsize=8)
-def _table(path: str, columns: Sequence[str] | None) -> Any:
-    """An Arrow table, or some of its columns. Raises ValueError if it cannot be read."""
-    try:
-        if path.endswith(".parquet"):
-            from pyarrow import parquet
-
-            return parquet.read_table(path, columns=None if columns is None else list(columns), partitioning=None)
-        import datasets
-
-        return datasets.load_from_disk(path).with_format("arrow")[:]
-    except ImportError as error:
-        raise ValueError(f"'{path}' needs the package datasets; run pip install -e '.[datasets]'") from error
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
-        reason = " ".join(str(error).split())
-        raise ValueError(f"'{path}' cannot be read as a table ({reason}); download it again") from error
+        )
+    return Items(items, table.image, num_left_out)
 
 
 def _literal_list(value: Any, *, where: str) -> list[Any]:
@@ -282,13 +240,12 @@ def _literal_list(value: Any, *, where: str) -> list[Any]:
     return found
 
 
-def jsonl_items(file: Path) -> Iterator[Item]:
-    """The questions of JSON lines {question, choices, answer, image or images, type}; all but the first three may lack.
+def items_of(records: Iterable[Record]) -> Iterator[Item]:
+    """The questions of records {question, choices, answer, image or images, type}; all but the first three may lack.
 
     The names of ARC (`answerKey`, choices as {text, label}) and of HellaSwag (`ctx`, `endings`, `label`) are read too.
     """
-    for record in read_jsonl(file):
-        yield _item_of(record)
+    return map(_item_of, records)
 
 
 def _item_of(record: Record) -> Item:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from vlm.data.annotations import text_of
 from vlm.evaluation.benchmarks.base import Question, Record, Sums, ratio
-from vlm.evaluation.benchmarks.published import Published
+from vlm.evaluation.benchmarks.dataset_table import DatasetTable, table_at
+from vlm.evaluation.benchmarks.published import Published, text_in
 from vlm.evaluation.scorers.yes_no import YesNo
 from vlm.ranges import Length, Name
 
@@ -29,7 +31,8 @@ class Mme(Published):
     percent; `perception` and `cognition` are the sums over their tasks.
 
     Args:
-        root: folder of the tasks' folders.
+        root: folder of the tasks' folders, or of the hub's dataset.
+        split: of the dataset, where it has several.
         tasks: which of them are asked, None for all; each is a type.
     """
 
@@ -42,11 +45,14 @@ class Mme(Published):
         self,
         *,
         root: Name,
+        split: Name | None = None,
         tasks: Annotated[list[Perception | Cognition], Length(1)] | None = None,
     ) -> None:
-        super().__init__(images=root, option="root")
+        table = table_at(root, split=split, image_id="question_id")
+        super().__init__(images=None if table else root, option="root", table=table)
         self.scorer = YesNo(rule="mme")
-        self.questions = [question for task in tasks or TASKS for question in self._read(task)]
+        read = self._read if table is None else partial(_rows, table)
+        self.questions = [question for task in tasks or TASKS for question in read(task)]
 
     @property
     def headline(self) -> str:
@@ -74,6 +80,7 @@ class Mme(Published):
                     text=text.strip(),
                     references=(answer.strip().lower(),),
                     images=(str(image.relative_to(self._images)),),
+                    unit=f"{task}/{file.stem}",
                     type=task,
                 )
 
@@ -114,6 +121,31 @@ class Mme(Published):
 
     def constants(self) -> list[str]:
         return ["yes", "no"]
+
+
+def _rows(table: DatasetTable, task: str) -> Iterator[Question]:
+    """The questions of a task in the dataset of the hub, whose `question_id` names the image."""
+    pairs: dict[str, int] = Counter()
+    for where, record, _ in table.records():
+        if record.get("category") != task:
+            continue
+        image = text_in(record, "question_id", where=where)
+        pairs[image] += 1
+        answer = text_in(record, "answer", where=where).lower().rstrip(".")
+        if answer not in ("yes", "no"):
+            raise ValueError(f"{where} has the answer {answer!r}, neither yes nor no; get the dataset again")
+        yield Question(
+            id=f"{image}/{pairs[image]}",
+            text=text_in(record, "question", where=where),
+            references=(answer,),
+            images=(text_in(record, "image", where=where),),
+            unit=image,
+            type=task,
+        )
+    if not pairs:
+        raise ValueError(f"the dataset has no questions of the task {task}; get it again, or set data.tasks=")
+    if others := [image for image, num in pairs.items() if num != 2]:
+        raise ValueError(f"image '{others[0]}' has {pairs[others[0]]} questions where 2 are published; get it again")
 
 
 def _image_of(file: Path, folder: Path) -> Path:

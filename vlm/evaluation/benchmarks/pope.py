@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from vlm.data.annotations import read_json
 from vlm.evaluation.benchmarks.base import Question, Record, Sums, kinds, ratio, types
+from vlm.evaluation.benchmarks.dataset_table import DatasetTable, table_at
 from vlm.evaluation.benchmarks.published import Published, records_of, text_in
 from vlm.evaluation.scorers.yes_no import YesNo
 from vlm.ranges import Length, Name
@@ -20,8 +21,10 @@ class Pope(Published):
     """Questions such as "Is there a dog in the image?", a third about objects drawn in each of three ways.
 
     Args:
-        annotations: folder of coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json.
-        images: folder of COCO's val2014 images.
+        annotations: folder of coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json, or of the
+            hub's dataset.
+        images: folder of COCO's val2014 images; the dataset has them itself.
+        split: of the dataset, where it has several.
         categories: which of these files are asked, None for all; each is a type.
     """
 
@@ -33,29 +36,26 @@ class Pope(Published):
         self,
         *,
         annotations: Name,
-        images: Name,
+        images: Name | None = None,
+        split: Name | None = None,
         categories: Annotated[list[Category], Length(1)] | None = None,
     ) -> None:
-        super().__init__(images=images)
+        table = table_at(annotations, split=split, image_id="image_source")
+        super().__init__(images=images, table=table)
         self.scorer = YesNo(rule="pope")
+        wanted = categories or get_args(Category)
+        if table is not None:
+            self.questions = [question for question in _rows(table) if question.type in wanted]
+            return
         folder = self._folder(annotations, option="annotations", holds="coco_pope_random.json and the like")
-        self.questions = [
-            question for category in categories or get_args(Category) for question in self._read(folder, category)
-        ]
+        self.questions = [question for category in wanted for question in self._read(folder, category)]
 
     def _read(self, folder: Path, category: Category) -> Iterator[Question]:
         file = self._file(folder / f"coco_pope_{category}.json", option="annotations")
         for where, record, problem in records_of(file, read_json(file)):
-            label = text_in(record, "label", where=where).lower()
-            if problem or label not in ("yes", "no"):
-                raise ValueError(f"{where} {problem or f'has the label {label!r}, neither yes nor no'}; correct it")
-            yield Question(
-                id=f"{category}/{text_in(record, 'question_id', where=where)}",
-                text=text_in(record, "text", where=where),
-                references=(label,),
-                images=(text_in(record, "image", where=where),),
-                type=category,
-            )
+            if problem:
+                raise ValueError(f"{where} {problem}; correct it")
+            yield _question({**record, "category": category}, where, answer="label", text="text")
 
     def sums(self, records: Sequence[Record]) -> dict[str, float]:
         """Questions, correct answers, questions whose answer is yes, answers that say yes, and those that are right."""
@@ -85,3 +85,21 @@ class Pope(Published):
 
     def constants(self) -> list[str]:
         return ["yes", "no"]
+
+
+def _rows(table: DatasetTable) -> Iterator[Question]:
+    for where, record, _ in table.records():
+        yield _question(record, where, answer="answer", text="question")
+
+
+def _question(record: Mapping[str, Any], where: str, *, answer: str, text: str) -> Question:
+    label, category = text_in(record, answer, where=where).lower(), text_in(record, "category", where=where)
+    if label not in ("yes", "no"):
+        raise ValueError(f"{where} has the {answer} {label!r}, neither yes nor no; correct it")
+    return Question(
+        id=f"{category}/{text_in(record, 'question_id', where=where)}",
+        text=text_in(record, text, where=where),
+        references=(label,),
+        images=(text_in(record, "image", where=where),),
+        type=category,
+    )

@@ -1,4 +1,4 @@
-"""A benchmark from published files in a local folder: finds them, reads their records, and opens the images."""
+"""A benchmark from published files, or a dataset of the hub, on disk: finds and reads them, and opens the images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,42 @@ from vlm.data.annotations import Record, existing_file, existing_folder, read_js
 from vlm.data.image_names import open_image
 from vlm.data.record_keys import as_text
 from vlm.evaluation.benchmarks.base import Benchmark
+from vlm.evaluation.benchmarks.dataset_table import DatasetTable, is_dataset
 from vlm.quote import named, quoted
 
 
 class Published(Benchmark):
-    """Questions of published files; the names of their images are relative to the folder `images`.
+    """Questions of published files, or of a dataset of the hub.
+
+    The names of images are relative to the folder `images`. If that holds a dataset with the columns `id` and `image`,
+    `<id>.jpg` is the image of that row. It may be None for a `table` that has the images itself.
 
     A record that does not have the published form ends in a ValueError with its position: figures of a part of a
     benchmark could not be compared with published ones.
     """
 
-    def __init__(self, *, images: str, option: str = "images") -> None:
+    def __init__(self, *, images: str | None, option: str = "images", table: DatasetTable | None = None) -> None:
+        self._table, self._names = table, dict[str, str]()
+        if images is None:
+            if table is None or "image" not in table.columns:
+                raise ValueError(f"data.{option} is not given; set data.{option}= to the folder that holds the images")
+            return
         self._images = self._folder(images, option=option)
+        self._table = DatasetTable(self._images, split=None) if is_dataset(self._images) else None
+        if self._table is not None:
+            if "id" not in self._table.columns:
+                raise ValueError(
+                    f"'{images}' has no column 'id' but {named(self._table.columns)}; leave data.{option} out"
+                )
+            self._names = {
+                f"{fields['id']}.jpg": text_in(fields, "image", where=where)
+                for where, fields, _ in self._table.records()
+            }
 
     def image(self, name: str) -> Image.Image:
-        return open_image(name, root=self._images)
+        if self._table is None:
+            return open_image(name, root=self._images)
+        return self._table.image(self._names.get(name, name))
 
     def _file(self, path: str | Path, *, option: str) -> Path:
         """A file that exists. Raises ValueError with the option to set, and with where to get the file."""

@@ -5,6 +5,7 @@ As VisualGPTScore (Lin et al. 2023, arXiv:2306.01879), with its correction for c
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,15 +15,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from vlm.data.conversations import caption_messages
 from vlm.data.sources import captions, shapes, stamps
 from vlm.evaluation.benchmarks.base import Question, Record, Sums, ratio
+from vlm.evaluation.benchmarks.dataset_table import DatasetTable, table_at
 from vlm.evaluation.benchmarks.of_source import OfSource
 from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.ranges import Name, Range, Seed
-from vlm.schema import Source
+from vlm.schema import Sample, Source
 
 AT = (1, 5, 10)
 NUM_SCENES = 4_096  # a third of the captions have the most frequent prompt
+PROMPT = "Describe the image."  # as of data=captions
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -42,8 +46,9 @@ class Retrieval(OfSource):
     Args:
         data: where the pairs are from: a file of captions, or the held-out stamps or scenes.
         annotations: the file of captions, in the layouts of data=captions; all its images are used, of Karpathy's file
-            those of val. An image with several captions has its first.
-        images: folder of the file's images.
+            those of val; or the folder of a dataset of the hub. An image with several captions has its first.
+        images: folder of the file's images; a dataset has them itself.
+        split: of the dataset, where it has several.
         num_candidates: pairs per pool; images that do not fill a pool are left out.
         num_pools: None is as many as the images fill.
         seed: of the pools.
@@ -59,13 +64,14 @@ class Retrieval(OfSource):
         data: Literal["captions", "stamps", "shapes"] = "captions",
         annotations: Name | None = None,
         images: Name | None = None,
+        split: Name | None = None,
         num_candidates: Annotated[int, Range(2, 10_000)] = 100,
         num_pools: Annotated[int, Range(1, 10_000)] | None = 1,
         seed: Seed = 0,
         prior: bool = False,
     ) -> None:
         self.prior = prior
-        super().__init__(source=_source(data, annotations, images), scorer=ExactMatch(), max_new_tokens=1)
+        super().__init__(source=_source(data, annotations, images, split), scorer=ExactMatch(), max_new_tokens=1)
         (prompt, _), *_ = Counter(question.text for question in self.questions).most_common(1)
         order = [question for question in self.questions if question.text == prompt]
         self.num_left_out += len(self.questions) - len(order)
@@ -129,11 +135,34 @@ class Retrieval(OfSource):
         return []
 
 
-def _source(data: str, annotations: str | None, images: str | None) -> Source:
+class _OfDataset(Source):
+    """The images of a dataset of the hub with their captions; the first one is the answer."""
+
+    def __init__(self, table: DatasetTable) -> None:
+        self._table, self._rows = table, list(table.captions())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.outline(index), images=[self._table.image(self._rows[index][1])])
+
+    def outline(self, index: int) -> Sample:
+        name, _, texts = self._rows[index]
+        messages = caption_messages(PROMPT, texts[0])
+        return Sample(id=name, images=[], messages=messages, meta={"references": json.dumps(texts)})
+
+
+def _source(data: str, annotations: str | None, images: str | None, split: str | None) -> Source:
     if data == "captions":
+        table = None if annotations is None else table_at(annotations, split=split)
+        if table is not None:
+            return _OfDataset(table)
         if annotations is None or images is None:
             raise ValueError("data.data=captions needs data.annotations= and data.images=; or set data.data=stamps")
         return captions.Captions(split="val", annotations=annotations, val_annotations=annotations, images=images)
+    if split is not None:
+        raise ValueError(f"data.split={split} is for a dataset of the hub, not for {data}; leave it out")
     if data == "stamps":
         return stamps.Stamps(split="val")
     return shapes.Shapes(split="val", task="caption", num_val=NUM_SCENES)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from vlm.data.annotations import Record as DataRecord
 from vlm.data.annotations import existing_file, read_jsonl
 from vlm.data.sources.instruct import Instruct
 from vlm.evaluation.benchmarks.base import Benchmark, Question, Record, Sums, kinds, ratio, types
-from vlm.evaluation.benchmarks.choice_files import jsonl_items
+from vlm.evaluation.benchmarks.choice_files import items_of
+from vlm.evaluation.benchmarks.dataset_table import table_at
 from vlm.evaluation.scorers.exact_match import ExactMatch
 from vlm.ranges import Name
 from vlm.schema import Message
@@ -22,7 +24,9 @@ REPLAY = Path(__file__).parents[2] / "data" / "replay.jsonl"  # short general co
 
 
 class Text(Benchmark):
-    """The answers of conversations, or questions with choices (see `jsonl_items`); the file tells which.
+    """The answers of conversations, or questions with choices (see `items_of`); the file tells which.
+
+    A dataset of the hub has questions with choices, such as ARC, HellaSwag and MMLU.
 
     Of conversations, the metrics are `nats_per_token`, the mean negative log-likelihood of the tokens of all answers,
     each after the turns before it, with the token that ends the turn; and `perplexity`, its exponential. The figures
@@ -34,12 +38,17 @@ class Text(Benchmark):
 
     method: Literal["generate", "rank"] = "rank"
 
-    def __init__(self, *, annotations: Name | None = None) -> None:
+    def __init__(self, *, annotations: Name | None = None, split: Name | None = None) -> None:
         self.scorer, self.prompt = ExactMatch(), "{question}"
-        file = REPLAY if annotations is None else existing_file(annotations, option="annotations")
         self._turns: dict[str, list[Message]] = {}
-        self.has_choices = file.suffix in (".jsonl", ".ndjson") and _has_choices(file)
-        self.questions = list(_choices(file) if self.has_choices else self._answers(file))
+        path = str(REPLAY) if annotations is None else annotations
+        if table := table_at(path, split=split):
+            self.has_choices = True
+            self.questions = list(_choices(table.records(), path))
+        else:
+            file = existing_file(path, option="annotations")
+            self.has_choices = file.suffix in (".jsonl", ".ndjson") and _has_choices(file)
+            self.questions = list(_choices(read_jsonl(file), path) if self.has_choices else self._answers(file))
         self._num_choices = {question.id: len(question.choices) for question in self.questions}
 
     def _answers(self, file: Path) -> Iterator[Question]:
@@ -104,10 +113,10 @@ def _has_choices(file: Path) -> bool:
     return first is not None and bool({"choices", "endings"} & first.fields.keys())
 
 
-def _choices(file: Path) -> Iterator[Question]:
-    for item in jsonl_items(file):
+def _choices(records: Iterable[DataRecord], path: str) -> Iterator[Question]:
+    for item in items_of(records):
         if item.images:
-            raise ValueError(f"question '{item.id}' in '{file}' has images; ask it by benchmark=multiple_choice")
+            raise ValueError(f"question '{item.id}' in '{path}' has images; ask it by benchmark=multiple_choice")
         yield Question(
             id=item.id,
             text=item.question,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from vlm.data.annotations import Record, read_json
 from vlm.data.record_keys import as_text
 from vlm.evaluation.benchmarks.base import Question
+from vlm.evaluation.benchmarks.dataset_table import table_at
 from vlm.evaluation.benchmarks.published import Published, document_of, records_of, text_in
 from vlm.evaluation.scorers.base import Scorer
 from vlm.evaluation.scorers.vqa_accuracy import VqaAccuracy, normalize
@@ -22,12 +23,15 @@ class Vqa(Published):
     """Open questions with the answers of ten people.
 
     The form of the file of questions tells the benchmark: an object with `questions` (VQAv2 and OK-VQA, whose answers
-    are in a second file), an object with `data` (TextVQA), or a list (VizWiz). Without answers, they are not scored.
+    are in a second file), an object with `data` (TextVQA), or a list (VizWiz). A dataset of the hub has its images and
+    answers itself. Without answers, they are not scored.
 
     Args:
-        questions: v2_OpenEnded_mscoco_val2014_questions.json, TextVQA_0.5.1_val.json, or VizWiz's val.json.
+        questions: v2_OpenEnded_mscoco_val2014_questions.json, TextVQA_0.5.1_val.json, or VizWiz's val.json;
+            or the folder of a dataset of the hub.
         images: folder of COCO's val2014 images, of TextVQA's train_images (also for its val), or of VizWiz's val.
-        annotations: v2_mscoco_val2014_annotations.json, or OK-VQA's; null for TextVQA and VizWiz.
+        annotations: v2_mscoco_val2014_annotations.json, or OK-VQA's; null for TextVQA, VizWiz and the hub's datasets.
+        split: of the dataset, where it has several.
         types: `answer_type` or `question_type`, where the file has it.
     """
 
@@ -38,13 +42,18 @@ class Vqa(Published):
         self,
         *,
         questions: Name,
-        images: Name,
+        images: Name | None = None,
         annotations: Name | None = None,
+        split: Name | None = None,
         types: Literal["answer_type", "question_type"] = "answer_type",
         scorer: Scorer | None = None,
     ) -> None:
-        super().__init__(images=images)
+        table = table_at(questions, split=split, image_id="image_id")
+        super().__init__(images=images, table=table)
         self.scorer = scorer or VqaAccuracy()
+        if table is not None:
+            self.questions = [_of_row(record, types) for record in table.records()]
+            return
         file = self._file(questions, option="questions")
         document = read_json(file)
         if isinstance(document, dict) and "questions" in document:
@@ -102,6 +111,18 @@ def _of_record(record: Record, types: str) -> Question:
         references=_references(fields, where) if "answers" in fields else (),
         images=(image,),
         type=as_text(fields.get(types)),
+    )
+
+
+def _of_row(record: Record, types: str) -> Question:
+    """A question of a dataset of the hub; VizWiz has the type of its answers as `category`."""
+    where, fields, _ = record
+    return Question(
+        id=text_in(fields, "question_id", where=where),
+        text=text_in(fields, "question", where=where),
+        references=_references(fields, where) if fields.get("answers") else (),
+        images=(text_in(fields, "image", where=where),),
+        type=as_text(fields.get(types, fields.get("category") if types == "answer_type" else None)),
     )
 
 
