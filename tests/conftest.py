@@ -18,6 +18,9 @@ install_import_hook("vlm", "beartype.beartype")  # before the first import of vl
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.helpers import composing  # noqa: E402
+
+composing.speed_up()
 torch.set_num_threads(1)  # matrices are tiny: threads would only wait for each other
 
 
