@@ -207,6 +207,22 @@ class Batch:
         """The supervised tokens, in the order of the logits at `logits_mask`."""
         return self.labels[:, 1:][self.labels[:, 1:] != IGNORE]
 
+    def in_one_row(self) -> Batch:
+        """The same samples one after the other in a single row, without padding."""
+        real = self.attention_mask  # B T
+        earlier = (self.num_images.cumsum(0) - self.num_images)[:, None]  # B 1, images of the rows before
+        flat = {name: getattr(self, name)[real][None] for name in ("input_ids", "position_ids", "image_mask", "labels")}
+        return replace(
+            self,
+            **flat,  # each 1 T
+            attention_mask=real[real][None],
+            images_before=(self.images_before + earlier)[real][None],
+            images_hidden=(self.images_hidden + earlier)[real][None],
+            sample_index=self.sample_index[real][None],
+            num_images=self.num_images.sum(0, keepdim=True),
+            layouts=[[layout for row in self.layouts for layout in row]],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The batch with every tensor on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

@@ -36,7 +36,7 @@ class LanguageModel(nn.Module, ABC):
         package: a Python package that contains the weights as a GGUF file; if installed, no network is needed.
         chat_template: name of a built-in template of vlm/text/templates.py, or None for the tokenizer's own.
         dtype: of the weights, `float32` or `bfloat16`.
-        attention: Transformers' attention implementation.
+        attention: Transformers' attention implementation; `auto` is the fastest of those that work (`auto_attention`).
         quantization: `int8` (LLM.int8(), arXiv 2208.07339) or `nf4` (QLoRA, arXiv 2305.14314) quantizes the
             linear layers; on the meta device they are not quantized.
         generation: `greedy` decoding, or `checkpoint` for the generation config of the checkpoint (sampling, beams,
@@ -60,7 +60,7 @@ class LanguageModel(nn.Module, ABC):
         package: Name | None = None,
         chat_template: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+        attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto",
         quantization: Quantization = "none",
         generation: Literal["greedy", "checkpoint"] = "greedy",
         gradient_checkpointing: bool = False,
@@ -70,7 +70,8 @@ class LanguageModel(nn.Module, ABC):
         check_quantization(quantization, weights=weights)
         self.chat_template, self.gradient_checkpointing = chat_template, gradient_checkpointing
         self.generation = generation
-        common = {"trust": trust_remote_code, "dtype": getattr(torch, dtype), "attention": attention}
+        implementation = "sdpa" if attention == "auto" else attention
+        common = {"trust": trust_remote_code, "dtype": getattr(torch, dtype), "attention": implementation}
         if weights == "pretrained":
             self.model, self.tokenizer = load(
                 self.auto_class, pretrained, package=package, quantization=quantization, **common
@@ -88,6 +89,16 @@ class LanguageModel(nn.Module, ABC):
         self.model.eval()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+        if attention == "auto":
+            self.auto_attention()
+
+    def auto_attention(self) -> None:
+        """Replace PyTorch's attention where there is a faster one for this model and machine."""
+
+    @property
+    def joins_rows(self) -> bool:
+        """Whether a batch is faster as one row of several samples, which has no padding."""
+        return False
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Set the mode of the LoRA layers; the model itself stays in evaluation mode."""

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from vlm.llms import attention
 from vlm.llms.base import LanguageModel
 
 
@@ -26,6 +27,25 @@ class CausalLM(LanguageModel):
         lists = (m for m in self.model.get_decoder().modules() if isinstance(m, nn.ModuleList))
         return list(next(layers for layers in lists if len(layers) == depth))
 
+    def auto_attention(self) -> None:
+        """On a machine without GPU use attention in blocks, if it keeps the samples of a row apart in this model."""
+        if torch.accelerator.is_available() or not self.model._supports_attention_backend:
+            return
+        attention.register()
+        self.model.set_attn_implementation(attention.NAME)
+        if self.model.get_input_embeddings().weight.is_meta:
+            return
+        try:
+            separate = self._separates_samples()
+        except (TypeError, ValueError):  # the model does not pass `sample_starts` on, or its layers need more than it
+            separate = False
+        if not separate:
+            self.model.set_attn_implementation("sdpa")
+
+    @property
+    def joins_rows(self) -> bool:
+        return bool(self.model.config._attn_implementation == attention.NAME)
+
     def forward(
         self,
         embeds: Float[Tensor, "b t d"],
@@ -38,21 +58,28 @@ class CausalLM(LanguageModel):
         Without `mask` a row may hold several samples: each starts where `position_ids` restart, and tokens attend only
         within their sample. `check_packing` tests this.
         """
+        options: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
+        if self.joins_rows and mask is None and len(embeds) == 1:
+            # A mask of four axes passes through Transformers unchanged: none of T x T is made.
+            options["attention_mask"] = embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)
+            options["sample_starts"] = (position_ids[0] == 0).nonzero()[:, 0]
         with self.select_logits(logits_mask), self.recomputing(torch.is_grad_enabled()):
-            return self.model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
-            ).logits  # M V
+            return self.model(inputs_embeds=embeds, use_cache=False, **options).logits  # M V
 
-    @torch.no_grad()
     def check_packing(self) -> None:
         """Raise ValueError unless samples in one row are independent of each other; not every model supports it."""
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.tensor(
-            [[5, 6, 7, 8, 9, 10], [11, 12, 13, 8, 9, 10]], device=device
-        )  # only the first sample differs
-        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device).expand(2, -1)
-        logits_mask = (position_ids >= 0) & (torch.arange(6, device=device) > 2)
-        one, other = self(self.embed(ids), None, position_ids, logits_mask).view(2, 3, -1)
-        if not torch.allclose(one, other, atol=1e-3 * float(one.abs().max())):
+        if not self._separates_samples():
             name = self.model.config.model_type
             raise ValueError(f"llm {name} attends across samples of one row; set data.packing=false")
+
+    @torch.no_grad()
+    def _separates_samples(self) -> bool:
+        """Whether the logits of the second sample of a row are the same after two different first samples."""
+        device = self.model.get_input_embeddings().weight.device
+        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+        second = torch.arange(6, device=device)[None] > 2
+        one, other = (
+            self(self.embed(torch.tensor([[*first, 8, 9, 10]], device=device)), None, position_ids, second)
+            for first in ((5, 6, 7), (11, 12, 13))
+        )
+        return torch.allclose(one, other, atol=1e-3 * float(one.abs().max()))

@@ -66,6 +66,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         self.check_parts()
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
+        batch = self.without_padding(batch)
         features = batch.of_each_image(self.encoder(batch.pixel_values))  # N P Dv
         visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
@@ -91,7 +92,12 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             with self.connector.attending_to(visual, batch):
                 yield embeds
 
+    def without_padding(self, batch: Batch) -> Batch:
+        """The batch as a single row, where the LLM computes that faster; layers with visual tokens keep its rows."""
+        return batch.in_one_row() if self.llm.joins_rows and self.connector.fusion == "tokens" else batch
+
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
+        batch = self.without_padding(batch)
         return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
