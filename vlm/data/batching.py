@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -86,9 +87,7 @@ class Batches(Sampler[Rows]):
     def _order(self, epoch: int) -> Sequence[int] | np.ndarray:
         if (order := self.source.order(epoch, seed=self.seed)) is not None:
             return order
-        shuffled = list(range(len(self.source)))
-        random.Random(f"{self.seed} {epoch}").shuffle(shuffled)
-        return shuffled
+        return _shuffled(len(self.source), f"{self.seed} {epoch}")
 
     def _window(self, indices: Sequence[int], waiting: Rows, rng: random.Random, first: int) -> tuple[list[Rows], Rows]:
         """The batches of a window, and the rows that wait for the next window.
@@ -110,6 +109,13 @@ class Batches(Sampler[Rows]):
         rows = waiting + rows
         full = len(rows) - len(rows) % self.batch_size
         return [rows[at : at + self.batch_size] for at in range(0, full, self.batch_size)], rows[full:]
+
+
+@lru_cache(maxsize=1)  # the jobs of a sweep have it from the first: a million samples take a third of a second
+def _shuffled(num: int, seed: str) -> Sequence[int]:
+    order = list(range(num))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 class EvenBatches(Sampler[Rows]):
