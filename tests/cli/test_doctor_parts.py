@@ -28,7 +28,6 @@ from vlm.data.reading import Reading, applied
 from vlm.data.sample_reader import SampleReader
 from vlm.data.sources.captions import Captions
 from vlm.data.sources.instruct import Instruct
-from vlm.data.sources.stamps import Stamps
 from vlm.schema import BadSample, Batch, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.language import identifier
@@ -235,14 +234,6 @@ def test_what_a_source_refuses(tmp_path: Path, record: dict, kind: str) -> None:
     if "caption" not in record and "conversations" not in record:
         assert "ends with a user turn" in read(source).message
     assert (read(source).kind, read(source).id) == (kind, None)
-
-
-def test_a_picture_that_cannot_be_squared_is_unreadable(tmp_path: Path) -> None:
-    Image.new("RGB", (1, 60_000)).save(tmp_path / "strip.png")
-    (tmp_path / "strip.txt").write_text("A strip.")
-    entry = read(Stamps(split="train", root=tmp_path, val_fraction=0.0))
-    assert "padded to a square" in entry.message
-    assert entry.kind == "unreadable_image"
 
 
 def test_answers_and_their_spelling() -> None:

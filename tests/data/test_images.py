@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from vlm.data.images import START_OF_SCAN, ArrayImage, decode_image, load_image, pad_to_square
+from vlm.data.images import START_OF_SCAN, ArrayImage, decode_image, load_image
 from vlm.data.reading import Reading, applied
 from vlm.encoders.transform import Transform
 from vlm.schema import BadSample
@@ -421,7 +421,6 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "copy": lambda image: image.copy(),
     "deepcopy": deepcopy,
     "pickle": lambda image: pickle.loads(pickle.dumps(image)),
-    "pad": pad_to_square,
     "draw": lambda image: (ImageDraw.Draw(image).line((0, 0, 50, 50), fill=RED), image)[1],
     "paste": lambda image: (image.paste(GREEN, (5, 5, 9, 9)), image)[1],
 }
@@ -436,16 +435,3 @@ def test_a_picture_in_an_array_is_pillows_own_in_all_else(change: str) -> None:
     np.testing.assert_array_equal(np.asarray(CHANGES[change](image)), np.asarray(CHANGES[change](expected)))
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))  # drawn on, where it was
     np.testing.assert_array_equal(before, as_pillow(data))  # and what was read before stays
-
-
-def test_pad_to_square() -> None:
-    padded = pad_to_square(Image.new("RGB", (1, 4), RED))
-    assert padded.size == (4, 4)
-    assert list(padded.crop((0, 0, 4, 1)).get_flattened_data()) == [WHITE, RED, WHITE, WHITE]
-    padded = pad_to_square(Image.new("RGB", (3, 1), RED), fill=GREEN)
-    assert list(padded.crop((0, 0, 1, 3)).get_flattened_data()) == [GREEN, RED, GREEN]
-
-
-def test_a_strip_is_not_padded_to_a_bomb() -> None:
-    with pytest.raises(ValueError, match=r"^1 x 60000 pixels padded to a square are 3,600,000,000 pixels, more than"):
-        pad_to_square(Image.new("RGB", (1, 60_000)))

@@ -130,25 +130,6 @@ def opened_image(image: Image.Image, *, name: str) -> Image.Image:
         raise BadImage(f"image '{name}' cannot be decoded ({error}); replace the file") from error
 
 
-def pad_to_square(image: Image.Image, *, fill: tuple[int, int, int] = WHITE) -> Image.Image:
-    """The image at the center of a square of color `fill`.
-
-    Raises `ValueError` where the square has more pixels than data.reading allows, as of a strip of 1 x 60,000 pixels.
-    """
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    if side * side > (limit := current().max_image_pixels):
-        raise ValueError(
-            f"{width} x {height} pixels padded to a square are {side * side:,} pixels, more than the limit of "
-            f"{limit:,}; make the image smaller, or set data.reading.max_image_pixels={side * side}"
-        )
-    square = Image.new(image.mode, (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
 def _check_pixels(width: int, height: int, *, name: str) -> None:
     """Raise `BadImage` for more pixels than data.reading allows."""
     if width * height > (limit := current().max_image_pixels):

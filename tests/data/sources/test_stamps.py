@@ -75,15 +75,15 @@ def test_stamps_are_counted_and_split_by_path(stamps: Path) -> None:
     }
 
 
-def test_stamp_is_a_square_on_white_with_its_caption(stamps: Path) -> None:
+def test_a_stamp_has_its_own_shape_and_its_caption(stamps: Path) -> None:
     found = {sample.id: sample for split in ("train", "val") for sample in samples(Stamps(split=split, root=stamps))}
     sample = found["animals/07.png"]
     assert sample.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Animal 7."}]},
     ]
-    assert sample.images[0].size == (4, 4)
-    assert [sample.images[0].getpixel((0, row)) for row in range(4)] == [(255,) * 3, (7, 0, 0), (7, 0, 0), (255,) * 3]
+    assert sample.images[0].size == (4, 2)
+    assert [sample.images[0].getpixel((0, row)) for row in range(2)] == [(7, 0, 0), (7, 0, 0)]
 
 
 def test_stamps_in_japanese(stamps: Path) -> None:
@@ -99,7 +99,7 @@ def test_symbols_on_demand(stamps: Path) -> None:
     assert source.left_out["symbols"] == 0
     assert len(source) == 21
     assert source[20].id == "symbols/a.png"
-    assert source[20].images[0].getpixel((1, 2)) == (255, 255, 255)
+    assert source[20].images[0].getpixel((1, 1)) == (255, 255, 255)  # transparent, so white
     japanese = Stamps(split="train", root=stamps, symbols=True, language="ja", val_fraction=0.0)
     assert "symbols/a.png" not in [sample.id for sample in samples(japanese)]  # its translation is empty
 
@@ -132,12 +132,10 @@ def test_what_stamps_refuse(stamps: Path, tmp_path: Path) -> None:
 def test_one_bad_stamp(stamps: Path) -> None:
     (stamps / "animals" / "00.txt").write_bytes(b"\xe9t\xe9.\n")
     (stamps / "animals" / "01.png").write_bytes((stamps / "animals" / "01.png").read_bytes()[:45])
-    picture(stamps / "animals" / "02.png", size=(1, 60_000))
     source = Stamps(split="train", root=stamps, val_fraction=0.0)
     assert refusal(source, 0) == "stamp 'animals/00.png' has a caption that is not UTF-8; save its .txt file as UTF-8"
     assert "image 'animals/01.png' cannot be decoded" in refusal(source, 1)
-    assert refusal(source, 2).startswith("stamp 'animals/02.png' cannot be used: 1 x 60000 pixels padded to a square")
-    assert answer(source[3]) == "Animal 3."
+    assert answer(source[2]) == "Animal 2."
 
 
 @pytest.mark.skipif(not STAMPS.exists(), reason="needs the Debian package tuxpaint-stamps-default")
@@ -151,7 +149,6 @@ def test_real_stamps() -> None:
         assert train.left_out["drawings that exist only as SVG"] > 100
         for sample in [source[index] for source in (train, val) for index in range(0, len(source), 40)]:
             assert sample.images[0].mode == "RGB"
-            assert sample.images[0].width == sample.images[0].height
             assert answer(sample).strip()
     assert [name for name, _ in splits["en"][1].items] == [name for name, _ in splits["ja"][1].items]
     assert (

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from vlm.data.conversations import caption_messages
-from vlm.data.images import load_image, pad_to_square
+from vlm.data.images import load_image
 from vlm.data.split import check_split, in_split
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split
@@ -82,11 +82,7 @@ class Stamps(Source):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.outline(index)
-        image = load_image(sample.id, root=self.root)
-        try:
-            return replace(sample, images=[pad_to_square(image)])
-        except ValueError as error:
-            raise BadSample(f"stamp '{sample.id}' cannot be used: {error}", "unreadable_image") from error
+        return replace(sample, images=[load_image(sample.id, root=self.root)])
 
     def outline(self, index: int) -> Sample:
         """The sample without its image, which is not opened."""
