@@ -94,6 +94,8 @@ def test_greedy_answers_are_those_in_the_samples_of_the_run(
     assert model.answer(images, questions, max_new_tokens=NEW, batch_size=1) == expected
     assert model.answer(images[0], questions, max_new_tokens=NEW)[0] == expected[0]
     assert model.answer(images[1], questions[1], max_new_tokens=NEW) == expected[1]
+    assert model.questions == questions[:1]
+    assert model.answer(images[1], max_new_tokens=NEW) == expected[1]
     file = tmp_path / "a folder" / "one.png"
     file.parent.mkdir()
     images[0].save(file)
@@ -129,6 +131,13 @@ def test_pieces_of_a_stream_are_the_answer(model: TrainedModel, trained: tuple[P
         pieces = list(model.stream(image, question, max_new_tokens=number))
         assert "".join(pieces) == model.answer(image, question, max_new_tokens=number)
     assert len(pieces) > 2
+
+
+def test_a_beam_search_has_one_piece(model: TrainedModel, trained: tuple[Path, Batch, list]) -> None:
+    image, question = trained[2][0]
+    options: dict = {"max_new_tokens": NEW, "num_beams": 2}
+    assert list(model.stream(image, question, **options)) == [model.answer(image, question, **options)]
+    assert model.chat().ask(question, image, **options) == model.answer(image, question, **options)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from vlm.data.images import load_image, opened_image
 from vlm.data.reading import applied
 from vlm.data.record_keys import Malformed
 from vlm.data.sample_reader import SampleReader
+from vlm.evaluation.answers import few_questions
 from vlm.launch.command_line import check_run_dir
 from vlm.launch.overrides import absolute_paths
 from vlm.models.base import Generates, Model, check_capabilities
@@ -76,7 +77,19 @@ def load(
         artifact.load(path, model=model, manifest=manifest, run_id=config.run_id(path))
         settings["data"] = {**settings["data"], "max_length": UNLIMITED}
         reader = build.build_reader(settings, model)
-    return TrainedModel(model=model, reader=reader, device=chosen, precision=config.precision(settings))
+    return TrainedModel(
+        model=model,
+        reader=reader,
+        device=chosen,
+        precision=config.precision(settings),
+        questions=_questions(path, settings["data"].get("prompt")),
+    )
+
+
+def _questions(run_dir: Path, prompt: Any) -> list[str]:
+    """The few questions of a run's validation answers; `data.prompt`, where it is asked, has the place of the image."""
+    found = few_questions(run_dir / "samples.jsonl")
+    return [prompt] if isinstance(prompt, str) and found == [prompt.replace("<image>", "")] else found
 
 
 class LogLikelihood(NamedTuple):
@@ -95,16 +108,26 @@ class TrainedModel:
         reader: encodes conversations as the data of its run did.
         device: to compute on.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        questions: those of its validation, where they are few, as of captions; the first is the default of `answer`.
     """
 
-    def __init__(self, *, model: Model, reader: SampleReader, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        *,
+        model: Model,
+        reader: SampleReader,
+        device: torch.device,
+        precision: str,
+        questions: Sequence[str] = (),
+    ) -> None:
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.device, self.precision, self.reading = device, precision, reader.reading
+        self.questions = questions
         self._reader = reader
         self._lock = threading.Lock()
 
     @overload
-    def answer(self, images: Images, question: str, **options: Any) -> str: ...
+    def answer(self, images: Images, question: str | None = None, **options: Any) -> str: ...
 
     @overload
     def answer(
@@ -114,7 +137,7 @@ class TrainedModel:
     def answer(
         self,
         images: OneImage | Sequence[Images] | None,
-        question: str | Sequence[str],
+        question: str | Sequence[str] | None = None,
         *,
         max_new_tokens: int = 256,
         batch_size: int = 8,
@@ -127,6 +150,7 @@ class TrainedModel:
         questions, `images` has what belongs to each of them, or is one image for all.
 
         Args:
+            question: None is the most frequent one of the validation, for a run that has few, such as one on captions.
             max_new_tokens: an answer is cut after so many tokens.
             batch_size: questions that are answered together.
             options: of Transformers' `generate`, such as `do_sample=True, temperature=0.7`. The default is greedy
@@ -134,6 +158,10 @@ class TrainedModel:
 
         Raises ValueError, in one sentence, for a question or an image that cannot be used.
         """
+        if question is None:
+            if not self.questions:
+                raise ValueError("the validation of this run had many questions or none; give a question")
+            question = self.questions[0]
         questions = [question] if isinstance(question, str) else list(question)
         if isinstance(question, str):
             of_each: list[Any] = [images]

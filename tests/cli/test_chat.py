@@ -143,7 +143,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_in_a_terminal(run: Path) -> None:
-    """A prompt is shown, and Ctrl-D ends the program."""
+    """The question of the run and a prompt are shown, and Ctrl-D ends the program."""
     pid, terminal = pty.fork()
     if pid == 0:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
@@ -157,3 +157,4 @@ def test_in_a_terminal(run: Path) -> None:
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 0
+    assert said.startswith('In its validation, the model was asked "List the objects."')

@@ -125,6 +125,9 @@ def chat(arguments: list[str]) -> None:
         model = opened(options, overrides)
         terminal = Terminal(model, model.chat(), [], options.generation)
         if sys.stdin.isatty():
+            if model.questions:
+                known = ", ".join(f'"{escape_controls(question)}"' for question in model.questions)
+                print(f"In its validation, the model was asked {known}")
             print("Ask a question. /help lists the commands.")
         if options.image is not None:
             terminal.show(options.image)

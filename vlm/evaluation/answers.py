@@ -16,6 +16,7 @@ from vlm.ranges import BatchSize, Range, Samples
 from vlm.schema import Sample
 
 MaxNewTokens = Annotated[int, Range(1, 65_536)]
+MAX_QUESTIONS, MAX_BYTES = 4, 2**28  # of `few_questions`
 MAX_CONSTANTS = 100  # references that are tried as the constant answer
 
 
@@ -112,6 +113,16 @@ def _groups(types: Sequence[str | None]) -> dict[str, list[int]]:
 
 def _name(scorer: Scorer, kind: str, suffix: str = "") -> str:
     return f"{scorer.name_by_type if kind else scorer.name}{suffix}{kind}"
+
+
+def few_questions(path: Path) -> list[str]:
+    """The questions of samples.jsonl, the most frequent first, if they are few; else none."""
+    if not path.is_file():
+        return []
+    lines = files.read(path, max_bytes=MAX_BYTES).decode(errors="replace").splitlines()
+    found = Counter(str(json.loads(line).get("prompt", "")) for line in lines)
+    is_few = len(found) <= MAX_QUESTIONS and found.total() >= 2 * len(found)
+    return [question for question, _ in found.most_common() if question] if is_few else []
 
 
 def write_samples(path: Path, records: Sequence[dict[str, Any]]) -> None:

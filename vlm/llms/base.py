@@ -158,8 +158,13 @@ class LanguageModel(nn.Module, ABC):
         max_new_tokens: int,
         **options: Any,
     ) -> Int[Tensor, "b s"]:
-        """The new ids. `options` are those of Transformers' `generate`; rows are left-padded."""
+        """The new ids. `options` are those of Transformers' `generate`; rows are left-padded.
+
+        A beam search has no token to give to a `streamer` before its end.
+        """
         with self.recomputing(False), self._generating():
+            if (options.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
+                options.pop("streamer", None)
             return self.model.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
