@@ -50,8 +50,6 @@ def test_every_group_is_one_that_a_config_names() -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda v: v)
 def test_every_option_composes_and_binds(group: str, option: str) -> None:
-    if (group, option) == ("sweep", "lr"):
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweep` is not installed")
     config.check(settings(f"{group}={option}", *needs(group, option)))
 
 

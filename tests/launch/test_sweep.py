@@ -20,6 +20,7 @@ from vlm.launch import sweep
 from vlm.launch.command_line import translate
 from vlm.launch.configs import CONF
 from vlm.launch.sweep import place_in_sweep
+from vlm.report.jobs import FILE, read_jobs
 from vlm.training.run import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,19 @@ def test_the_same_command_does_only_what_is_missing(tmp_path: Path, capfd: pytes
 def test_a_metric_that_a_run_has_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert train("-m", *QUICK, "seed=0", f"hydra.sweep.dir={tmp_path}", "sweep.metric=val/los") == 2
     assert "sweep.metric=val/los is not a figure of this run; choose one of" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_of_optuna_asks_for_the_same_jobs_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["-m", *QUICK, "sweep=lr", "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path}"]
+    assert train(*command) == 0
+    rates = [float(job.options["stage.lr.connector"]) for job in read_jobs(tmp_path / FILE)]
+    assert len({*rates}) == 2
+    assert all(1e-4 <= rate <= 3e-2 for rate in rates)
+    assert "Job 2 of 2: stage.lr.connector=" in capfd.readouterr().out
+    assert train(*command) == 0
+    assert capfd.readouterr().out.count("This job is finished: ") == 2
+    assert [float(job.options["stage.lr.connector"]) for job in read_jobs(tmp_path / FILE)] == rates
 
 
 def read_metric(run_dir: Path, name: str) -> float:
