@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlm.launch import interrupt
+from vlm.launch.imports import without_collection
 
 
 def evaluate(cfg: Any) -> None:
@@ -13,10 +14,11 @@ def evaluate(cfg: Any) -> None:
         from vlm.launch.rival import evaluate_rival
 
         return evaluate_rival(cfg)
-    from vlm import build
-    from vlm.evaluation.loop import evaluate
-    from vlm.launch.evaluation import EvaluationRun
-    from vlm.training import artifact
+    with without_collection():
+        from vlm import build
+        from vlm.evaluation.loop import evaluate
+        from vlm.launch.evaluation import EvaluationRun
+        from vlm.training import artifact
 
     run = EvaluationRun(cfg)
     data = None if run.benchmarks else build.build_data(run.settings, None, splits=("val",))

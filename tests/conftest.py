@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
 
+gc.disable()  # while libraries and tests are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 # The folder of the key that marks configs as one's own; it is removed at exit.
@@ -22,6 +24,14 @@ from tests.helpers import composing  # noqa: E402
 
 composing.speed_up()
 torch.set_num_threads(1)  # matrices are tiny: threads would only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what stays until the end, a million objects, and look less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

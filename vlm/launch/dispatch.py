@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from vlm.launch import interrupt
+from vlm.launch.imports import without_collection
 
 
 def single_run(*, script: str) -> Callable[[Callable[[Any], None]], Callable[[Any], float | None]]:
@@ -23,11 +24,12 @@ def single_run(*, script: str) -> Callable[[Callable[[Any], None]], Callable[[An
 
 def _dispatch(train: Callable[[Any], None], script: str, cfg: Any) -> float | None:
     # Imported here: a misspelled option should be reported before a second's worth of libraries.
-    from hydra.core.hydra_config import HydraConfig
+    with without_collection():
+        from hydra.core.hydra_config import HydraConfig
 
-    from vlm.launch import plan, processes, recipe, sweep
-    from vlm.launch.training import TrainingRun
-    from vlm.training.run import CONSOLE
+        from vlm.launch import plan, processes, recipe, sweep
+        from vlm.launch.training import TrainingRun
+        from vlm.training.run import CONSOLE
 
     interrupt.raise_again()
     if cfg.recipe is not None and cfg.resume.run is None:
