@@ -1,6 +1,6 @@
 """Hydra's composition in a third of its time: tests compose over a thousand configs.
 
-Four parts of Hydra repeat work whose result is known. With their replacements the composed configs are the same
+Three parts of Hydra repeat work whose result is known. With their replacements the composed configs are the same
 (tests/test_composing.py).
 """
 
@@ -10,7 +10,6 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import yaml
 from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_store import ConfigStore
@@ -44,7 +43,6 @@ def interpolation_map_where_needed(overrides: Any, defaults: Any, self_added: bo
 
 
 REPLACED = [
-    (yaml, "SafeLoader", yaml.SafeLoader, yaml.CSafeLoader),  # PyYAML's with libyaml's parser
     # A composition copies what it loads configs with, and with it the store, to which it does not write.
     (ConfigStore, "__deepcopy__", None, lambda store, memo: store),
     (ConfigRepository, "load_config", load_config, load_config_once),
@@ -53,6 +51,6 @@ REPLACED = [
 
 
 def speed_up() -> None:
-    """Replace the four parts in this process."""
+    """Replace the three parts in this process."""
     for owner, name, _, replacement in REPLACED:
         setattr(owner, name, replacement)
