@@ -13,7 +13,7 @@ os.environ["WANDB_MODE"] = "disabled"
 # The folder of the key that marks configs as one's own; it is removed at exit.
 os.environ["XDG_STATE_HOME"] = (STATE := tempfile.TemporaryDirectory(prefix="vlm-state-")).name
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("vlm", "beartype.beartype")  # before the first import of vlm
 

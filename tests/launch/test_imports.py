@@ -10,7 +10,11 @@ from vlm.launch.imports import without_collection
 
 
 def test_collection_is_on_again_after_an_import_that_fails() -> None:
-    with pytest.raises(ImportError, match="not installed"), without_collection():
-        assert not gc.isenabled()
-        raise ImportError("not installed")
+    def import_what_is_missing() -> None:
+        with without_collection():
+            assert not gc.isenabled()
+            raise ImportError("not installed")
+
+    with pytest.raises(ImportError, match="not installed"):
+        import_what_is_missing()
     assert gc.isenabled()
