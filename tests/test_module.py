@@ -242,7 +242,8 @@ def sources(batch: Batch, pixels: Tensor) -> list[int]:
 def test_shuffled_gives_every_row_another_picture(per_row: list[int], looks: list[int]) -> None:
     palette = pictures(6)
     batch = text_of([palette[look] for look in looks], per_row)
-    pixels, rows = swapped(batch)
+    exchanged, rows = swapped(batch)
+    pixels = exchanged.pixel_values
     assert rows == [row for row, num in enumerate(per_row) if num]
     owner = [row for row, num in enumerate(per_row) for _ in range(num)]
     for place, came_from in enumerate(sources(batch, pixels)):
@@ -261,7 +262,8 @@ def test_rows_that_keep_their_picture_are_left_out() -> None:
     """Three captions of one picture and another picture: one swap each way is all that there is."""
     palette = pictures(2)
     batch = text_of([palette[look] for look in (0, 0, 0, 1)], [1, 1, 1, 1])
-    pixels, rows = swapped(batch)
+    exchanged, rows = swapped(batch)
+    pixels = exchanged.pixel_values
     assert sum(torch.equal(new, old) for new, old in zip(pixels, batch.pixel_values, strict=True)) == 2
     assert len(rows) == 2
     assert 3 in rows
@@ -288,7 +290,8 @@ def test_tiled_images_are_swapped_whole_between_places_of_one_layout(layouts: An
     """Of a row of 13 tiles beside one of 1 tile nothing can be swapped; a row counts once all of its images are."""
     per_row = [sum(map(sum, images)) for images in layouts]
     batch = text_of(pictures(sum(per_row)), per_row, layouts)
-    pixels, found = swapped(batch)
+    exchanged, found = swapped(batch)
+    pixels = exchanged.pixel_values
     assert found == rows
     assert sources(batch, pixels) == [place for row in places for place in row]
     parts, _ = compared(batch)

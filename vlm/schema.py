@@ -187,6 +187,8 @@ class Batch:
     sources: tuple[str, ...] = ()  # of a mixture, the values of meta["source"]
     # For each image, its index in `pixel_values`; None if these are one for each image. Then N is their number.
     image_index: Int[Tensor, " n"] | None = None
+    # The key of each image of `pixel_values` in the feature cache; None where features are not cached.
+    image_keys: tuple[bytes, ...] | None = None
 
     def of_each_image(self, features: Float[Tensor, "u p dv"]) -> Float[Tensor, "n p dv"]:
         """The features of each image, from those of `pixel_values`."""

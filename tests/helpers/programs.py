@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -167,3 +168,23 @@ def another_process(run_dir: Path) -> Iterator[tuple[int, int]]:
         process.join()
         if worker is not None:  # os.kill(0, …) would end this process and its whole group
             os.kill(worker, signal.SIGKILL)
+
+
+def until_stopped(options: list[str], run: Path, stop: signal.Signals, *, after: int) -> int:
+    """A new run in a process of its own, sent `stop` once it has logged step `after`; its exit code."""
+    command = [sys.executable, "train.py", *options, f"run_dir={run}"]
+    same_sums = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with open(f"{run}.out", "w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=same_sums, stdout=out, stderr=out, process_group=0)
+        try:
+            until = time.monotonic() + 240
+            while (
+                not (run / "metrics.jsonl").exists() or f'"step": {after},' not in (run / "metrics.jsonl").read_text()
+            ):
+                assert process.poll() is None, Path(out.name).read_text()
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            process.send_signal(stop)
+            return process.wait(timeout=60)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.programs import QUICK, ROOT, assert_same_run, evaluate, losses, read, train, weights
+from tests.helpers.programs import QUICK, assert_same_run, evaluate, losses, read, train, until_stopped, weights
 from tests.helpers.sources import caption_shard
 from vlm import config
 from vlm.callbacks.save import newest_checkpoint
@@ -51,30 +47,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def until_stopped(run: Path, stop: signal.Signals, *, after: int) -> int:
-    """A new run in a process of its own, sent `stop` once it has logged step `after`; its exit code."""
-    command = [sys.executable, "train.py", *OPTIONS, f"run_dir={run}"]
-    same_sums = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with open(f"{run}.out", "w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=same_sums, stdout=out, stderr=out, process_group=0)
-        try:
-            until = time.monotonic() + 240
-            while (
-                not (run / "metrics.jsonl").exists() or f'"step": {after},' not in (run / "metrics.jsonl").read_text()
-            ):
-                assert process.poll() is None, Path(out.name).read_text()
-                assert time.monotonic() < until
-                time.sleep(0.01)
-            process.send_signal(stop)
-            return process.wait(timeout=60)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-
-
 @pytest.mark.slow
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    assert until_stopped(run, signal.SIGKILL, after=4) == -signal.SIGKILL
+    assert until_stopped(OPTIONS, run, signal.SIGKILL, after=4) == -signal.SIGKILL
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert not (run / "metrics.json").exists()
     assert train(f"resume={run}") == 0
@@ -86,7 +62,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
 def test_terminated_and_resumed(whole: Path, tmp_path: Path) -> None:
     """As a scheduler does that wants the machine back."""
     run = tmp_path / "terminated"
-    assert until_stopped(run, signal.SIGTERM, after=2) == 128 + signal.SIGTERM
+    assert until_stopped(OPTIONS, run, signal.SIGTERM, after=2) == 128 + signal.SIGTERM
     assert "Stopping after this step" in Path(f"{run}.out").read_text()
     checkpoint = newest_checkpoint(run)
     assert checkpoint is not None

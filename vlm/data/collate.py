@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vlm.schema import IGNORE, Batch, Sample, VisualSpec
@@ -51,10 +53,12 @@ def collate(
     side: Literal["left", "right"] = "right",
     sources: Sequence[str] = (),
     share_images: bool = False,
+    with_keys: bool = False,
 ) -> Batch:
     """A batch of rows, padded to the longest: on the right to train, on the left to generate.
 
-    With `share_images`, a tensor that several images have is in `pixel_values` once.
+    With `share_images`, a tensor that several images have is in `pixel_values` once. With `with_keys`, the batch has
+    the keys of the images in the feature cache.
     """
     first = accumulate((len(row.samples) for row in rows), initial=0)
     columns = [_columns(row, number) for row, number in zip(rows, first, strict=False)]
@@ -94,7 +98,14 @@ def collate(
         image_index=torch.tensor([numbers[pixels.data_ptr()] for pixels in images], dtype=torch.long)
         if share_images
         else None,
+        image_keys=tuple(map(image_key, distinct.values())) if with_keys else None,
     )
+
+
+def image_key(pixel_values: Float[Tensor, "3 h w"]) -> bytes:
+    """The key of an image in the feature cache: a hash of what the encoder gets."""
+    content: Any = pixel_values.permute(1, 2, 0).contiguous().numpy()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _columns(row: Row, first: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from vlm.data.augment import Augment
 from vlm.data.batching import Batches, EvenBatches
-from vlm.data.collate import Row, collate
+from vlm.data.collate import Row, collate, image_key
 from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
 from vlm.data.reading import Reading, applied
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 NUM_COMPARED = 4096  # validation samples whose images are compared with those of train
+NUM_PROBED = 16  # training samples that stand for all of them
 
 
 class VLMDataModule(pl.LightningDataModule):
@@ -58,10 +60,17 @@ class VLMDataModule(pl.LightningDataModule):
         text_replay: the ratio of training samples that are conversations without images; 0 adds none.
         replay_annotations: a file of such conversations; None uses those of the project.
         reading: the options of `Reading`: limits, and the conversion of 16-bit images.
+        feature_cache: whether features of a frozen part of the model are kept on disk, see
+            `vlm.callbacks.feature_cache`; `auto` where that saves time.
         splits: which are read; an evaluation needs no training data.
 
     Call `connect`, which receives what the model determines, before any loader is made.
+
+    Attributes:
+        with_keys: whether batches have the keys of their images in the feature cache.
     """
+
+    with_keys = False
 
     def __init__(
         self,
@@ -86,6 +95,7 @@ class VLMDataModule(pl.LightningDataModule):
         text_replay: Annotated[Number, Range(0, 0.9)] = 0.0,
         replay_annotations: Name | None = None,
         reading: dict[str, Any] | None = None,
+        feature_cache: Literal["auto", "on", "off"] = "auto",
         splits: tuple[Split, ...] = ("train", "val"),
     ) -> None:
         super().__init__()
@@ -121,7 +131,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed = num_val_samples, seed
         self.max_bad_ratio = 0.0 if on_bad_sample == "raise" else max_bad_ratio
-        self.bad_samples_file = bad_samples_file
+        self.bad_samples_file, self.feature_cache = bad_samples_file, feature_cache
         self._start: dict[str, Any] | None = None  # position of the training batches to resume from
 
     def connect(
@@ -186,6 +196,31 @@ class VLMDataModule(pl.LightningDataModule):
             "vlm-doctor>, or validate on other data, for example with data.val_annotations="
         )
 
+    def epochs(self, num_batches: int) -> float:
+        """About how often `num_batches` training batches read each sample."""
+        samples: float = self.batch_size
+        if self.batching == "tokens" or self.packing:
+            lengths = [self._length(index) for index in self._some_indices()]
+            mean = sum(lengths) / len(lengths)
+            samples = self.batch_tokens / mean if self.batching == "tokens" else samples * self.max_length / mean
+        return num_batches * samples / len(self.splits["train"])
+
+    def some_image_keys(self) -> list[tuple[bytes, ...]]:
+        """The keys of the images of some training samples in the feature cache; bad samples are left out."""
+        found = []
+        for index in self._some_indices():
+            with suppress(BadSample):
+                sample = self.reader.sample(self.splits["train"], index)
+                row = self.reader.row(sample, self.reader.encoded(sample))
+                found.append(tuple(map(image_key, row.pixel_values)))
+        return found
+
+    def _some_indices(self) -> list[int]:
+        """Up to `NUM_PROBED` training samples, spread evenly."""
+        num = len(self.splits["train"])
+        probed = min(num, NUM_PROBED)
+        return [number * num // probed for number in range(probed)]
+
     def train_dataloader(self) -> DataLoader[Batch]:
         source = self.splits["train"]
         rank, num_ranks = self._rank()
@@ -245,7 +280,7 @@ class VLMDataModule(pl.LightningDataModule):
             except BadSample as error:
                 self._rows["val"].report(index, error)
             if rows and (len(rows) == batch_size or index == indices[-1]):
-                yield collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left")
+                yield collate(rows, spec=self.spec, pad_id=self.text.pad_id, side="left", with_keys=self.with_keys)
                 rows, found = [], True
         if not found:
             raise self._rows["val"].none_left()
@@ -289,7 +324,9 @@ class VLMDataModule(pl.LightningDataModule):
 
     def _collate_fn(self, split: Split) -> Callable[[Sequence[Row]], Batch]:
         side: Literal["left", "right"] = "left" if self.form == "prompt" else "right"
-        return partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=self.splits[split].names, side=side)
+        options = partial(collate, spec=self.spec, pad_id=self.text.pad_id, sources=self.splits[split].names, side=side)
+        # `with_keys` is read when a batch is made, because Lightning makes the loaders before a fit starts.
+        return lambda rows: options(rows, with_keys=self.with_keys)
 
     @property
     def _val_batch_size(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, compress, pairwise
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from vlm.data.collate import image_key
 from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.base import Context, Evaluator, Means, total
 from vlm.schema import Batch, LossOutput
@@ -65,13 +66,16 @@ def compared(batch: Batch) -> tuple[dict[str, Batch], list[int]]:
     A row can be compared if each of its images can be swapped for a different image of another row. A tiled image is
     swapped as a whole and only for one of the same layout, so the number of placeholders stays.
     """
-    pixel_values, rows = swapped(batch)
+    exchanged, rows = swapped(batch)
     if not rows:
         return {}, []
     own = select(batch, rows)
-    shuffled = select(replace(batch, pixel_values=pixel_values), rows)
     # Zero is the mean color after normalization.
     blank = replace(own, pixel_values=torch.zeros_like(own.pixel_values))
+    if own.image_keys is not None:
+        key = image_key(torch.zeros(blank.pixel_values.shape[1:]))
+        blank = replace(blank, image_keys=(key,) * len(own.image_keys))
+    shuffled = select(exchanged, rows)
     return {"correct": own, "shuffled": shuffled, "blank": blank}, rows
 
 
@@ -80,8 +84,8 @@ def num_with_images(batch: Batch) -> int:
     return int((batch.num_images > 0).sum())
 
 
-def swapped(batch: Batch) -> tuple[Tensor, list[int]]:
-    """`pixel_values` with images swapped between rows, and the rows with none of their own images."""
+def swapped(batch: Batch) -> tuple[Batch, list[int]]:
+    """The batch with images swapped between rows, and the rows with none of their own images."""
     images = _images(batch)
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, image in enumerate(images):
@@ -90,14 +94,16 @@ def swapped(batch: Batch) -> tuple[Tensor, list[int]]:
     for members in groups.values():
         for number, other in zip(members, _permuted([images[number] for number in members]), strict=True):
             source[number] = members[other]
-    pixel_values = batch.pixel_values.clone()
+    tiles = list(range(len(batch.pixel_values)))  # index of the tile whose pixels each tile gets
     unchanged: set[int] = set()  # rows with one of their own images
     for image, number in zip(images, source, strict=True):
         other_image = images[number]
-        pixel_values[image.tiles] = batch.pixel_values[other_image.tiles]
+        tiles[image.tiles] = range(len(tiles))[other_image.tiles]
         if other_image.row == image.row or other_image.pixel_hash == image.pixel_hash:
             unchanged.add(image.row)
-    return pixel_values, sorted({image.row for image in images} - unchanged)
+    keys = batch.image_keys and tuple(batch.image_keys[tile] for tile in tiles)
+    exchanged = replace(batch, pixel_values=batch.pixel_values[tiles], image_keys=keys)
+    return exchanged, sorted({image.row for image in images} - unchanged)
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     chosen = torch.tensor(rows, device=batch.input_ids.device)
     owner = torch.repeat_interleave(torch.arange(len(batch.num_images), device=chosen.device), batch.num_images)
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
-    pixel_values = tensors.pop("pixel_values")[torch.isin(owner, chosen)]
+    with_images = torch.isin(owner, chosen)
+    pixel_values = tensors.pop("pixel_values")[with_images]
     selected = {name: tensor[chosen] for name, tensor in tensors.items()}
     numbers, renumbered = selected["sample_index"].unique(return_inverse=True)  # sorted; -1 is padding
     padded = int((numbers < 0).any())
@@ -154,6 +161,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         batch,
         **{**selected, "sample_index": renumbered - padded},
         pixel_values=pixel_values,
+        image_keys=batch.image_keys and tuple(compress(batch.image_keys, with_images.tolist())),
         layouts=[batch.layouts[row] for row in rows],
         ids=[batch.ids[number] for number in samples],
         samples=[batch.samples[number] for number in samples],

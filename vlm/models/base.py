@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -31,6 +31,8 @@ class Model(nn.Module, ABC):
             group of the same name.
         pretrained: the parts with pretrained weights. An artifact names them and does not load on others.
         layer_decay_part: the part to which `stage.layer_decay` applies, if any.
+        feature_part: the part whose features of an image depend on it alone, so that they can be cached, if any.
+        feature_cache: gives the features in place of that part, for batches with `image_keys`; None without a cache.
         root_methods: methods besides `forward` that use several parts; sharding needs their names.
         tokenizer: of the LLM or text encoder.
         chat_template: name of a built-in template of vlm/text/templates.py; None is the tokenizer's own.
@@ -42,6 +44,7 @@ class Model(nn.Module, ABC):
     parts: ClassVar[Mapping[str, tuple[State, ...]]]
     pretrained: ClassVar[tuple[str, ...]] = ()
     layer_decay_part: ClassVar[str | None] = None
+    feature_part: ClassVar[str | None] = None
     root_methods: ClassVar[tuple[str, ...]] = ()
 
     tokenizer: Any
@@ -49,6 +52,7 @@ class Model(nn.Module, ABC):
     max_answers: int | None = None
     num_positions: int | None = None
     quantization: str = "none"
+    feature_cache: Callable[[Tensor, Sequence[bytes]], Tensor] | None = None
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:

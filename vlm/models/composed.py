@@ -42,6 +42,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     }
     pretrained = ("encoder", "llm")
     layer_decay_part = "encoder"
+    feature_part = "encoder"
     root_methods = ("generate", "without_images")
 
     encoder: Any
@@ -67,7 +68,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
-        features = batch.of_each_image(self.encoder(batch.pixel_values))  # N P Dv
+        features = batch.of_each_image(self.features(batch))  # N P Dv
         visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         with self.fused(visual, embeds, batch) as embeds:  # B T D
@@ -75,11 +76,17 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
-        features = batch.of_each_image(self.encoder(batch.pixel_values))  # N P Dv
+        features = batch.of_each_image(self.features(batch))  # N P Dv
         visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
+
+    def features(self, batch: Batch) -> Float[Tensor, "u p dv"]:
+        """The features of `pixel_values`, from the feature cache if there is one."""
+        if self.feature_cache is None or batch.image_keys is None:
+            return self.encoder(batch.pixel_values)  # U P Dv
+        return self.feature_cache(batch.pixel_values, batch.image_keys)  # U P Dv
 
     @contextmanager
     def fused(
@@ -112,7 +119,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
         Training is slow if they differ much.
         """
-        visual = self.connector(self.encoder(batch.pixel_values))  # N K D
+        visual = self.connector(self.features(batch))  # N K D
         if len(visual) == 0:
             return {}
         rms = visual.float().square().mean().sqrt()
