@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install train test lint format typecheck options clean
+.PHONY: help install train test bench lint format typecheck options clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ train: .venv/.offline  ## install what is missing, then run train.py $(ARGS)
 # Two workers share the cores, so each has one thread. They split modules: a fixture of a module may run in both.
 test: .venv/.dev  ## install what is missing, then run the test suite: pytest $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: .venv/.dev  ## time this project beside Transformers: python -m benchmarks $(ARGS); takes an hour
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: .venv/.dev  ## check style and spelling
 	$(BIN)/python -m ruff check .

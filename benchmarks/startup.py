@@ -1,58 +1,48 @@
-"""How long a LLaVA JSON takes until its first sample, and how much memory: `python benchmarks/startup.py [rows]`.
+"""Seconds of `train.py --help`, of the first step of a tiny run, and of a tiny run as a whole.
 
-Writes a file like LLaVA-1.5's mix of 665,000 conversations (1 GB) into a temporary folder, and opens both splits of it.
+python -m benchmarks.startup
 """
 
 from __future__ import annotations
 
-import json
-import random
-import resource
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from vlm.data.sources.instruct import Instruct
-
-WORDS = ("the", "a", "cat", "dog", "table", "red", "blue", "image", "shows", "person", "\n", "street", "building")
-
-
-def write(file: Path, num_rows: int) -> None:
-    """Conversations of 2 to 5 questions over 350,000 pictures, one in sixteen without a picture."""
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) for _ in range(2000)]
-    with file.open("w") as handle:
-        for row in range(num_rows):
-            turns = [
-                {"from": who, "value": rng.choice(texts)} for _ in range(rng.randint(2, 5)) for who in ("human", "gpt")
-            ]
-            record = {"id": str(row), "image": f"coco/{rng.randrange(350_000):012d}.jpg", "conversations": turns}
-            if row % 16:
-                turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            else:
-                del record["image"]
-            handle.write(("[" if row == 0 else ",\n") + json.dumps(record, indent=2))
-        handle.write("]")
+ROOT = Path(__file__).parents[1]
+TINY = ("llm=tiny", "encoder=tiny", "trainer=cpu", "trainer.max_steps=2", "trainer.val_check_interval=2")
 
 
-def main(num_rows: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "llava.json")
-        write(file, num_rows)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        train = Instruct(split="train", annotations=file, images=folder)
-        one = time.perf_counter()
-        val = Instruct(split="val", annotations=file, images=folder)
-        val.outline(0)
-        two = time.perf_counter()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        size = file.stat().st_size
-    print(f"rows {num_rows:,} ({len(train):,} train, {len(val):,} val) in {size / 1e6:,.0f} MB")
-    print(f"seconds to the train split {one - start:.1f}, then to a sample of val {two - one:.1f}")
-    print(f"MB of peak memory {peak / 1024:,.0f}, of which before {before / 1024:,.0f}")
+def until(text: str | None, *options: str) -> float:
+    """Seconds until `train.py` prints `text`, or until it ends."""
+    start = time.perf_counter()
+    command = [sys.executable, "-u", "train.py", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if text is not None and text in line:
+                spent = time.perf_counter() - start
+                process.kill()
+                return spent
+        if process.wait() or text is not None:
+            raise RuntimeError(f"train.py {' '.join(options)} ended without {text!r}")
+    return time.perf_counter() - start
+
+
+def compare(*, turns: int) -> dict[str, float]:
+    found: dict[str, list[float]] = {"--help": [], "first step of tiny": [], "tiny run": []}
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory() as folder:
+            found["--help"].append(until(None, "--help"))
+            found["first step of tiny"].append(until("step 1/2", *TINY, f"run_dir={folder}/first"))
+            found["tiny run"].append(until(None, *TINY, f"run_dir={folder}/whole"))
+    return {name: median(times) for name, times in found.items()}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 665_000)
+    for name, seconds in compare(turns=int(os.environ.get("TURNS", "5"))).items():
+        print(f"{name:<20}{seconds:6.2f} s")

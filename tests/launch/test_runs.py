@@ -335,7 +335,9 @@ def test_threads_and_workers_are_printed(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert train(*QUICK, "data.num_workers=1", f"run_dir={tmp_path / 'run'}") == 0
-    assert "\nCPU: 2 threads for the model, 1 data worker (data.num_workers)\n" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "\nCPU: 2 threads for the model, 1 data worker (data.num_workers)\n" in printed
+    assert "\nperf: attention=blocks padding=none\n" in printed
 
 
 @pytest.mark.slow

@@ -25,11 +25,13 @@ from vlm.training.run import CONSOLE
 class Progress(pl.Callback):
     """Shows a bar in a terminal; otherwise prints a line at the first, at every logged and at the last step."""
 
-    def on_fit_start(self, trainer: Any, module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
         if not trainer.is_global_zero:
             return
         if isinstance(trainer.datamodule, VLMDataModule):
             CONSOLE.print(threads_and_workers(trainer))
+            if choices := module.model.speed_choices:
+                CONSOLE.print("perf: " + " ".join(f"{name}={choice}" for name, choice in choices.items()))
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),

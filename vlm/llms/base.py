@@ -96,6 +96,11 @@ class LanguageModel(nn.Module, ABC):
         """Replace PyTorch's attention where there is a faster one for this model and machine."""
 
     @property
+    def attention(self) -> str:
+        """Transformers' name of the implementation in use."""
+        return str(self.model.config._attn_implementation)
+
+    @property
     def joins_rows(self) -> bool:
         """Whether a batch is faster as one row of several samples, which has no padding."""
         return False

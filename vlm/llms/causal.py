@@ -44,7 +44,7 @@ class CausalLM(LanguageModel):
 
     @property
     def joins_rows(self) -> bool:
-        return bool(self.model.config._attn_implementation == attention.NAME)
+        return self.attention == attention.NAME
 
     def forward(
         self,

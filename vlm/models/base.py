@@ -38,6 +38,7 @@ class Model(nn.Module, ABC):
         chat_template: name of a built-in template of vlm/text/templates.py; None is the tokenizer's own.
         max_answers: largest number of answers in a row; None is no limit.
         num_positions: largest number of tokens of a row, with its answer; None is no limit.
+        speed_choices: what is printed as `perf:` at the start of a run, such as the implementation of attention.
         quantization: of the frozen weights, `none` or an option of `llm.quantization`.
     """
 
@@ -52,6 +53,11 @@ class Model(nn.Module, ABC):
     max_answers: int | None = None
     num_positions: int | None = None
     quantization: str = "none"
+
+    @property
+    def speed_choices(self) -> Mapping[str, str]:
+        return {}
+
     feature_cache: Callable[[Tensor, Sequence[bytes]], Tensor] | None = None
 
     @classmethod

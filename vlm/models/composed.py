@@ -103,6 +103,11 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         """The batch as a single row, where the LLM computes that faster; layers with visual tokens keep its rows."""
         return batch.in_one_row() if self.llm.joins_rows and self.connector.fusion == "tokens" else batch
 
+    @property
+    def speed_choices(self) -> Mapping[str, str]:
+        padding = "none" if self.llm.joins_rows and self.connector.fusion == "tokens" else "computed"
+        return {"attention": self.llm.attention, "padding": padding}
+
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
         return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V

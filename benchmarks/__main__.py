@@ -1,0 +1,181 @@
+"""Runs the speed benchmarks, and writes benchmarks/results.json and the table of docs/speed.md.
+
+    python -m benchmarks [align] [lora] [mixed] [generate] [growth] [startup] [default] [busy]
+
+A benchmark that is not named keeps its earlier result. `TURNS=5` is how often each way is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import busy, generating, growth, startup, training_step
+from benchmarks.turns import Timing
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "speed.md"
+BEGIN, END = "<!-- results: python -m benchmarks -->\n", "<!-- end of the results -->\n"
+TURNS = int(os.environ.get("TURNS", "5"))
+
+
+def peak_flops() -> float:
+    """Operations a second of a large bfloat16 matrix product, the best of ten."""
+    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / min(times)
+
+
+def flops(name: str) -> int:
+    """Operations of the matrix products, attention and convolutions of this project's align step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    work = training_step.with_lightning(name)
+    next(work)
+    with FlopCounterMode(display=False) as counter:
+        next(work)
+    return int(counter.get_total_flops())
+
+
+def of_timings(timings: dict[str, Timing], pieces: int = 1) -> dict[str, Any]:
+    first = next(iter(timings.values()))
+    return {
+        name: {
+            "seconds": timing.seconds / pieces,
+            "cpu_seconds": median(timing.cpu) / pieces,
+            "memory_gb": timing.memory_gb,
+            "ratio": timing.seconds / first.seconds,
+            "turns": len(timing.wall),
+        }
+        for name, timing in timings.items()
+    }
+
+
+def of_step(name: str) -> dict[str, Any]:
+    work = training_step.workload(name)
+    return of_timings(training_step.compare(name, turns=TURNS), work.num_steps)
+
+
+def of_default() -> dict[str, Any]:
+    """Seconds of a step of the default run and of the stages of the recipe."""
+    found: dict[str, Any] = {}
+    for name, options in {"default": (), "shapes_align_instruct": ("experiment=shapes_align_instruct",)}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "train.py", *options, "seed=0", f"run_dir={folder}/run"]
+            start = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            found[name] = {"seconds": time.perf_counter() - start}
+            for file in sorted(Path(folder).rglob("metrics.json")):
+                figures = json.loads(file.read_text())
+                stage = "" if file.parent.name == "run" else f"{file.parent.name} "
+                found[name] |= {
+                    f"{stage}{key}": figures[key]
+                    for key in ("perf/step_seconds", "time/fit_seconds", "val/exact_match", "val/visual_gain")
+                    if key in figures
+                }
+    return found
+
+
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "align": lambda: of_step("align"),
+    "lora": lambda: of_step("lora"),
+    "mixed": lambda: of_step("mixed"),
+    "generate": lambda: of_timings(generating.compare(turns=TURNS)),
+    "growth": lambda: growth.compare(turns=TURNS),
+    "startup": lambda: startup.compare(turns=TURNS),
+    "default": of_default,
+    "busy": lambda: {
+        name: {"alone": alone, "busy": beside}
+        for name, (alone, beside) in busy.compare(turns=max(2, TURNS // 2)).items()
+    },
+}
+TITLES = {
+    "align": "An align step: 8 rows of one image (196 visual tokens) and 64 tokens, 48 supervised",
+    "lora": "The same with LoRA, r = 16, on all linear layers",
+    "mixed": "LoRA on rows of 16 to 512 tokens with none, one or two images; `Trainer` groups them by length",
+    "generate": "64 images, one question, 32 new tokens, batches of 16",
+}
+
+
+def tables(content: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    machine, results = content["machine"], content["results"]
+    lines = [f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, Transformers "
+             f"{machine['transformers']}; medians of {machine['turns']} turns. A large bfloat16 product runs at "
+             f"{machine['peak_gflops']:,.0f} GFLOP/s.\n"]  # fmt: skip
+    lines += ["| work | way | seconds | times ours | peak memory, GB |", "|---|---|---:|---:|---:|"]
+    for name, title in TITLES.items():
+        for way, row in results.get(name, {}).items():
+            figures = f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['memory_gb']:.2f}"
+            lines.append(f"| {title} | {'this project' if way == 'vlm' else way} | {figures} |")
+            title = ""
+    if "share_of_peak" in machine:
+        lines.append(f"\nThe align step computes at {machine['share_of_peak']:.0%} of that speed.")
+    if growth_rows := results.get("growth"):
+        lines += ["\n| when it doubles | time grows by | memory grows by |", "|---|---:|---:|"]
+        names = {"T": "text tokens", "K": "visual tokens", "B": "rows", "V": "vocabulary"}
+        for name, row in growth_rows.items():
+            values = f"{names[name]} ({row['values'][0]:,} to {row['values'][-1]:,})"
+            lines.append(f"| {values} | {2 ** row['time_exponent']:.2f} | {2 ** row['memory_exponent']:.2f} |")
+    if "startup" in results:
+        lines += ["\n| start | seconds |", "|---|---:|"]
+        lines += [f"| {name} | {seconds:.1f} |" for name, seconds in results["startup"].items()]
+    if "busy" in results:
+        lines += ["\n| waiting threads | tokens/s alone | beside two busy processes |", "|---|---:|---:|"]
+        lines += [f"| {name} | {row['alone']:.0f} | {row['busy']:.0f} |" for name, row in results["busy"].items()]
+    if "default" in results:
+        lines += ["\n| run | figure | value |", "|---|---|---:|"]
+        for name, row in results["default"].items():
+            lines += [f"| {name} | {key} | {value:.2f} |" for key, value in row.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - BENCHMARKS.keys():
+        raise SystemExit(f"there is no benchmark {min(unknown)}; choose from {', '.join(BENCHMARKS)}")
+    content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": {}, "results": {}}
+    peak = peak_flops()
+    content["machine"] |= {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "turns": TURNS,
+        "peak_gflops": peak / 1e9,
+    }
+    for name in names or list(BENCHMARKS):
+        print(f"{name} …", flush=True)
+        content["results"][name] = BENCHMARKS[name]()
+        if name == "align":
+            seconds = content["results"][name]["vlm"]["seconds"]
+            content["machine"]["share_of_peak"] = flops(name) / seconds / peak
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+        page = PAGE.read_text()
+        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{tables(content)}\n{END}{after}")
+    print(tables(content))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
