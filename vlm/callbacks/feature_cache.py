@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def store_folder(model: Any, manifest: Mapping[str, Any], *, precision: str) -> 
         "options": manifest["parts"].get(name),
         "config": manifest["bases"].get(name, {}).get("config"),
         "precision": precision,
+        "libraries": {library: version(library) for library in ("timm", "transformers")},  # they hold the forward pass
     }
     number = hashed(json.dumps(identity, sort_keys=True, default=str))
     return cache_folder() / "features" / f"{type(part).__name__}-{number}"

@@ -31,7 +31,8 @@ class Model(nn.Module, ABC):
             group of the same name.
         pretrained: the parts with pretrained weights. An artifact names them and does not load on others.
         layer_decay_part: the part to which `stage.layer_decay` applies, if any.
-        feature_part: the part whose features of an image depend on it alone, so that they can be cached, if any.
+        feature_part: the encoder (`grid`, `width`, `image_size`) whose features can be cached, if any; those of an
+            image depend on this image alone.
         feature_cache: gives the features in place of that part, for batches with `image_keys`; None without a cache.
         root_methods: methods besides `forward` that use several parts; sharding needs their names.
         tokenizer: of the LLM or text encoder.
