@@ -54,12 +54,11 @@ class Model(nn.Module, ABC):
     max_answers: int | None = None
     num_positions: int | None = None
     quantization: str = "none"
+    feature_cache: Callable[[Tensor, Sequence[bytes]], Tensor] | None = None
 
     @property
     def speed_choices(self) -> Mapping[str, str]:
         return {}
-
-    feature_cache: Callable[[Tensor, Sequence[bytes]], Tensor] | None = None
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:
