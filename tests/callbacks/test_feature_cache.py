@@ -95,7 +95,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["stage=vision_tune"], r"cache=off: the encoder is trained \(stage\.encoder\)"),
         (["data.augment={crop:0.5}"], r"cache=off: data\.augment changes an image each time it is read"),
-        (["data.feature_cache=auto", "data.num_train=1000"], r"cache=off: the run reads 0\.008 epochs, so no image .*"),
+        (["data.feature_cache=auto", "data.num_train=1000"], r"cache=off: the run reads at most one epoch, so no .*"),
         (
             ["data.feature_cache=auto", "data.num_train=4"],
             r"cache=off: it would save -?0 s, less than 60 s \([0-9.]+ MB of features, 0% .*",

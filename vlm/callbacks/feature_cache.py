@@ -149,7 +149,7 @@ class FeatureCache(pl.Callback):
         epochs = data.epochs(trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size)
         self._store = self._open(trainer, model)
         if is_auto and epochs <= 1 and not len(self._store):
-            return False, f"the run reads {epochs:.2g} epochs, so no image twice, and no features are stored"
+            return False, "the run reads at most one epoch, so no image twice, and no features are stored"
         samples = data.some_image_keys()
         keys = [key for of_sample in samples for key in of_sample]
         if not keys:
