@@ -42,14 +42,14 @@ def peak_flops() -> float:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / min(times)
 
 
-def flops(name: str) -> int:
+def flops_of_align() -> int:
     """Operations of the matrix products, attention and convolutions of this project's align step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    work = training_step.with_lightning(name)
-    next(work)
-    with FlopCounterMode(display=False) as counter:
-        next(work)
+    (batch,) = training_step.batches_of(training_step.workload("align"))
+    model = training_step.ours()
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        training_step.LanguageModeling()(model, batch).sums["lm_loss"].backward()
     return int(counter.get_total_flops())
 
 
@@ -117,16 +117,18 @@ def tables(content: dict[str, Any]) -> str:
     """The results in Markdown."""
     machine, results = content["machine"], content["results"]
     lines = [f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, Transformers "
-             f"{machine['transformers']}; medians of {machine['turns']} turns. A large bfloat16 product runs at "
+             f"{machine['transformers']}; medians. A large bfloat16 product runs at "
              f"{machine['peak_gflops']:,.0f} GFLOP/s.\n"]  # fmt: skip
-    lines += ["| work | way | seconds | times ours | peak memory, GB |", "|---|---|---:|---:|---:|"]
+    lines += ["| work | way | turns | seconds | times ours | peak memory, GB |", "|---|---|---:|---:|---:|---:|"]
     for name, title in TITLES.items():
         for way, row in results.get(name, {}).items():
-            figures = f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['memory_gb']:.2f}"
+            figures = f"{row['turns']} | {row['seconds']:.2f} | {row['ratio']:.2f} | {row['memory_gb']:.2f}"
             lines.append(f"| {title} | {'this project' if way == 'vlm' else way} | {figures} |")
             title = ""
     if "share_of_peak" in machine:
-        lines.append(f"\nThe align step computes at {machine['share_of_peak']:.0%} of that speed.")
+        lines.append(
+            f"\nThe align step computes at {machine['share_of_peak']:.0%} of that speed ({machine['tflop']:.2f} TFLOP)."
+        )
     if growth_rows := results.get("growth"):
         lines += ["\n| when it doubles | time grows by | memory grows by |", "|---|---:|---:|"]
         names = {"T": "text tokens", "K": "visual tokens", "B": "rows", "V": "vocabulary"}
@@ -135,7 +137,7 @@ def tables(content: dict[str, Any]) -> str:
             lines.append(f"| {values} | {2 ** row['time_exponent']:.2f} | {2 ** row['memory_exponent']:.2f} |")
     if "startup" in results:
         lines += ["\n| start | seconds |", "|---|---:|"]
-        lines += [f"| {name} | {seconds:.1f} |" for name, seconds in results["startup"].items()]
+        lines += [f"| {name} | {seconds:.2f} |" for name, seconds in results["startup"].items()]
     if "busy" in results:
         lines += ["\n| waiting threads | tokens/s alone | beside two busy processes |", "|---|---:|---:|"]
         lines += [f"| {name} | {row['alone']:.0f} | {row['busy']:.0f} |" for name, row in results["busy"].items()]
@@ -161,7 +163,6 @@ def main(names: list[str]) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "turns": TURNS,
         "peak_gflops": peak / 1e9,
     }
     for name in names or list(BENCHMARKS):
@@ -169,7 +170,8 @@ def main(names: list[str]) -> None:
         content["results"][name] = BENCHMARKS[name]()
         if name == "align":
             seconds = content["results"][name]["vlm"]["seconds"]
-            content["machine"]["share_of_peak"] = flops(name) / seconds / peak
+            content["machine"]["tflop"] = flops_of_align() / 1e12
+            content["machine"]["share_of_peak"] = content["machine"]["tflop"] * 1e12 / seconds / peak
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
         page = PAGE.read_text()
         before, after = page.partition(BEGIN)[0], page.partition(END)[2]

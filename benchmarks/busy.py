@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "GOMP_SPINCOUNT=300000": {"GOMP_SPINCOUNT": "300000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},

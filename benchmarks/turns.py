@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 # Does one piece of work at each `next` and yields what must agree between the ways, such as a loss.
-Way = Callable[[], Iterator[float]]
+Way = Callable[[], Iterator[Any]]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Timing:
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
     memory_gb: float = 0.0
 
     @property
@@ -65,7 +65,7 @@ def print_table(name: str, timings: dict[str, Timing], *, pieces: int = 1) -> No
     for way, timing in timings.items():
         print(
             f"{name:<10}{way:<14}{timing.seconds / pieces:8.2f} s{timing.seconds / first.seconds:7.2f} x"
-            f"{median(timing.cpu) / pieces:8.2f} s of CPU{timing.memory_gb:7.2f} GB   value {timing.values[0]:.4f}"
+            f"{median(timing.cpu) / pieces:8.2f} s of CPU{timing.memory_gb:7.2f} GB"
         )
 
 

@@ -44,8 +44,14 @@ def test_the_page_of_a_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     # 3 curves have no visual gain; val/loss and exact match against 3 costs.
     assert re.findall(r'font-weight="600"[^>]*>([^<]+)<', page) == [
         *("train/loss", "val/loss"),
-        *(f"val/loss against {cost}" for cost in ("trainable parameters", "visual tokens", "seconds per step")),
-        *(f"val/exact_match against {cost}" for cost in ("trainable parameters", "visual tokens", "seconds per step")),
+        *(
+            f"val/loss against {cost}"
+            for cost in ("trainable parameters", "visual tokens in the input", "seconds per step")
+        ),
+        *(
+            f"val/exact_match against {cost}"
+            for cost in ("trainable parameters", "visual tokens in the input", "seconds per step")
+        ),
     ]
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")

@@ -44,7 +44,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 def test_the_table_of_runs_has_what_differs(tmp_path: Path) -> None:
     write_sweep(tmp_path, {"mlp": [0.5], "linear": [0.6]})
     table = table_of_runs(Comparison(read_runs([tmp_path])))
-    costs = ["trainable parameters", "visual tokens", "seconds per step"]
+    costs = ["trainable parameters", "visual tokens in the input", "seconds per step"]
     score = "val/exact_match (n 128, constant 0.250)"
     assert list(table.headings) == ["connector", "status", "val/loss", score, *costs]  # llm=tiny is that of all
     assert list(table.rows[0]) == ["mlp", "finished", "0.500", "0.500", "3,000", "64", "0.100"]

@@ -216,13 +216,13 @@ def report_lost_process(record: logging.LogRecord) -> bool:
 
 
 def sleep_early() -> None:
-    """Have GNU OpenMP's threads sleep after some 300 µs of waiting; a setting of the user's own stands.
+    """Have GNU OpenMP's threads sleep after some 60 µs of waiting; a setting of the user's own stands.
 
     They would check for milliseconds whether the next work has come. Where something else has their core meanwhile (a
     data worker, another run), a step took several times as long (docs/log.md). Call it before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _sections_with(key: str, cfg: Any) -> list[str]:

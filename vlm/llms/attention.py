@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,8 +85,9 @@ class BlockAttention(torch.autograd.Function):
         views = zip(*(_samples(each, ends) for each in (query, key, value, output.transpose(1, 2))), strict=True)
         for q, k, v, out in views:  # S H L E, S G L E, S G L E, S H L E: S samples of length L
             q, out = q.unflatten(1, (-1, group)), out.unflatten(1, (-1, group))  # S G R L E
-            for rows, columns, hidden in _blocks(q.shape[3], window, q):
+            for rows, columns in _blocks(q.shape[3], window):
                 scores = _product(q[..., rows, :], k[..., columns, :].mT)  # S G R n m
+                hidden = _hidden(rows.start - columns.start, *scores.shape[3:], window, scores.dtype)  # n m
                 p = torch.softmax(scores.add_(hidden), -1)  # S G R n m
                 out[..., rows, :] = _product(p, v[..., columns, :])
                 probabilities.append(p)
@@ -103,7 +105,7 @@ class BlockAttention(torch.autograd.Function):
         blocks = iter(probabilities)
         for q, k, v, do, dq, dk, dv in views:
             q, do, dq = (each.unflatten(1, (-1, group)) for each in (q, do, dq))  # S G R L E
-            for rows, columns, _ in _blocks(q.shape[3], ctx.window, q):
+            for rows, columns in _blocks(q.shape[3], ctx.window):
                 p, do_rows = next(blocks), do[..., rows, :]
                 dv[..., columns, :] += _product_over_rows(p, do_rows)
                 dp = _product(do_rows, v[..., columns, :].mT)  # S G R n m
@@ -123,16 +125,21 @@ def _samples(tensor: Float[Tensor, "b h t e"], ends: tuple[int, ...]) -> Iterato
         yield from tensor.split(lengths, dim=2)  # each B H L E
 
 
-def _blocks(length: int, window: int | None, like: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each block of queries: its positions, those of its keys, and what hides later keys in the scores."""
+def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """For each block of queries: its positions, and those of the keys that it may attend to."""
     number = max(1, round(length / BLOCK))
     for block in range(number):
         start, end = block * length // number, (block + 1) * length // number
         first = 0 if window is None else max(0, start + 1 - window)
-        distance = torch.arange(start, end)[:, None] - torch.arange(first, end)  # n m
-        visible = (distance >= 0) & (distance < (window or length))
-        hidden = like.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))  # n m
-        yield slice(start, end), slice(first, end), hidden
+        yield slice(start, end), slice(first, end)
+
+
+@lru_cache(maxsize=64)  # all layers need the same ones
+def _hidden(shift: int, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """-inf at the keys that come after a query, or are out of its window, else 0; the first query is key `shift`."""
+    distance = shift + torch.arange(num_queries)[:, None] - torch.arange(num_keys)  # n m
+    visible = (distance >= 0) & (distance < (window or shift + num_queries))
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
 def _product(a: Float[Tensor, "s g r n x"], b: Float[Tensor, "s g x y"]) -> Float[Tensor, "s g r n y"]:

@@ -17,7 +17,7 @@ from vlm.training.results import names_beside
 MAX_BYTES = 2**28  # of a file
 COSTS = {
     "params/trainable": "trainable parameters",
-    "visual_tokens": "visual tokens",
+    "visual_tokens": "visual tokens in the input",
     "perf/step_seconds": "seconds per step",
 }
 LOWER_IS_BETTER = ("loss", "forgetting", "nats")  # words in the names of figures
