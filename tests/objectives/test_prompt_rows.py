@@ -75,7 +75,9 @@ def test_prompts_give_the_losses_of_conversations(tmp_path: Path) -> None:
     assert [step for step, _ in prompts] == [step for step, _ in whole] == [1, 2, 2, 3, 4, 4]
     for (_, figures), (_, expected) in zip(prompts, whole, strict=True):
         shared = [name for name in expected if "loss" in name or name in ("val/visual_gain", "train/grad_norm")]
-        assert {name: figures[name] for name in shared} == pytest.approx({n: expected[n] for n in shared}, rel=1e-4)
+        right = {name: expected[name] for name in shared}
+        # The gain is a difference of 5e-5 between losses of 5.8, each of which is rounded to 5e-7.
+        assert {name: figures[name] for name in shared} == pytest.approx(right, rel=1e-4, abs=2e-6)
     trained = [figures for _, figures in prompts if "train/loss" in figures]
     assert [figures["train/likeliest"] for figures in trained] == [1.0] * 4
     assert trained[-1]["train/loss"] < 0.9 * trained[0]["train/loss"]
