@@ -99,14 +99,17 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             with self.connector.attending_to(visual, batch):
                 yield embeds
 
+    @property
+    def joins_rows(self) -> bool:
+        """Whether the LLM computes a batch as one row; its layers with visual tokens need the rows."""
+        return bool(self.llm.joins_rows and self.connector.fusion == "tokens")
+
     def without_padding(self, batch: Batch) -> Batch:
-        """The batch as a single row, where the LLM computes that faster; layers with visual tokens keep its rows."""
-        return batch.in_one_row() if self.llm.joins_rows and self.connector.fusion == "tokens" else batch
+        return batch.in_one_row() if self.joins_rows else batch
 
     @property
     def speed_choices(self) -> Mapping[str, str]:
-        padding = "none" if self.llm.joins_rows and self.connector.fusion == "tokens" else "computed"
-        return {"attention": self.llm.attention, "padding": padding}
+        return {"attention": self.llm.attention, "padding": "none" if self.joins_rows else "computed"}
 
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
