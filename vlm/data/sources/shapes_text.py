@@ -101,7 +101,7 @@ QUESTIONS: dict[str, dict[str, Callable[..., tuple[str, str]]]] = {
             _en_yes(a),
         ),
         "colour": lambda s, c: (f"What colour is the {s}?", c),
-        "position": lambda s, c, row, column: (f"Where is the {c} {s}?", EN_CELLS[row][column]),
+        "position": lambda s, c, cell: (f"Where is the {c} {s}?", EN_CELLS[cell[0]][cell[1]]),
         "comparison": lambda a, b, answer: (f"Are there more {a}s than {b}s?", _en_yes(answer)),
         "relation": lambda a, way, b, answer: (
             f"Is the {a[1]} {a[0]} {'left of' if way == 'left' else 'above'} the {b[1]} {b[0]}?",
@@ -112,7 +112,7 @@ QUESTIONS: dict[str, dict[str, Callable[..., tuple[str, str]]]] = {
         "count": lambda s, c, n: (f"{_ja_kind(s, c)}はいくつありますか。", str(n)),
         "existence": lambda s, c, a: (f"{_ja_kind(s, c)}はありますか。", _ja_yes(a)),
         "colour": lambda s, c: (f"{JA_SHAPES[s]}は何色ですか。", JA_COLORS[c].rstrip("いの")),
-        "position": lambda s, c, row, column: (f"{_ja_kind(s, c)}はどこにありますか。", JA_CELLS[row][column]),
+        "position": lambda s, c, cell: (f"{_ja_kind(s, c)}はどこにありますか。", JA_CELLS[cell[0]][cell[1]]),
         "comparison": lambda a, b, answer: (
             f"{JA_SHAPES[a]}は{JA_SHAPES[b]}より多いですか。",
             _ja_yes(answer),
