@@ -57,8 +57,10 @@ FILES = {
 
 def of_answers(*types: str) -> set[str]:
     """The metrics of generated answers to questions of these types."""
-    of_type = {f"val/{name}/{type_}" for name in ("accuracy", "accuracy_constant", "num_answers") for type_ in types}
-    return {"val/exact_match", "val/exact_match_constant", "val/num_answers", *of_type}
+    beside = ("", "_constant", "_no_image", "_low", "_high")
+    of_type = {f"val/accuracy{name}/{type_}" for name in beside for type_ in types}
+    of_type |= {f"val/num_answers/{type_}" for type_ in types}
+    return {"val/num_answers", *(f"val/exact_match{name}" for name in beside), *of_type}
 
 
 METRICS = {  # in metrics.json of a run on captions

@@ -39,6 +39,8 @@ def test_results_have_counts_metrics_and_the_best_constant_answer(tmp_path: Path
         "accuracy/color": (0.333333, "red"),
         "accuracy/yes": (1, "yes"),
     }
+    # "red" for colors and "yes" for the other question are right in two of four.
+    assert results["best_without_image"] == {"exact_match": 0.5, "accuracy/color": 0.333333, "accuracy/yes": 1}
     assert results["prompt"] == "<image>\n{question}"
     assert results["generation"] == {"method": "generate", "max_new_tokens": 16}
     records = read(tmp_path / "squares" / "samples.jsonl")

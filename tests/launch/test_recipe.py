@@ -113,8 +113,9 @@ def test_a_finished_recipe_runs_nothing_again(cooked, commands, capfd: pytest.Ca
     assert [cell.strip() for cell in rows["text/forgetting"]] == ["", "0.250"]
     result = json.loads((root / "recipe.json").read_text())
     by_type = {name for name in result["stages"][1]["eval"] if name.startswith("val/accuracy/")}
+    by_type |= {name.replace("accuracy", other) for name in by_type for other in ("accuracy_no_image", "num_answers")}
     by_type |= {name for name in result["stages"][1]["metrics"] if name.startswith("text/")}
-    shown = {"val/loss", "val/visual_gain", "val/exact_match", "val/exact_match_constant"}
+    shown = {"val/loss", "val/visual_gain", "val/exact_match", "val/exact_match_no_image", "val/num_answers"}
     assert rows.keys() == {"on its own data", "on data.task=instruct"} | shown | by_type
     assert [float(cell) for cell in rows["val/loss"]] == [round(s["eval"]["val/loss"], 3) for s in result["stages"]]
 

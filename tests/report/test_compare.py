@@ -59,13 +59,21 @@ def test_scores_by_type_have_a_table_of_their_own(tmp_path: Path) -> None:
             "accuracy/x": {"value": value, "low": 0.1, "high": 0.9, "n": 9},
         }
         constants = {"accuracy/x": {"value": 0.75}}
-        write_results(tmp_path / f"connector={name}", "gqa", metrics, headline="accuracy", best_constant=constants)
+        best = {"best_constant": constants, "best_without_image": {"accuracy/x": 0.875}}
+        write_results(tmp_path / f"connector={name}", "gqa", metrics, headline="accuracy", **best)
     comparison = Comparison(read_runs([tmp_path]))
     assert [name for name in comparison.qualities if "gqa" in name] == ["gqa: accuracy"]
     (table,) = tables_of_scores(comparison)
-    assert list(table.headings) == ["metric", "n", "best constant", "connector=mlp", "connector=linear"]
-    assert list(table.rows[0]) == ["accuracy", "90", "-", "0.300 ± 0.141", "0.500"]
-    assert list(table.rows[1]) == ["accuracy/x", "9", "0.750", "0.300 ± 0.141", "0.500 [0.100, 0.900]"]
+    assert list(table.headings) == [
+        "metric",
+        "n",
+        "best constant",
+        "best without image",
+        "connector=mlp",
+        "connector=linear",
+    ]
+    assert list(table.rows[0]) == ["accuracy", "90", "-", "-", "0.300 ± 0.141", "0.500"]
+    assert list(table.rows[1]) == ["accuracy/x", "9", "0.750", "0.875", "0.300 ± 0.141", "0.500 [0.100, 0.900]"]
 
 
 def test_runs_that_no_sweep_made_differ_by_their_config(tmp_path: Path) -> None:

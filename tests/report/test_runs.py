@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.reports import write_results, write_run, write_sweep
 from vlm.report import jobs
 from vlm.report.runs import Score, read_runs
+from vlm.report.tables import Comparison, tables
 
 
 def test_jobs_are_in_the_order_of_the_sweep_and_failed_ones_are_there(tmp_path: Path) -> None:
@@ -56,9 +57,20 @@ def test_scores_by_type_of_the_validation_answers(tmp_path: Path) -> None:
         **{f"val/exact_match_constant{kind}": 0.1 for kind in ("", "/count", "/color")},
         **{f"val/num_answers{kind}": value for kind, value in {"": 64, "/count": 32, "/color": 32}.items()},
     )
-    (run,) = read_runs([tmp_path])
+    (run,) = read_runs([tmp_path])  # of an earlier version, without intervals
     assert run.scores == {"val/exact_match": Score(0.5, 64, 0.1)}
     assert run.details["validation"]["val/exact_match/count"] == Score(0.2, 32, 0.1)
+
+
+def test_a_score_has_its_interval_and_the_best_answers_without_the_image(tmp_path: Path) -> None:
+    beside = {"constant": 0.1, "no_image": 0.2, "low": 0.4, "high": 0.6}
+    metrics = {f"val/exact_match_{name}": value for name, value in beside.items()}
+    write_run(tmp_path, **{"val/exact_match": 0.5, "val/num_answers": 64}, **metrics)
+    (run,) = read_runs([tmp_path])
+    assert run.scores == {"val/exact_match": Score(0.5, 64, 0.1, 0.4, 0.6, 0.2)}
+    (table,) = tables(Comparison([run]))
+    assert "val/exact_match (n 64, without image 0.200)" in table.headings
+    assert "0.500 [0.400, 0.600]" in table.rows[0]
 
 
 def test_a_killed_run_is_unfinished_and_its_cut_line_is_left_out(tmp_path: Path) -> None:

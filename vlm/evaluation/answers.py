@@ -1,4 +1,4 @@
-"""Scores of generated answers to the prompts of the validation split, beside that of the best constant answer."""
+"""Scores of generated answers to validation prompts, beside what the best answers without the image get."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vlm import files
 from vlm.evaluation.base import Context, Evaluator
+from vlm.evaluation.intervals import wilson
 from vlm.evaluation.scorers.base import Scorer, references
+from vlm.evaluation.without_image import Asked, given_question
 from vlm.models.base import Generates
 from vlm.ranges import BatchSize, Range, Samples
 from vlm.schema import Sample
@@ -23,8 +25,10 @@ MAX_CONSTANTS = 100  # references that are tried as the constant answer
 class Answers(Evaluator):
     """`val/<score>`, the mean score of generated answers, and `val/<score>/<type>` if the source has types.
 
-    `val/num_answers` is the number of answers, and `val/<score>_constant` the score of the best constant answer, i.e.
-    what a model gets that ignores image and question. Both are also there per type.
+    Beside each of them are `val/num_answers`, the number of answers; `val/<score>_low` and `val/<score>_high`, Wilson's
+    95 % interval; `val/<score>_constant`, the score of the best constant answer, i.e. what a model gets that ignores
+    image and question; and `val/<score>_no_image`, what a model can get that ignores the image alone (see
+    `vlm.evaluation.without_image`).
 
     Args:
         scorer: scores one answer.
@@ -40,7 +44,7 @@ class Answers(Evaluator):
         self,
         *,
         scorer: Scorer,
-        num_samples: Samples | None = 128,
+        num_samples: Samples | None = 256,
         batch_size: BatchSize = 32,
         max_new_tokens: MaxNewTokens = 64,
     ) -> None:
@@ -50,7 +54,7 @@ class Answers(Evaluator):
     def finish(self, context: Context) -> dict[str, float]:
         indices = context.data.val_indices(self.num_samples)
         samples, self.samples = self.answered(context, indices)  # the same on every rank
-        metrics = mean_scores(self.samples, self.scorer) | constant_scores(samples, self.scorer)
+        metrics = mean_scores(self.samples, self.scorer) | scores_without_image(samples, self.scorer)
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def answered(self, context: Context, indices: Sequence[int]) -> tuple[list[Sample], list[dict[str, Any]]]:
@@ -67,7 +71,7 @@ class Answers(Evaluator):
                     {
                         "id": sample.id,
                         "type": sample.meta.get("type"),
-                        "prompt": "".join(piece.get("text", "") for piece in sample.messages[-2]["content"]),
+                        "prompt": _question(sample),
                         "prediction": prediction.strip(),
                         "reference": references(sample)[0],
                         "score": score,
@@ -78,28 +82,53 @@ class Answers(Evaluator):
 
 
 def mean_scores(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, float]:
-    """The mean score and the number of answers, over all records and per type; empty if there are no records."""
+    """The mean score with its interval and the number of answers, over all records and per type; empty without any."""
     result: dict[str, float] = {}
     for kind, numbers in _groups([record["type"] for record in records]).items():
-        result[_name(scorer, kind)] = sum(records[number]["score"] for number in numbers) / len(numbers)
+        mean = sum(records[number]["score"] for number in numbers) / len(numbers)
+        result[_name(scorer, kind)] = mean
+        result[_name(scorer, kind, "_low")], result[_name(scorer, kind, "_high")] = wilson(mean, len(numbers))
         result[f"num_answers{kind}"] = len(numbers)
     return result
 
 
-def constant_scores(samples: Sequence[Sample], scorer: Scorer) -> dict[str, float]:
-    """The best mean score that one answer to all samples gets, over all samples and per type.
+def scores_without_image(samples: Sequence[Sample], scorer: Scorer) -> dict[str, float]:
+    """The best mean scores of one answer to all, and of answers without the image, over all samples and per type.
 
-    The answers that are tried are the references. Where they are more than `MAX_CONSTANTS` different texts, as captions
-    are, only the most frequent ones are tried.
+    The constant answers that are tried are the references. Where they are more than `MAX_CONSTANTS` different texts, as
+    captions are, only the most frequent ones are tried.
     """
+    groups = _groups([sample.meta.get("type") for sample in samples])
+    constants = {kind: _best_constant([samples[n] for n in numbers], scorer) for kind, numbers in groups.items()}
+    guesses = given_question([_asked(sample) for sample in samples])
+    by_question = [scorer(guess, sample) for guess, sample in zip(guesses, samples, strict=True)]
+    by_type = [0.0] * len(samples)
+    for kind, numbers in groups.items():  # all samples come first, and types replace them
+        for number, score in zip(numbers, constants[kind], strict=True):
+            by_type[number] = score
     result: dict[str, float] = {}
-    for kind, numbers in _groups([sample.meta.get("type") for sample in samples]).items():
-        group = [samples[number] for number in numbers]
-        found = Counter(answer for sample in group for answer in references(sample))
-        tried = (answer for answer, _ in found.most_common(MAX_CONSTANTS))
-        best = max(sum(scorer(answer, sample) for sample in group) for answer in tried)
-        result[_name(scorer, kind, "_constant")] = best / len(group)
+    for kind, numbers in groups.items():
+        constant = sum(constants[kind])
+        best = max(constant, *(sum(scores[number] for number in numbers) for scores in (by_question, by_type)))
+        result[_name(scorer, kind, "_constant")] = constant / len(numbers)
+        result[_name(scorer, kind, "_no_image")] = best / len(numbers)
     return result
+
+
+def _best_constant(samples: Sequence[Sample], scorer: Scorer) -> list[float]:
+    """The scores of the answer that scores best if it is given to all samples."""
+    found = Counter(answer for sample in samples for answer in references(sample))
+    tried = (answer for answer, _ in found.most_common(MAX_CONSTANTS))
+    return max(([scorer(answer, sample) for sample in samples] for answer in tried), key=sum)
+
+
+def _asked(sample: Sample) -> Asked:
+    return Asked(id=sample.id, text=_question(sample), type=sample.meta.get("type"), references=references(sample))
+
+
+def _question(sample: Sample) -> str:
+    """The text of the last user message."""
+    return "".join(piece.get("text", "") for piece in sample.messages[-2]["content"])
 
 
 def _groups(types: Sequence[str | None]) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from vlm import files
 from vlm.evaluation.benchmarks.base import Benchmark, Record
 from vlm.evaluation.intervals import LEVEL, NUM_RESAMPLES, differences, intervals, total
 from vlm.evaluation.respondent import Answer
+from vlm.evaluation.without_image import Asked, given_question
 
 VERSION = 1  # raise it when the same answers would get other figures
 MAX_BYTES = 2**32
@@ -126,7 +127,7 @@ def grouped_sums(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, Map
 
 
 def figures(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, Any]:
-    """Counts, and each metric with its interval and the best value that a constant answer reaches."""
+    """Counts, and each metric with its interval and the best values of one constant answer and without image."""
     groups = grouped_sums(benchmark, found)
     result: dict[str, Any] = {
         "n": len(scored(found)),
@@ -137,7 +138,7 @@ def figures(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, Any]:
     }
     if not groups:
         note = "no answer is scored, because no question has a reference; samples.jsonl has the predictions"
-        return {**result, "note": note, "metrics": {}, "best_constant": {}}
+        return {**result, "note": note, "metrics": {}, "best_constant": {}, "best_without_image": {}}
     measured, sums = intervals(list(groups.values()), benchmark.metrics), total(list(groups.values()))
     result["metrics"] = {
         name: {
@@ -149,6 +150,7 @@ def figures(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, Any]:
     result["headline"] = benchmark.headline
     result["interval"] = f"{LEVEL:.0%} bootstrap over {len(groups)} groups, {NUM_RESAMPLES} resamples"
     result["best_constant"] = best_constants(benchmark, found)
+    result["best_without_image"] = best_without_image(benchmark, found, result["best_constant"])
     return result
 
 
@@ -157,19 +159,52 @@ def best_constants(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, d
 
     Of the answers that `Benchmark.constants` names; a metric of one type of question has a constant of its own.
     """
-    questions = {question.id: question for question in benchmark.questions}
     best: dict[str, dict[str, Any]] = {}
     for constant in benchmark.constants():
-        same = []
-        for record in scored(found):
-            score = benchmark.score(constant, questions[record["id"]])
-            same.append(Record(**{**record, "prediction": constant, "score": score, "correct": score == 1}))
-        for name, value in _values(benchmark, same).items():
-            if name.partition("/")[0] in benchmark.no_scores or math.isnan(value):
-                continue
+        for name, value in _scores(benchmark, found, [constant] * len(scored(found))).items():
             if name not in best or value > best[name]["value"]:
                 best[name] = {"value": value, "answer": constant}
     return {name: {**each, "value": _rounded(each["value"])} for name, each in best.items()}
+
+
+def best_without_image(
+    benchmark: Benchmark, found: Sequence[Record], constants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float | None]:
+    """For each metric that has a best constant answer, the highest value that answers without the image reach.
+
+    These are the constant answers, the best one of each type of question, and what `without_image.given_question` says.
+    """
+    tried = benchmark.constants()
+    if not tried:
+        return {}
+    questions = {question.id: question for question in benchmark.questions}
+    asked = [questions[record["id"]] for record in scored(found)]
+    sums: dict[tuple[str | None, str], float] = defaultdict(float)
+    for question in asked:
+        for answer in tried:
+            sums[question.type, answer] += benchmark.score(answer, question)
+    by_type = {type_: max(tried, key=lambda answer: sums[type_, answer]) for type_ in {q.type for q in asked}}
+    guesses = given_question([Asked(q.id, q.text, q.type, q.references) for q in asked])
+    best = {name: constant["value"] for name, constant in constants.items()}
+    for answers in (guesses, [by_type[question.type] for question in asked]):
+        for name, value in _scores(benchmark, found, answers).items():
+            if name in best:
+                best[name] = max(best[name], _rounded(value))
+    return best
+
+
+def _scores(benchmark: Benchmark, found: Sequence[Record], answers: Sequence[str]) -> dict[str, float]:
+    """The defined metrics, of those that are scores, if these had been the answers to the scored records."""
+    questions = {question.id: question for question in benchmark.questions}
+    changed = []
+    for record, answer in zip(scored(found), answers, strict=True):
+        score = benchmark.score(answer, questions[record["id"]])
+        changed.append(Record(**{**record, "prediction": answer, "score": score, "correct": score == 1}))
+    return {
+        name: value
+        for name, value in _values(benchmark, changed).items()
+        if name.partition("/")[0] not in benchmark.no_scores and not math.isnan(value)
+    }
 
 
 def _values(benchmark: Benchmark, found: Sequence[Record]) -> dict[str, float]:

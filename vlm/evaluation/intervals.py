@@ -1,4 +1,4 @@
-"""Bootstrap intervals of metrics, clustered by group, and paired comparisons (Efron & Tibshirani, 1993).
+"""Bootstrap intervals of metrics, clustered by group, paired comparisons (Efron & Tibshirani, 1993), and Wilson's.
 
 Questions about the same image are not independent, so that whole groups are drawn with replacement. All metrics are
 functions of named sums, so that a resample is a weighted sum of the groups' sums.
@@ -6,6 +6,7 @@ functions of named sums, so that a resample is a weighted sum of the groups' sum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+NORMAL = 1.959964  # the quantile of the normal distribution that leaves LEVEL between it and its negative
 CHUNK = 50  # resamples whose weights are held at once
 
 Metrics = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -33,6 +35,17 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+
+
+def wilson(mean: float, num: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the mean of `num` independent scores of 0 or 1 (Wilson, 1927).
+
+    For scores between 0 and 1 it is too wide rather than too narrow, because their variance is at most mean(1 - mean).
+    """
+    shrunk = 1 + NORMAL**2 / num
+    center = (mean + NORMAL**2 / (2 * num)) / shrunk
+    half = NORMAL / shrunk * math.sqrt(mean * (1 - mean) / num + NORMAL**2 / (4 * num**2))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def intervals(groups: Sequence[Mapping[str, float]], metrics: Metrics, *, seed: int = 0) -> dict[str, Interval]:

@@ -313,7 +313,7 @@ def _key_of(file: Path) -> str | None:
 
 
 def _print(asked: Asked, results: Mapping[str, Any]) -> None:
-    """The metrics as a table, with intervals, and beside them what a constant answer would reach."""
+    """The metrics as a table, with intervals, and beside them what answers without the image would reach."""
     title = f"{asked.name}: {results['n']:,} answers in {results['num_groups']:,} groups"
     rows = []
     compared = results.get("against", {}).get("metrics", {})
@@ -321,11 +321,13 @@ def _print(asked: Asked, results: Mapping[str, Any]) -> None:
         row = [name, str(metric["n"] or ""), *_interval(metric)]
         best = results["best_constant"].get(name)
         row.append(f"{_number(best['value'])} ({best['answer']})" if best else "")
+        row.append(_number(results["best_without_image"][name]) if best else "")
         if name in compared:
             value, interval = _interval(compared[name])
             row.append(f"{value} ({interval}), p {compared[name]['p']:.3f}")
         rows.append(row)
-    headings = ["metric", "n", "value", "95 % interval", "best constant answer", *(["difference"] if compared else [])]
+    headings = ["metric", "n", "value", "95 % interval", "best constant answer", "best without image"]
+    headings += ["difference"] if compared else []
     if rows:
         print_table(title, headings, rows)
     else:

@@ -33,10 +33,10 @@ from vlm.launch.resume import FREE, within
 from vlm.options import check_keys
 from vlm.training import run
 from vlm.training.artifact import write_json
-from vlm.training.results import format_metric
+from vlm.training.results import format_metric, is_score, names_beside
 
 OURS = ("ckpt", "run_dir", "resume", "recipe", "experiment", "debug", "plan")  # a stage in a file cannot set these
-FIGURES = ("val/loss", "val/visual_gain", "val/exact_match", "val/exact_match_constant")
+FIGURES = ("val/loss", "val/visual_gain", "val/exact_match")
 BY_TYPE, TEXT = "val/accuracy/", "text/"
 CONTINUE = "give the same command again to continue there"
 
@@ -269,8 +269,24 @@ def _report(root: Path, stages: Sequence[Stage], cfg: DictConfig) -> None:
 
 
 def _section(table: Table, title: str, figures: Sequence[Mapping[str, float]], kinds: tuple[str, ...]) -> None:
-    """A row a figure: those that every stage has, then those whose names begin with one of `kinds`."""
+    """A row a figure: those that every stage has, then those whose names begin with one of `kinds`.
+
+    A score has its 95 % interval, and below it the best answers without the image and the number of answers.
+    """
     table.add_section()
     table.add_row(Text(title, "bold"))
     for name in (*FIGURES, *sorted({name for each in figures for name in each if name.startswith(kinds)})):
-        table.add_row(name, *(format_metric(each[name]) if name in each else "" for each in figures))
+        table.add_row(name, *(_cell(name, each) for each in figures))
+        if any(is_score(name, each) for each in figures):
+            for other in (names_beside(name).no_image, names_beside(name).num):
+                table.add_row(other, *(_cell(other, each) for each in figures))
+
+
+def _cell(name: str, figures: Mapping[str, float]) -> str:
+    if name not in figures:
+        return ""
+    low, high = (figures.get(each) for each in (names_beside(name).low, names_beside(name).high))
+    if low is None or high is None:
+        value = figures[name]
+        return format_metric(int(value) if "/num_" in name else value)
+    return f"{format_metric(figures[name])} [{low:.3f}, {high:.3f}]"

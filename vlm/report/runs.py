@@ -12,7 +12,7 @@ from typing import Any
 from vlm import files
 from vlm.report.jobs import FILE, Job, read_jobs
 from vlm.training import run, trust
-from vlm.training.results import names_beside
+from vlm.training.results import is_score, names_beside
 
 MAX_BYTES = 2**28  # of a file
 COSTS = {
@@ -27,13 +27,17 @@ IGNORED = ("run_dir", "resume", "plan", "preflight", "logger", "callbacks", "cwd
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of answers, beside what one constant answer would get; the bounds are None where nothing gave them."""
+    """A figure of answers, beside what one constant answer, and the best answers without the image, would get.
+
+    None stands for what an earlier version did not measure.
+    """
 
     value: float
     num: int
     constant: float | None
     low: float | None = None
     high: float | None = None
+    no_image: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,12 +155,12 @@ def read_run(folder: Path, name: str, job: Job | None = None) -> Run:
 
 def _own_scores(metrics: Mapping[str, float]) -> dict[str, Score]:
     """The scores of metrics.json, over all questions and by type: those with a constant beside them."""
-    beside = {name: names_beside(name) for name in metrics}
-    return {
-        name: Score(metrics[name], int(metrics[num]), metrics[constant])
-        for name, (num, constant) in beside.items()
-        if num in metrics and constant in metrics
-    }
+    found = {}
+    for name in metrics:
+        if is_score(name, metrics):
+            num, constant, no_image, low, high = (metrics.get(each) for each in names_beside(name))
+            found[name] = Score(metrics[name], int(num or 0), constant, low, high, no_image)
+    return found
 
 
 def _benchmarks(folder: Path) -> dict[str, tuple[str, dict[str, Score]]]:
@@ -171,7 +175,8 @@ def _benchmarks(folder: Path) -> dict[str, tuple[str, dict[str, Score]]]:
             if "value" in numbers:
                 best = _numbers((content.get("best_constant") or {}).get(name)).get("value")
                 num = int(numbers.get("n", _numbers(content).get("n", 0)))
-                scores[name] = Score(numbers["value"], num, best, numbers.get("low"), numbers.get("high"))
+                no_image = _numbers(content.get("best_without_image")).get(name)
+                scores[name] = Score(numbers["value"], num, best, numbers.get("low"), numbers.get("high"), no_image)
         if scores:
             headline = content.get("headline")
             found[file.parent.name] = (headline if headline in scores else next(iter(scores)), scores)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from vlm.report.compare import SEED, choices, differing, mean_and_spread, paired_difference, short
 from vlm.report.runs import COSTS, Run, Score, is_loss
 
+BESIDE = "Beside a score: its number of answers (n) and the score of the best answers without the image."
 NUM_COLUMNS = 6  # choices in a table of scores, and in that of answers
 
 
@@ -98,7 +99,7 @@ def table_of_runs(comparison: Comparison) -> Table:
         )
     headings = [*([] if parameters else ["run"]), *parameters, "status", *losses, *scored]
     statuses = ", ".join(f"{num} {status}" for status, num in Counter(run.status for run in runs).items())
-    note = " Beside a score: its number of answers (n) and the score of the best constant answer." if scores else ""
+    note = f" {BESIDE}" if scores else ""
     return Table("Runs", [*headings, *(COSTS[name] for name in costs)], rows, f"{statuses}.{note}")
 
 
@@ -157,10 +158,17 @@ def tables_of_scores(comparison: Comparison) -> list[Table]:
             scores = {column: [each[name] for each in given if name in each] for column, given in of_runs.items()}
             everywhere = [score for given in scores.values() for score in given]
             nums = _range([score.num for score in everywhere], "{:,}")
-            constants = _range([score.constant for score in everywhere if score.constant is not None], "{:.3f}")
-            rows.append([name, nums, constants, *map(_mean_score, scores.values())])
+            constants, no_image = (
+                _range([value for score in everywhere if (value := getattr(score, each)) is not None], "{:.3f}")
+                for each in ("constant", "no_image")
+            )
+            rows.append([name, nums, constants, no_image, *map(_mean_score, scores.values())])
         if len(rows) > 1:
-            found.append(Table(f"Scores of {benchmark}", ["metric", "n", "best constant", *shown], rows, note))
+            found.append(
+                Table(
+                    f"Scores of {benchmark}", ["metric", "n", "best constant", "best without image", *shown], rows, note
+                )
+            )
     return found
 
 
@@ -184,17 +192,20 @@ def _figure(value: float | None, name: str = "") -> str:
 
 def _beside(runs: Sequence[Run], name: str) -> set[str]:
     """What stands beside a score in each run that has it."""
-    return {_num_and_constant(run.scores[name]) for run in runs if name in run.scores}
+    return {_num_and_best(run.scores[name]) for run in runs if name in run.scores}
 
 
 def _score(score: Score | None, *, beside: bool) -> str:
     if score is None:
         return "-"
     interval = "" if score.low is None or score.high is None else f" [{score.low:.3f}, {score.high:.3f}]"
-    return f"{score.value:.3f}{interval}{f' ({_num_and_constant(score)})' if beside else ''}"
+    return f"{score.value:.3f}{interval}{f' ({_num_and_best(score)})' if beside else ''}"
 
 
-def _num_and_constant(score: Score) -> str:
+def _num_and_best(score: Score) -> str:
+    """The number of answers, and the score of the best ones without the image; of an earlier version, of a constant."""
+    if score.no_image is not None:
+        return f"n {score.num:,}, without image {score.no_image:.3f}"
     return f"n {score.num:,}" + ("" if score.constant is None else f", constant {score.constant:.3f}")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -58,13 +58,14 @@ def finish(
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Print the metrics in groups, with units; below, the losses that `val/loss` and the visual gain sum.
 
-    A score of answers has its number of answers and the best constant answer beside it, not in lines of their own.
+    A score of answers has its number of answers, its interval and the best answers without the image beside it, not in
+    lines of their own.
     """
     table = Table(title="Result")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("unit")
-    beside = {each for name in metrics if metrics.keys() >= {*names_beside(name)} for each in names_beside(name)}
+    beside = {each for name in metrics if is_score(name, metrics) for each in names_beside(name)}
     left = sorted(metrics.keys() - beside, key=[*FIRST, *metrics].index)
     for prefix, title in GROUPS.items():
         names = [name for name in left if name.startswith(prefix)]
@@ -84,18 +85,40 @@ def _losses(metrics: Iterable[str]) -> list[str]:
     return [name for name in metrics if name.startswith("val/") and is_loss(name.removeprefix("val/"))]
 
 
-def names_beside(score: str) -> tuple[str, str]:
-    """The names of the number of answers that a score is of, and of the score of the best constant answer."""
+class Beside(NamedTuple):
+    """The names of the metrics that stand beside a score.
+
+    They are its number of answers, the score of the best constant answer, that of the best answers without the image,
+    and the bounds of its 95 % interval.
+    """
+
+    num: str
+    constant: str
+    no_image: str
+    low: str
+    high: str
+
+
+def names_beside(score: str) -> Beside:
+    """The names of what stands beside a score. A run of an earlier version has the first two alone."""
     group, _, rest = score.partition("/")
     name, slash, type_ = rest.partition("/")
-    return f"{group}/num_answers{slash}{type_}", f"{group}/{name}_constant{slash}{type_}"
+    others = (f"{group}/{name}_{other}{slash}{type_}" for other in Beside._fields[1:])
+    return Beside(f"{group}/num_answers{slash}{type_}", *others)
+
+
+def is_score(name: str, metrics: Container[str]) -> bool:
+    """Whether a metric is a score of answers: the number of answers and the best constant answer are beside it."""
+    beside = names_beside(name)
+    return beside.num in metrics and beside.constant in metrics
 
 
 def _unit(name: str, metrics: Mapping[str, float]) -> str:
-    num, constant = names_beside(name)
-    if num in metrics and constant in metrics:
-        best = format_metric(metrics[constant])
-        return f"mean of {metrics[num]:,.0f} answers; best constant answer: {best}"
+    if is_score(name, metrics):
+        num, constant, no_image, low, high = (metrics.get(each) for each in names_beside(name))
+        interval = "" if low is None or high is None else f", 95 %: {low:.3f} to {high:.3f}"
+        best = f"best constant answer: {constant:.3f}" if no_image is None else f"best without image: {no_image:.3f}"
+        return f"{num:,.0f} answers{interval}; {best}"
     group, _, rest = name.partition("/")
     if "loss" in rest or rest in ("visual_gain", "forgetting"):
         return "nats per token" if group == "text" else unit_of_loss(metrics)
