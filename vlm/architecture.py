@@ -30,6 +30,22 @@ def from_facts(facts: Mapping[str, Any], *, option: str) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **facts)
 
 
+DEPTH = ("num_hidden_layers", "num_layers", "n_layer")  # Transformers' names of the number of layers
+
+
+def depth_of(facts: Mapping[str, Any]) -> int | None:
+    """The number of layers in the facts of an architecture, or None if they do not name it."""
+    return next((facts[key] for key in DEPTH if isinstance(facts.get(key), int)), None)
+
+
+def with_depth(facts: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """The facts with another number of layers; a list with a value for each layer keeps the first ones."""
+    before = depth_of(facts)
+    changed = {key: depth for key in DEPTH if key in facts}
+    lists = {key: value[:depth] for key, value in facts.items() if isinstance(value, list) and len(value) == before}
+    return {**facts, **lists, **changed}
+
+
 @contextmanager
 def facts_of(option: str) -> Iterator[None]:
     """Context for building a model from an option: an error of the library becomes one sentence with the option."""

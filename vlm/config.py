@@ -44,7 +44,7 @@ VALUES: dict[str, Any] = {
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "preflight": {"samples": Annotated[int, Range(1, 10**6)], "show": Annotated[int, Range(0, 10**6)]},
-    "plan": {"show": bool, "json": Name | None},
+    "plan": {"show": bool, "json": Name | None, "probe": bool, "against": Name | None},
     "resume": {"run": Name | None, "allow": list[Name]},
     "sweep": {
         "metric": Name,
@@ -68,6 +68,8 @@ OPTIONAL = {
     "budget",
     "show",
     "json",
+    "probe",
+    "against",
     "task",
     "lora",
     "gradient_clip_val",

@@ -18,12 +18,13 @@ from PIL import Image
 from tests.helpers import programs
 from tests.helpers.encoders import PUBLISHED
 from vlm import build, config
+from vlm.launch import probe
 from vlm.launch.entry import CONF
 from vlm.launch.plan import build_meta, describe, memory_gb
 from vlm.llms.bytes import byte_tokenizer
 from vlm.training import run
 
-TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "run_dir=x"]
+TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "plan.probe=false", "run_dir=x"]
 CONNECTORS = sorted(path.stem for path in (Path(CONF) / "connector").glob("*.yaml"))
 # Dv = D = 64 and an 8×8 grid: two matrices with biases, the norm, a position for each of the 64 visual tokens.
 CONNECTOR = 2 * (64 * 64 + 64) + 2 * 64 + 64 * 64
@@ -87,17 +88,40 @@ def test_a_plan_is_printed_and_written_and_leaves_no_run(
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_without_a_probe_nothing_runs(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "run_apart", lambda *_: pytest.fail("a probe was started"))
+    assert train("plan=true") == 0
+
+
+def test_where_a_probe_cannot_run_the_sizes_are_shown(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("its process was killed by signal 9")
+
+    monkeypatch.setattr(probe, "run_apart", fail)
+    assert train("plan=true", f"plan.json={tmp_path / 'plan.json'}", "plan.probe=true") == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["probe"] == {"error": "its process was killed by signal 9"}
+    assert "activations" not in plan["memory_gb"]
+    printed = capfd.readouterr().out
+    assert "Neither activations nor seconds were measured: its process was killed by signal 9\n" in printed
+    assert row(printed, "memory: total")[1] == "without activations"
+
+
 def row(printed: str, quantity: str) -> list[str]:
     (line,) = [line for line in printed.splitlines() if quantity in line]
     return [cell.strip() for cell in line.strip("│").split("│")[1:]]
 
 
 def test_a_plan_without_data(train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert train("plan=true", f"plan.json={tmp_path / 'plan.json'}", "data=captions") == 0
+    assert train("plan=true", "plan.probe=true", f"plan.json={tmp_path / 'plan.json'}", "data=captions") == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["tokens_per_sample"] is None
     assert plan["parts"]["connector"]["total"] == CONNECTOR
-    assert "unknown" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "unknown" in printed
+    assert "Neither activations nor seconds were measured: there are no data to take a step with" in printed
 
 
 @pytest.mark.parametrize(

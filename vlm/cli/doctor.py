@@ -154,7 +154,7 @@ def _model(settings: dict[str, Any], *, weights: bool) -> Any:
     import torch
 
     from vlm import build
-    from vlm.launch.plan import without_weights
+    from vlm.launch.probe import without_weights
     from vlm.training import artifact
 
     if weights:

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from vlm import config
 from vlm.launch import plan
+from vlm.launch.against import read_prediction
 from vlm.launch.entry import CONF, config_error, fail
 from vlm.launch.overrides import for_shell, override
 from vlm.launch.processes import FORWARDED, num_processes, searchpath, wait_for
@@ -62,7 +63,7 @@ def run_stages(cfg: DictConfig) -> Path | None:
         for number, stage in enumerate(stages):
             _print_command(stage.name, "train.py", _start_options(stages, number))
             if file := cfg.plan.json:
-                stage.cfg.plan.json = str(Path(file).with_stem(f"{Path(file).stem}-{stage.name}"))
+                stage.cfg.plan.json = _of_stage(file, stage.name)
             plan.plan(stage.cfg)
         return None
     if (num := num_processes()) > 1:
@@ -70,6 +71,10 @@ def run_stages(cfg: DictConfig) -> Path | None:
             f"a recipe starts its stages itself, but {num} processes were started with it; start one, or each stage by "
             "its own command with recipe=null"
         )
+    predicted = {}
+    for stage in stages if cfg.plan.against else ():
+        read_prediction(file := _of_stage(cfg.plan.against, stage.name))
+        predicted[stage.name] = [override("plan.against", file)]
     with run.lock(root, resumed=False) or nullcontext():  # each stage has a directory of its own
         _check_options(root, stages)
         for number, stage in enumerate(stages):
@@ -79,7 +84,7 @@ def run_stages(cfg: DictConfig) -> Path | None:
                 options = [override("resume", str(stage.run_dir)), *filter(_may_change, stage.options)]
                 _run(stage.name, "train.py", options)
             else:
-                _run(stage.name, "train.py", _start_options(stages, number))
+                _run(stage.name, "train.py", [*_start_options(stages, number), *predicted.get(stage.name, ())])
             if run.status(stage.run_dir) == "time_up":
                 fail(f"{stage.name} reached trainer.max_time; {CONTINUE}")
             if cfg.recipe.get("eval") and not _figures(stage, cfg):
@@ -160,6 +165,11 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """The dotted names of all values."""
     for key in map(str, node):
         yield from _keys(node[key], f"{prefix}{key}.") if isinstance(node[key], DictConfig) else (prefix + key,)
+
+
+def _of_stage(file: str, name: str) -> str:
+    """The plan of a stage, beside the name that the command line gives."""
+    return str(Path(file).with_stem(f"{Path(file).stem}-{name}"))
 
 
 def _start_options(stages: Sequence[Stage], number: int) -> list[str]:

@@ -18,7 +18,7 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.data.preflight import render
 from vlm.evaluation.answers import write_samples
 from vlm.evaluation.loop import Result, evaluate
-from vlm.launch import processes, resume, sweep
+from vlm.launch import against, processes, resume, sweep
 from vlm.launch.overrides import chosen
 from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
@@ -34,6 +34,7 @@ class TrainingRun:
         settings: the checked config.
         manifest: the manifest of the run's artifact; `load` fills it.
         inherited: names of tensors that earlier stages have trained.
+        plan: the content of `plan.against`, or None.
         trainer: one without callbacks and loggers, which knows how many processes there will be.
         checkpoint: the file to resume from and its step, or None.
         resumes: whether the directory holds this run already, by `resume=` or from an earlier command of a sweep.
@@ -53,6 +54,8 @@ class TrainingRun:
         processes.check_ranks(hydra)
         if self.settings["ckpt"] and not self.resumes:
             artifact.read_manifest(self.settings["ckpt"])
+        file = self.settings["plan"].get("against")
+        self.plan = against.read_prediction(file) if file else None
         self.trainer = processes.check_machine(self.settings, self.run_dir)
         self.other_data_allowed = is_named and resume.allows_other_data(cfg)
         self._is_own = False  # the artifact that was loaded
@@ -121,6 +124,8 @@ class TrainingRun:
         run.CONSOLE.print(render(data.preflight(num_samples=preflight["samples"], show=preflight["show"])))
         if run.is_rank_zero() and (remark := data.check_shared()):
             run.CONSOLE.print(remark, soft_wrap=True)
+        if self.plan and (others := against.other_options(self.plan, self.settings)):
+            run.CONSOLE.print(f"The plan was made with other options: {'; '.join(others)}", soft_wrap=True)
         best = (self.settings["callbacks"].get("save") or {}).get("best")
         for evaluator in module.evaluators.values():
             for figure, why in evaluator.missing(data, num_ranks=self.trainer.world_size).items():
@@ -167,8 +172,12 @@ class TrainingRun:
             counts = run.count_parameters(module.model, module.objective).values()
             metrics |= module.totals
             metrics |= {f"params/{kind}": sum(part[kind] for part in counts) for kind in ("trainable", "total")}
+            if self.plan:
+                metrics |= {f"plan/{key}": self.plan[key] for key in against.PREDICTED}
             write_samples(self.run_dir / "samples.jsonl", result.samples)
             results.finish(self.run_dir, metrics, result.samples, self._status(trainer, module, result))
+            if self.plan:
+                run.CONSOLE.print(against.beside(self.plan, metrics))
             of_run: dict[str, Any] = {"run_dir": self.run_dir, "identity": self.identity}
             run.close_loggers(trainer, metrics, **of_run, failed=result.failure is not None)
         if result.failure is not None:

@@ -194,14 +194,14 @@ def _untie(model: Any) -> None:
 def local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
     """The LLM's tokenizer if its files are on this machine, else None."""
     try:
-        folder = _tokenizer_folder(llm)
+        folder = local_folder(llm)
         trust = llm.get("trust_remote_code", False)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust) if folder else None
     except (OSError, ValueError):  # incomplete files, or not a hub id
         return None
 
 
-def _tokenizer_folder(llm: Mapping[str, Any]) -> Path | None:
+def local_folder(llm: Mapping[str, Any]) -> Path | None:
     """The folder that training would read, or None if that needs a conversion or a download."""
     package = package_folder(llm["package"]) if llm.get("package") else None
     name = llm.get("pretrained")

@@ -111,6 +111,21 @@ class Model(nn.Module, ABC):
         bases = {part: identity(getattr(self, part), cfg[part]) for part in self.pretrained}
         return {"parts": {"model": dict(cfg["model"]), **own}, "bases": bases}
 
+    @classmethod
+    def weights_are_here(cls, cfg: Mapping[str, Any]) -> bool:
+        """Whether `build` needs neither a download nor a conversion."""
+        return True
+
+    @classmethod
+    def depth(cls, cfg: Mapping[str, Any]) -> int | None:
+        """The number of blocks of the largest part, if `with_depth` can change it."""
+        return None
+
+    @classmethod
+    def with_depth(cls, cfg: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """The config with another number of blocks in the largest part, for the probe of `plan=true`."""
+        raise NotImplementedError
+
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
         """Use the tokenizer on this machine if the model was built without weights; return its description."""
         return "the model's own tokenizer"

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlm.architecture import from_facts
+from vlm.architecture import depth_of, from_facts, with_depth
 from vlm.encoders.tiles import Tiles
-from vlm.llms.loading import load_tokenizer, local_tokenizer
+from vlm.llms.loading import load_tokenizer, local_folder, local_tokenizer
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import AnswersText, Generates, Model, PredictsTokens
 from vlm.options import bind, bind_class, parameters, unknown_key
@@ -262,6 +262,18 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             self.llm.tokenizer = load_tokenizer(
                 llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"]
             )
+
+    @classmethod
+    def weights_are_here(cls, cfg: Mapping[str, Any]) -> bool:
+        return cfg["llm"]["weights"] != "pretrained" or local_folder(cfg["llm"]) is not None
+
+    @classmethod
+    def depth(cls, cfg: Mapping[str, Any]) -> int | None:
+        return depth_of(cfg["llm"]["config"] or {})
+
+    @classmethod
+    def with_depth(cls, cfg: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        return {**cfg, "llm": {**cfg["llm"], "config": with_depth(cfg["llm"]["config"], depth)}}
 
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
         if (found := local_tokenizer(cfg["llm"])) is not None:

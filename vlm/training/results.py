@@ -21,6 +21,7 @@ GROUPS = {
     "train/": "Training, last step",
     "time/": "Time",
     "perf/": "Speed and memory",
+    "plan/": "Predicted by the plan",
     "params/": "Parameters",
     "": "Other",
 }
@@ -32,6 +33,8 @@ UNITS = {
     "perf/samples_per_second": "samples per second and process",
     "perf/step_seconds": "seconds per step, validation excluded",
     "perf/peak_memory_gb": "10⁹ bytes",
+    "plan/peak_memory_gb": "10⁹ bytes",
+    "plan/step_seconds": "seconds per step",
     "val/visual_rms": "root mean square of the visual tokens",
     "val/embed_rms": "root mean square of the LLM's token embeddings",
 }
