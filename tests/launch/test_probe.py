@@ -67,7 +67,7 @@ def test_two_shallow_copies_tell_the_activations_of_the_whole_model(changes: lis
     shallow = [counted(cfg, depth=depth) for depth in probe.DEPTHS]
     found, exact = (predict(of, depth=8, held_gb=2.0, accumulate_grad_batches=1) for of in (shallow, [whole]))
     assert shallow[1].batch_gb < 0.95 * whole.batch_gb
-    assert found.activations_gb == pytest.approx(exact.activations_gb, rel=0.01)
+    assert found.activations_gb == pytest.approx(exact.activations_gb, rel=0.02)
 
 
 def test_blocks_that_are_trained_are_in_both_copies() -> None:
@@ -120,7 +120,7 @@ def test_timed_steps_do_not_change_what_was_counted() -> None:
 
 def test_a_model_of_the_meta_device_gets_memory_and_stays_tied() -> None:
     with torch.device("meta"):
-        model = nn.ModuleDict({"table": nn.Embedding(5, 3), "head": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5)})
+        model = nn.ModuleDict({"table": nn.Embedding(5, 300), "head": nn.Linear(300, 5), "norm": nn.BatchNorm1d(5)})
     model["head"].weight = model["table"].weight
     model["table"].weight.requires_grad_(False)
     fill(model)

@@ -290,7 +290,8 @@ def fill(module: nn.Module) -> None:
                 continue
             if id(parameter) not in made:
                 values = torch.empty_like(parameter, device="cpu")
-                values = values.normal_(std=0.02) if values.ndim > 1 else values.fill_(1)
+                # All rows are alike: billions of random numbers would take longer than the probe.
+                values.copy_(0.02 * torch.randn(values.shape[1:]) if values.ndim > 1 else torch.tensor(1.0))
                 made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             each._parameters[name] = made[id(parameter)]
         for name, buffer in each._buffers.items():
