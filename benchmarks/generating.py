@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import IMAGE_ID, NUM_VISUAL, PAD_ID, SIDE, ours, theirs
+from benchmarks.models import IMAGE_ID, LLM, NUM_VISUAL, PAD_ID, SIDE, ours, theirs
 from benchmarks.turns import Timing, in_turns, print_table
 
 NUM_IMAGES, BATCH_SIZE, NUM_TOKENS = 64, 16, 32
 BEFORE, AFTER = list(range(300, 304)), list(range(400, 416))  # the tokens of the prompt around the image
+NEVER = LLM["vocab_size"]  # the token that ends an answer: none, because random weights may end one at once
 
 
 def images() -> torch.Tensor:
@@ -23,8 +24,10 @@ def images() -> torch.Tensor:
 
 
 def with_vlm() -> Iterator[Any]:
+    from vlm.launch.entry import keep_freed_memory
     from vlm.schema import Batch, Sample
 
+    keep_freed_memory()
     model, pixels = ours().eval(), images()
     ids = torch.tensor([*BEFORE, *[PAD_ID] * NUM_VISUAL, *AFTER]).expand(BATCH_SIZE, -1)
     image_mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -50,14 +53,14 @@ def with_vlm() -> Iterator[Any]:
         for start in range(0, NUM_IMAGES, BATCH_SIZE):
             batch = Batch(pixel_values=pixels[start : start + BATCH_SIZE], **shared)
             with torch.autocast("cpu", torch.bfloat16):
-                answers.append(model.generate(batch, stop_ids=[PAD_ID], max_new_tokens=NUM_TOKENS, **LONG))
+                answers.append(model.generate(batch, stop_ids=[NEVER], max_new_tokens=NUM_TOKENS))
         yield first_tokens(answers)
 
 
 def with_transformers() -> Iterator[Any]:
     model, pixels = theirs().eval(), images()
     ids = torch.tensor([*BEFORE, *[IMAGE_ID] * NUM_VISUAL, *AFTER]).expand(BATCH_SIZE, -1)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = PAD_ID
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = NEVER
     yield None
     while True:
         answers = []
@@ -68,13 +71,8 @@ def with_transformers() -> Iterator[Any]:
                 "pixel_values": pixels[start : start + 16],
             }
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                answers.append(
-                    model.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False, **LONG)[:, -NUM_TOKENS:]
-                )
+                answers.append(model.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False)[:, -NUM_TOKENS:])
         yield first_tokens(answers)
-
-
-LONG = {"min_new_tokens": NUM_TOKENS}  # random weights may end an answer at once
 
 
 def first_tokens(answers: list[torch.Tensor]) -> list[int]:

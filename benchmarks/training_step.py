@@ -4,9 +4,10 @@ They have the same random weights, batches, precision and threads; their losses 
 
     python -m benchmarks.training_step [align] [lora] [mixed]
 
-`align` trains the connector on 8 rows of one image and 64 tokens, 48 of them supervised; `lora` also a LoRA with r = 16
-on all linear layers of the LLM. `mixed` is `lora` on 64 samples with 16 to 512 tokens and up to two images, in batches
-of 8, which Trainer groups by length; the plain loop, which groups nothing, is left out.
+`align` trains the connector on 8 rows of one image and 64 tokens, 48 of them supervised, once more with the features of
+the images from `data.feature_cache`; `lora` trains also a LoRA with r = 16 on all linear layers of the LLM. `mixed` is
+`lora` on 64 samples with 16 to 512 tokens and up to two images, in batches of 8, which Trainer groups by length; the
+plain loop, which groups nothing, is left out.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import itertools
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.models import IMAGE_ID, NUM_VISUAL, PAD_ID, SIDE, ours, theirs
 from benchmarks.turns import Timing, in_thread, in_turns, print_table
-from vlm.data.collate import Row, collate
+from vlm.data.collate import Row, collate, image_key
 from vlm.encoders.transform import Transform
 from vlm.objectives.language_modeling import LanguageModeling
 from vlm.schema import Batch, Sample, VisualSpec
@@ -89,18 +92,22 @@ def batches_of(work: Workload) -> list[Batch]:
     return [collate(rows[i : i + BATCH_SIZE], spec=spec, pad_id=PAD_ID) for i in range(0, len(rows), BATCH_SIZE)]
 
 
-def with_lightning(name: str) -> Iterator[float]:
-    """This project's module in Lightning's trainer, as train.py runs it."""
+def with_lightning(name: str, *, cached: bool = False) -> Iterator[float]:
+    """This project's module in Lightning's trainer, as train.py runs it; `cached`: every image was encoded before."""
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
+    from vlm.launch.entry import keep_freed_memory
     from vlm.module import VLMModule
+    from vlm.training.feature_store import FeatureStore
 
+    keep_freed_memory()
     work = workload(name)
-    batches = batches_of(work)
-    module = VLMModule(
-        model=ours(lora=work.lora), objective=LanguageModeling(), lr={"connector": LR, "llm": LR}, schedule="constant"
-    )
+    batches, model = batches_of(work), ours(lora=work.lora)
+    if cached:
+        batches = [replace(batch, image_keys=tuple(map(image_key, batch.pixel_values))) for batch in batches]
+        model.feature_cache = FeatureStore(folder=Path(tempfile.mkdtemp()), encoder=model.encoder)
+    module = VLMModule(model=model, objective=LanguageModeling(), lr={"connector": LR, "llm": LR}, schedule="constant")
 
     class Reports(pl.Callback):
         losses: list[tuple[float, int]] = []  # noqa: RUF012
@@ -150,8 +157,6 @@ def with_loop(name: str) -> Iterator[float]:
 
 def with_trainer(name: str) -> Iterator[float]:
     """Transformers' Trainer."""
-    import tempfile
-
     from transformers import Trainer, TrainingArguments
 
     work = workload(name)
@@ -214,14 +219,20 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
     return sum(loss * tokens for loss, tokens in losses) / sum(tokens for _, tokens in losses)
 
 
-WAYS = {"vlm": with_lightning, "plain loop": with_loop, "Trainer": with_trainer}
+WAYS: dict[str, Callable[[str], Iterator[float]]] = {
+    "vlm": with_lightning,
+    "vlm, features cached": partial(with_lightning, cached=True),
+    "plain loop": with_loop,
+    "Trainer": with_trainer,
+}
+ONLY_FOR = {"vlm, features cached": ("align",), "plain loop": ("align", "lora")}
 
 
 def compare(name: str, *, turns: int) -> dict[str, Timing]:
     """The timings of one workload. Raises AssertionError if losses differ."""
-    ways = {way: make for way, make in WAYS.items() if not (workload(name).grouped and way == "plain loop")}
-    timings = in_turns({way: partial(make, name) for way, make in ways.items()}, turns=turns)
-    losses = {way: timing.values[0] for way, timing in timings.items()}
+    ways = {way: partial(make, name) for way, make in WAYS.items() if name in ONLY_FOR.get(way, (name,))}
+    timings = in_turns(ways, turns=turns)
+    losses = {way: timing.values[-1] for way, timing in timings.items()}
     assert max(losses.values()) - min(losses.values()) < 2e-3 * losses["vlm"], losses
     return timings
 

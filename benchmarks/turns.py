@@ -64,7 +64,7 @@ def print_table(name: str, timings: dict[str, Timing], *, pieces: int = 1) -> No
     first = next(iter(timings.values()))
     for way, timing in timings.items():
         print(
-            f"{name:<10}{way:<14}{timing.seconds / pieces:8.2f} s{timing.seconds / first.seconds:7.2f} x"
+            f"{name:<10}{way:<22}{timing.seconds / pieces:8.2f} s{timing.seconds / first.seconds:7.2f} x"
             f"{median(timing.cpu) / pieces:8.2f} s of CPU{timing.memory_gb:7.2f} GB"
         )
 

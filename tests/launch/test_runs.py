@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -446,6 +447,27 @@ def test_threads_that_wait_sleep_early(given: dict[str, str], count: str) -> Non
     environment |= {**given, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(ROOT)}
     seen = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = '{count}'" in seen.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+@pytest.mark.parametrize(("given", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)])
+def test_freed_memory_is_kept(given: dict[str, str], kept: bool) -> None:
+    """Freed tensors of 24 MB stay in the process, so that the next ones are not taken from the system anew."""
+    script = """
+import resource, torch
+from vlm.launch.entry import keep_freed_memory
+keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+seen = []
+for _ in range(10):
+    held = [torch.ones(6_000_000) for _ in range(6)]; del held
+    seen.append(faults())
+print(seen[-1] - seen[4])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {**given, "PYTHONPATH": str(ROOT)}
+    seen = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (int(seen.stdout) < 24_000_000 / 4096) == kept, seen.stdout
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.helpers.llms import small_llm
 from tests.helpers.parts import IMAGE, make_batch, tiny_model
@@ -128,6 +129,33 @@ def test_a_model_that_does_not_pass_the_samples_on_keeps_padded_rows(monkeypatch
     llm = small_llm("smollm2_135m")
     assert not llm.joins_rows
     assert llm.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_the_last_token_attends_as_in_the_kernel(mask: str) -> None:
+    q = heads(6, length=1, rows=3, dtype=torch.float32, seed=1)
+    k, v = (heads(2, length=9, rows=3, dtype=torch.float32, seed=n) for n in (2, 3))
+    hidden = torch.arange(9) < torch.tensor([0, 2, 5])[:, None, None, None]  # padding on the left
+    bias = torch.randn(3, 1, 1, 9).masked_fill(hidden, float("-inf"))
+    given = {"none": None, "bool": ~hidden, "float": bias}[mask]
+    output, _ = attention.attend(torch.nn.Module(), q, k, v, given, scaling=0.3)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_decoding_does_not_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's takes over ten times as long for one query."""
+    lengths = []
+
+    def kernel(module: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+        lengths.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *args, **options)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", kernel)
+    batch = make_batch(*[(prompt, []) for prompt, _ in ROWS], side="left")
+    tiny_model(llm=small_llm("smollm2_135m")).generate(batch, stop_ids=[2], max_new_tokens=4)
+    assert lengths
+    assert min(lengths) > 1
 
 
 @pytest.mark.parametrize("option", ["softcap", "position_bias", "s_aux"])

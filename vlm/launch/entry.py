@@ -36,6 +36,7 @@ def start(job: Callable[[Any], Any], *, config_name: str) -> None:
 def _start(job: Callable[[Any], Any], *, config_name: str) -> None:
     quiet()
     sleep_early()
+    keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, also from a multirun
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -223,6 +224,24 @@ def sleep_early() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, up to 32 MB a piece, instead of returning it; settings of the user's own stand.
+
+    Where no tensor is kept for a backward pass, every layer would take its memory from the system anew, page by page:
+    an eighth of the time of generation (docs/log.md). Peak memory is the same.
+    """
+    set_by_user = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
+    if sys.platform != "linux" or set_by_user:
+        return
+    import ctypes
+
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3)
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_threshold, 32 * 2**20)  # the highest that glibc takes
 
 
 def _sections_with(key: str, cfg: Any) -> list[str]:

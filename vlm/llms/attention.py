@@ -46,7 +46,7 @@ def attend(
     sample_starts: Int[Tensor, " n"] | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "b t h e"], None]:
-    """Transformers' attention interface; masked rows, decoding and other devices use PyTorch's kernel.
+    """Transformers' attention interface; masked rows and other devices use PyTorch's kernel.
 
     With `sample_starts`, the first positions of the samples in a single row, tokens attend within their sample, and
     `attention_mask` has no effect. Raises ValueError if this attention cannot be computed in blocks.
@@ -54,17 +54,35 @@ def attend(
     length, causal = query.shape[2], options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     special = [name for name in NOT_IN_BLOCKS if options.get(name) is not None]
-    in_blocks = causal and not special and not dropout and query.device.type == "cpu"
+    plain = not special and not dropout and query.device.type == "cpu"
+    decoding = plain and length == 1 and sample_starts is None
     if sample_starts is not None:
-        if not in_blocks:
+        if not (plain and causal):
             raise ValueError(f"{type(module).__name__} cannot attend within the samples of a row")
-    elif not in_blocks or attention_mask is not None or not 1 < length == key.shape[2]:
+    elif not decoding and (not (plain and causal) or attention_mask is not None or length != key.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (each.to(torch.get_autocast_dtype("cpu")) for each in (query, key, value))
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if decoding:
+        return _attend_from_last(query * scale, key, value, attention_mask), None
     ends = (*(() if sample_starts is None else sample_starts.tolist()[1:]), length)
     return BlockAttention.apply(query, key, value, scale, ends, options.get("sliding_window")), None
+
+
+def _attend_from_last(
+    query: Float[Tensor, "b h 1 e"], key: Float[Tensor, "b g s e"], value: Float[Tensor, "b g s e"], mask: Tensor | None
+) -> Float[Tensor, "b 1 h e"]:
+    """Attention of one scaled query per head to all keys, as in decoding.
+
+    The query heads of a key head are the rows of one matrix product, so no key is copied for each of them.
+    """
+    scores = torch.matmul(query[:, :, 0].unflatten(1, (key.shape[1], -1)), key.mT)  # B G R S
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores, -1), value).flatten(1, 2)[:, None]  # B 1 H E
 
 
 class BlockAttention(torch.autograd.Function):
