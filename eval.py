@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlm.imports import without_collection
 from vlm.launch import interrupt
-from vlm.launch.imports import without_collection
 
 
 def evaluate(cfg: Any) -> None:

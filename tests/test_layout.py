@@ -14,7 +14,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # build, report -> launch -> inference -> cli.
 RANK = {
     **dict.fromkeys(("schema", "hub", "file_kinds", "architecture", "ranges", "files"), 0),
-    **dict.fromkeys(("identity", "quote", "renamed"), 0),
+    **dict.fromkeys(("identity", "imports", "quote", "renamed"), 0),
     **dict.fromkeys(("text", "encoders", "connectors", "llms", "options"), 1),
     **dict.fromkeys(("models", "data"), 2),
     **dict.fromkeys(("objectives", "evaluation", "training"), 3),

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
-import timm
 import torch
 from jaxtyping import Float
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,7 +25,12 @@ from vlm.architecture import facts_of
 from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import check_files, check_match, first_line, look_up
+from vlm.imports import without_package
 from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Std
+
+with without_package("wandb"):  # half a second, for timm's own training script
+    import timm
+    from timm.data import resolve_model_data_config
 
 TIMM_LOG = logging.getLogger("timm.models._builder")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vlm.imports import without_collection
 from vlm.launch import interrupt
-from vlm.launch.imports import without_collection
 
 
 def single_run(*, script: str) -> Callable[[Callable[[Any], None]], Callable[[Any], float | None]]:
