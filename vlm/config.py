@@ -36,6 +36,7 @@ from vlm.training.run import native_precision
 from vlm.training.sharding import check_strategy
 
 MANY = ("evaluators", "callbacks", "logger")  # groups with any number of options, each under a name
+Memory = Annotated[Number, Range(0.01, 10**6)]  # units of 10⁹ bytes
 NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups with one option, besides the parts of the model
 # Keys that are not arguments of a constructor: values at the top level, and sections.
 VALUES: dict[str, Any] = {
@@ -44,7 +45,7 @@ VALUES: dict[str, Any] = {
 }
 SECTIONS: dict[str, dict[str, Any]] = {
     "preflight": {"samples": Annotated[int, Range(1, 10**6)], "show": Annotated[int, Range(0, 10**6)]},
-    "plan": {"show": bool, "json": Name | None, "probe": bool, "against": Name | None},
+    "plan": {"show": bool, "json": Name | None, "probe": bool, "against": Name | None, "memory_gb": Memory | None},
     "resume": {"run": Name | None, "allow": list[Name]},
     "sweep": {
         "metric": Name,
@@ -70,6 +71,7 @@ OPTIONAL = {
     "json",
     "probe",
     "against",
+    "memory_gb",
     "task",
     "lora",
     "gradient_clip_val",

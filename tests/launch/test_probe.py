@@ -64,7 +64,7 @@ def test_live_bytes_are_those_of_tensors_that_are_alive() -> None:
 def test_two_shallow_copies_tell_the_activations_of_the_whole_model(changes: list[str]) -> None:
     cfg = settings(*changes, "llm.config.num_hidden_layers=8")
     whole = counted(cfg)
-    shallow = [counted(cfg, depth=depth) for depth in probe.DEPTHS]
+    shallow = [counted(cfg, depth=depth) for depth in probe.DEPTHS[0]]
     found, exact = (predict(of, depth=8, held_gb=2.0, accumulate_grad_batches=1) for of in (shallow, [whole]))
     assert shallow[1].batch_gb < 0.95 * whole.batch_gb
     assert found.activations_gb == pytest.approx(exact.activations_gb, rel=0.02)
@@ -86,7 +86,7 @@ def test_what_training_holds_is_counted_exactly() -> None:
 
 def of(**changes: Any) -> Measured:
     values = {"rows": 1.0, "batch_seconds": 1.0, "optimizer_seconds": 0.5, "steps": 3}
-    memory = {"held_gb": 2.5, "batch_gb": 1.0, "update_gb": 0.25, "peak_gb": 5.0}
+    memory = {"held_gb": 2.5, "positions": 100, "batch_gb": 1.0, "update_gb": 0.25, "peak_gb": 5.0}
     return Measured(**{**values, **memory, **changes})
 
 
@@ -181,10 +181,11 @@ def test_a_recipe_needs_a_plan_of_each_stage(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("held_gb", "layers", "expected"),
     [
-        (1.9, 32, [{"rows": 1.0}]),
-        (2.1, 32, [{"rows": 1.0, "depth": 2}, {"rows": 1.0, "depth": 4}]),
-        (2.1, 4, [{"rows": 1.0}]),
-        (2.1, None, [{"rows": 1.0}]),
+        (1.9, 32, [{"rows": 1.0, "num_timed": 8}]),
+        (2.1, 32, [{"rows": 1.0, "num_timed": 8, "depth": 2}, {"rows": 1.0, "num_timed": 8, "depth": 4}]),
+        (2.1, 2, [{"rows": 1.0, "num_timed": 8}]),
+        (2.1, 4, [{"rows": 1.0, "num_timed": 8, "depth": 1}, {"rows": 1.0, "num_timed": 8, "depth": 2}]),
+        (2.1, None, [{"rows": 1.0, "num_timed": 8}]),
     ],
 )
 def test_a_large_model_is_probed_as_two_shallow_copies(
@@ -192,22 +193,40 @@ def test_a_large_model_is_probed_as_two_shallow_copies(
 ) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(probe, "free_memory", lambda: 10e9)
-    monkeypatch.setattr(probe, "run_apart", lambda requests, _: asked.extend(requests) or [of(**requests[0])])
+    monkeypatch.setattr(
+        probe,
+        "run_apart",
+        lambda requests, _: asked.extend(requests) or [of(rows=requests[0]["rows"], depth=requests[0].get("depth"))],
+    )
     cfg = settings()
-    probe.probe(cfg, held_gb=held_gb, num_parameters=10**6, tokens_per_batch=100, depth=layers)
+    probe.probe(
+        cfg,
+        held_gb=lambda depth: held_gb if depth is None else 1.0,
+        num_parameters=10**6,
+        tokens_per_batch=100,
+        depth=layers,
+    )
     assert asked == expected
 
 
 def test_a_step_that_takes_long_is_probed_on_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(probe, "run_apart", lambda requests, _: asked.extend(requests) or [of(**requests[0])])
+    monkeypatch.setattr(
+        probe,
+        "run_apart",
+        lambda requests, _: asked.extend(requests) or [of(rows=requests[0]["rows"], depth=requests[0].get("depth"))],
+    )
     cfg = settings("data.batch_size=8")
-    found = probe.probe(cfg, held_gb=1.0, num_parameters=10**9, tokens_per_batch=500, depth=12)
-    assert asked == [{"rows": 2 / 8}]  # 10¹² operations are 2 rows: 6 · 10⁹ · 125
+    found = probe.probe(cfg, held_gb=lambda _: 1.0, num_parameters=10**9, tokens_per_batch=500, depth=12)
+    assert asked == [{"rows": 2 / 8, "num_timed": 8}]  # 10¹² operations are 2 rows: 6 · 10⁹ · 125
     assert found.step_seconds == 4 * 1.0 + 0.5
 
 
-def test_a_model_too_large_for_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("depth", "least"), [(None, 7.1), (12, 5.2)])
+def test_a_model_too_large_for_a_probe(monkeypatch: pytest.MonkeyPatch, depth: int | None, least: float) -> None:
+    def held_gb(blocks: int | None) -> float:
+        return {None: 7.1, 4: 6.2, 2: 5.2}[blocks]
+
     monkeypatch.setattr(probe, "free_memory", lambda: 10e9)
-    with pytest.raises(RuntimeError, match=r"needs 7.1 GB, 10.0 GB are free, and the probe cannot"):
-        probe.probe(settings(), held_gb=7.1, num_parameters=10**9, tokens_per_batch=500, depth=None)
+    with pytest.raises(RuntimeError, match=f"the smallest copy of the model needs {least} GB, and of memory 10.0 GB"):
+        probe.probe(settings(), held_gb=held_gb, num_parameters=10**9, tokens_per_batch=500, depth=depth)

@@ -20,9 +20,10 @@ from rich.table import Table
 from torch import nn
 
 from vlm import build, config
-from vlm.launch import probe
+from vlm.launch import probe, suggest
 from vlm.launch.against import compared
 from vlm.launch.probe import without_weights
+from vlm.ranges import Number
 from vlm.training import artifact, run
 
 # Bytes a weight that bitsandbytes quantizes. NF4 adds to its half byte a scale of 8 bits for every 64 weights, and to
@@ -31,7 +32,7 @@ QUANTIZED = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 
 
 def wanted(cfg: DictConfig) -> bool:
-    return bool(OmegaConf.select(cfg, "plan.show") or OmegaConf.select(cfg, "plan.json"))
+    return any(OmegaConf.select(cfg, f"plan.{key}") for key in ("show", "json", "memory_gb"))
 
 
 def plan(cfg: DictConfig) -> None:
@@ -43,12 +44,19 @@ def plan(cfg: DictConfig) -> None:
     config.check(without_weights(settings))
     model, objective = build_meta(settings)
     report, remark = describe(settings, model)
+    memory = settings["plan"].get("memory_gb")
     if settings["plan"].get("probe", True):
         add_prediction(report, settings, model)
+        if memory is not None and "error" not in report["probe"]:
+            add_suggestions(report, settings, memory)
+    elif memory is not None:
+        raise ValueError(f"plan.memory_gb={memory} needs a probe of the activations; leave out plan.probe=false")
     hydra = HydraConfig.get().runtime
     counts = run.count_parameters(model, objective) | report["parts"]
     run.print_parts(counts, hydra.choices, settings["stage"], decayed=model.layer_decay_part)
     run.CONSOLE.print(render(report, remark))
+    if "suggestions" in report:
+        _print_suggestions(report)
     if error := report.get("probe", {}).get("error"):
         run.CONSOLE.print(f"Neither activations nor seconds were measured: {error}", soft_wrap=True)
     if settings["plan"]["json"]:
@@ -71,7 +79,7 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
     The total of a part is that of the published model; `loaded` of it are held in memory and run. Where images are
     tiled, `visual_tokens_per_image` is the most that an image can have.
     """
-    tokens, remark = _tokens_per_sample(settings, model)
+    tokens, remark = _tokens_of_samples(settings, model)
     parts = run.count_parameters(model)
     for part, counts in parts.items():
         if published := getattr(getattr(model, part), "published_size", None):
@@ -82,12 +90,9 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
         "parts": parts,
         "visual_tokens_per_image": per_image,
         "visual_tokens_per_tile": model.num_visual_tokens,
-        "tokens_per_sample": tokens,
-        "memory_gb": memory_gb(
-            model,
-            quantization=model.quantization,
-            averaged=settings["stage"].get("ema_decay") is not None,
-        ),
+        "tokens_per_sample": sum(tokens) / len(tokens) if tokens else None,
+        "tokens_of_longest_sample": max(tokens) if tokens else None,
+        "memory_gb": _memory_gb(settings, model),
     }
     return report, remark
 
@@ -112,19 +117,11 @@ def add_prediction(report: dict[str, Any], settings: Mapping[str, Any], model: A
     `settings` are stored with it, for the run that is compared with this plan.
     """
     if (tokens := report["tokens_per_sample"]) is None:
-        report["probe"] = {"error": "there are no data to take a step with"}
+        report["probe"] = {"error": "there are no data to take a step with; data=shapes gives a first estimate"}
         return
-    data, memory = settings["data"], report["memory_gb"]
-    tokens_per_batch = data["max_length"] if data["packing"] else tokens
-    tokens_per_batch = data["batch_tokens"] if data["batching"] == "tokens" else tokens_per_batch * data["batch_size"]
+    memory = report["memory_gb"]
     try:
-        found = probe.probe(
-            settings,
-            held_gb=memory["total"],
-            num_parameters=sum(counts.get("loaded", counts["total"]) for counts in report["parts"].values()),
-            tokens_per_batch=tokens_per_batch,
-            depth=type(model).depth(settings),
-        )
+        found = _probe(settings, model, tokens=tokens)
     except RuntimeError as error:
         report["probe"] = {"error": str(error)}
         return
@@ -141,6 +138,100 @@ def add_prediction(report: dict[str, Any], settings: Mapping[str, Any], model: A
         },
         "settings": {section: settings[section] for section in compared(settings)},
     }
+
+
+def _probe(
+    settings: Mapping[str, Any], model: Any, *, tokens: float, num_timed: int = probe.TIMED_STEPS
+) -> probe.Prediction:
+    """The probe of a model on the meta device, with so many tokens per sample."""
+
+    def held_gb(depth: int | None) -> float:
+        if depth is None:
+            return _memory_gb(settings, model)["total"]
+        shallow = type(model).with_depth(settings, depth)
+        return _memory_gb(shallow, build_meta(shallow)[0])["total"]
+
+    data = settings["data"]
+    per_row = data["max_length"] if data["packing"] else tokens
+    return probe.probe(
+        settings,
+        held_gb=held_gb,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        tokens_per_batch=data["batch_tokens"] if data["batching"] == "tokens" else per_row * data["batch_size"],
+        depth=type(model).depth(settings),
+        num_timed=num_timed,
+    )
+
+
+def _memory_gb(settings: Mapping[str, Any], model: Any) -> dict[str, float]:
+    averaged = settings["stage"].get("ema_decay") is not None
+    return memory_gb(model, quantization=model.quantization, averaged=averaged)
+
+
+def add_suggestions(report: dict[str, Any], settings: Mapping[str, Any], gpu_gb: Number) -> None:
+    """Add to a report which options fit into the memory of a GPU.
+
+    A row is as long as the longest of the samples that were read, because the longest batch decides.
+    """
+    settings = suggest.for_gpu(settings)
+    data, longest = settings["data"], report["tokens_of_longest_sample"]
+    by_tokens = data["batching"] == "tokens"  # then a batch is counted in tokens, and one row must fit
+    per_row = 1 if by_tokens else data["max_length"] if data["packing"] else longest
+
+    def measure(options: dict[str, Any]) -> suggest.Way:
+        changed = suggest.with_options(settings, options)
+        config.check(without_weights(changed))
+        model, _ = build_meta(changed)
+        held = _memory_gb(changed, model)["total"]
+        if held > (1 - suggest.RESERVE) * gpu_gb:
+            return suggest.Way(options, held_gb=held, row_gb=0.0)  # not even without activations
+        found = _probe(changed, model, tokens=report["tokens_per_sample"], num_timed=0)
+        last = found.probes[-1]
+        row_gb = found.batch_gb * last.rows / last.positions * per_row
+        return suggest.Way(options, held_gb=held, row_gb=row_gb, update_gb=found.update_gb)
+
+    size = probe.size_of_batch(settings)
+    found, smallest = suggest.suggest(
+        list(suggest.changes(settings)),
+        measure,
+        rows_option=f"data.{size}",
+        rows=data[size],
+        least_rows=longest if by_tokens else 1,
+        accumulate_grad_batches=settings["trainer"]["accumulate_grad_batches"],
+        memory_gb=gpu_gb,
+    )
+    report["suggestions"] = {
+        "gpu_gb": gpu_gb,
+        "precision": config.precision(settings),
+        "fitting": [asdict(each) for each in found],
+        "smallest": asdict(smallest),
+    }
+
+
+def _print_suggestions(report: Mapping[str, Any]) -> None:
+    found = report["suggestions"]
+    gpu = f"a GPU of {found['gpu_gb']:g} GB, of which {suggest.RESERVE:.0%} stay free"
+    if found["fitting"]:
+        run.CONSOLE.print(f"Options that fit into {gpu}; the first changes the training least:", soft_wrap=True)
+        table = Table()
+        table.add_column("memory", justify="right", no_wrap=True)
+        table.add_column("options")
+        for each in found["fitting"]:
+            table.add_row(f"{each['memory_gb']:,.2f} GB", " ".join(each["options"]) or "as they are")
+        run.CONSOLE.print(table)
+    else:
+        least = found["smallest"]
+        options = " ".join(least["options"]) or "the options as they are"
+        run.CONSOLE.print(
+            f"Nothing fits into {gpu}: the least is {least['memory_gb']:,.2f} GB, with {options}; choose a smaller "
+            "llm, fewer visual tokens or a smaller data.max_length",
+            soft_wrap=True,
+        )
+    run.CONSOLE.print(
+        f"These numbers are counted tensors at precision {found['precision']}, with rows of "
+        f"{report['tokens_of_longest_sample']:,} tokens (the longest sample read); longer rows need more.",
+        soft_wrap=True,
+    )
 
 
 def render(report: Mapping[str, Any], remark: str) -> Table:
@@ -181,13 +272,13 @@ def _measured(probes: Sequence[Mapping[str, Any]]) -> str:
     return f"mean of {last['steps']} steps here, {what} with {weights}{rows}"
 
 
-def _tokens_per_sample(settings: Mapping[str, Any], model: Any) -> tuple[float | None, str]:
-    """Mean tokens of some training samples, visual ones included, and with which tokenizer; None if there are none."""
+def _tokens_of_samples(settings: Mapping[str, Any], model: Any) -> tuple[list[int], str]:
+    """Tokens of some training samples, visual ones included, and with which tokenizer; none if there are no data."""
     tokenizer = model.use_local_tokenizer(settings)
     data = {**settings["data"], "max_length": 10**9}  # a row too long for training also counts
     try:
         module = build.connect_data(build.build_data({**settings, "data": data}, None), settings, model)
         report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
     except (ValueError, OSError) as error:
-        return None, str(error)
-    return sum(report.tokens) / len(report.tokens), f"mean of {len(report.tokens)} samples, with {tokenizer}"
+        return [], str(error)
+    return report.tokens, f"mean of {len(report.tokens)} samples, with {tokenizer}"

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,11 @@ GB = 10**9
 ADAMW_STATES = 2  # running means of the gradient and of its square, each of the parameter's type
 COUNTED_STEPS, TIMED_STEPS = 2, 8  # the optimizer creates its states in the first step
 TIMED_SECONDS = 6.0  # after which no further step is timed, if there are MIN_STEPS
-MIN_STEPS = 3
+MIN_STEPS = 2
+MAX_OF_FREE = 0.5  # of the free memory that a copy may hold before activations
 MAX_WHOLE_GB = 2  # weights, gradients and optimizer states of a model that runs as a whole
-DEPTHS = (2, 4)  # even, because a connector may attach to every second layer
+# Depths of the two copies; even where memory allows, because a connector may attach to every second layer.
+DEPTHS = ((2, 4), (1, 2))
 # Floating-point operations of a step of the probe: a processor without matrix units takes 10 s for them.
 MAX_OPERATIONS = 1e12
 
@@ -54,6 +56,7 @@ class Measured:
         optimizer_seconds: of an optimizer step, with the norm of the gradient.
         steps: how many steps were timed.
         held_gb: weights, gradients and optimizer states.
+        positions: tokens of a counted batch, with its padding.
         batch_gb: the most that was allocated beside these, in forward and backward. A step begins with the
             gradients of the last one, which Lightning frees before the backward pass.
         update_gb: the same in the optimizer's update.
@@ -67,6 +70,7 @@ class Measured:
     optimizer_seconds: float
     steps: int
     held_gb: float
+    positions: int
     batch_gb: float
     update_gb: float
     peak_gb: float
@@ -127,7 +131,7 @@ class Recorder(pl.Callback):
         self.batches: list[float] = []
         self.updates: list[float] = []
         self._is_counting, self._step = False, 0
-        self.batch_bytes = self.update_bytes = self._batch_bytes = 0
+        self.batch_bytes = self.update_bytes = self._batch_bytes = self.positions = 0
         self._last = self._update_start = 0.0
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -135,7 +139,8 @@ class Recorder(pl.Callback):
             tensors = (value for value in vars(batch).values() if isinstance(value, Tensor))
             self._batch_bytes = max(self._batch_bytes, sum(tensor.nbytes for tensor in tensors))
             if trainer.global_step != self._step:
-                self._step, self.live.peak = trainer.global_step, self.live.now
+                self._step, self.live.peak, self.positions = trainer.global_step, self.live.now, 0
+            self.positions = max(self.positions, batch.attention_mask.numel())
             self.live.__enter__()
             self._is_counting = True
 
@@ -189,6 +194,7 @@ def measure(
         optimizer_seconds=_mean(recorder.updates),
         steps=recorder.steps,
         held_gb=(weights + trained + states + average) / GB,
+        positions=recorder.positions,
         batch_gb=(recorder.batch_bytes - states - trained) / GB,
         update_gb=(recorder.update_bytes - states - trained) / GB,
         peak_gb=peak_memory_gb(),
@@ -205,7 +211,7 @@ def of_probe(settings: Mapping[str, Any], *, depth: int | None, rows: float, num
     """The settings of the probe: one device, a few steps, no evaluation, nothing written."""
     if depth is not None:
         settings = config.model_class(settings).with_depth(settings, depth)
-    size = _size_of_batch(settings)
+    size = size_of_batch(settings)
     data = settings["data"]
     trainer: dict[str, Any] = {
         **settings["trainer"],
@@ -226,7 +232,7 @@ def of_probe(settings: Mapping[str, Any], *, depth: int | None, rows: float, num
     }
 
 
-def _size_of_batch(settings: Mapping[str, Any]) -> str:
+def size_of_batch(settings: Mapping[str, Any]) -> str:
     """The option that bounds a batch."""
     return "batch_tokens" if settings["data"].get("batching") == "tokens" else "batch_size"
 
@@ -324,16 +330,22 @@ class Prediction:
     """What a step of the run takes on one device of this machine.
 
     Attributes:
-        activations_gb: the most that a step allocates beside weights, gradients and optimizer states.
+        batch_gb: the most that forward and backward allocate beside weights, gradients and optimizer states.
+        update_gb: the same of the optimizer's update.
         peak_memory_gb: of the GPU; of the process with its libraries on a machine without a GPU.
         step_seconds: of an optimizer step with all its accumulated batches.
         probes: what was measured.
     """
 
-    activations_gb: float
+    batch_gb: float
+    update_gb: float
     peak_memory_gb: float
     step_seconds: float
     probes: tuple[Measured, ...]
+
+    @property
+    def activations_gb(self) -> float:
+        return max(0.0, self.batch_gb, self.update_gb)
 
 
 def predict(
@@ -352,10 +364,12 @@ def predict(
         start, end = float(getattr(first, name)), float(getattr(last, name))
         return start + steps * (end - start)
 
-    beside = max(line("batch_gb") / last.rows, line("update_gb"))
+    batch, update = line("batch_gb") / last.rows, line("update_gb")
+    growth = (held_gb - last.held_gb) + max(batch, update) - max(last.batch_gb, last.update_gb)
     return Prediction(
-        activations_gb=max(0.0, beside),
-        peak_memory_gb=last.peak_gb + (held_gb - last.held_gb) + (beside - max(last.batch_gb, last.update_gb)),
+        batch_gb=batch,
+        update_gb=update,
+        peak_memory_gb=last.peak_gb + growth,
         step_seconds=accumulate_grad_batches * line("batch_seconds") / last.rows + line("optimizer_seconds"),
         probes=tuple(probes),
     )
@@ -364,32 +378,42 @@ def predict(
 def probe(
     settings: Mapping[str, Any],
     *,
-    held_gb: float,
+    held_gb: Callable[[int | None], float],
     num_parameters: int,
     tokens_per_batch: Number,
     depth: int | None,
+    num_timed: int = TIMED_STEPS,
 ) -> Prediction:
-    """Measure the run's first steps, or those of a shallow copy. Raises RuntimeError where they cannot run."""
+    """Measure the run's first steps, or those of two shallow copies. Raises RuntimeError where they cannot run.
+
+    `held_gb` gives the weights, gradients and optimizer states of a copy by its depth; those of the run for None.
+    """
+    held = held_gb(None)
     least, free = smallest_depth(settings), free_memory() / GB
     requests: list[dict[str, Any]] = [{}]
     loaded = float(num_parameters)
-    if held_gb > min(MAX_WHOLE_GB, 0.4 * free) and depth is not None and depth > least + max(DEPTHS):
-        requests = [{"depth": least + number} for number in DEPTHS]
-        loaded *= (least + max(DEPTHS)) / depth
-    elif held_gb > 0.7 * free:
-        raise RuntimeError(
-            f"the model needs {held_gb:,.1f} GB, {free:,.1f} GB are free, and the probe cannot make it smaller"
-        )
+    if held > min(MAX_WHOLE_GB, MAX_OF_FREE * free):
+        pairs = [[least + number for number in pair] for pair in DEPTHS if depth and depth > least + max(pair)]
+        pair = next((pair for pair in pairs if held_gb(max(pair)) <= MAX_OF_FREE * free), None)
+        if pair is not None and depth is not None:
+            requests = [{"depth": number} for number in pair]
+            loaded *= max(pair) / depth
+        elif held > MAX_OF_FREE * free:
+            least_gb = held_gb(max(pairs[-1])) if pairs else held
+            raise RuntimeError(
+                f"the smallest copy of the model needs {least_gb:,.1f} GB, and of memory {free:,.1f} GB are free"
+            )
     operations = 6 * loaded * tokens_per_batch
-    size = settings["data"][_size_of_batch(settings)]
+    size = settings["data"][size_of_batch(settings)]
     rows = min(1.0, max(1, int(size * MAX_OPERATIONS / max(operations, 1))) / size)
     if torch.accelerator.is_available():
         rows = 1.0
-    found = [run_apart([{"rows": rows, **request}], [settings])[0] for request in requests]
+    common = {"rows": rows, "num_timed": num_timed}
+    found = [run_apart([{**common, **request}], [settings])[0] for request in requests]
     return predict(
         found,
         depth=depth,
-        held_gb=held_gb,
+        held_gb=held,
         accumulate_grad_batches=settings["trainer"]["accumulate_grad_batches"],
     )
 
