@@ -209,6 +209,21 @@ class Batch:
         """The supervised tokens, in the order of the logits at `logits_mask`."""
         return self.labels[:, 1:][self.labels[:, 1:] != IGNORE]
 
+    @property
+    def num_shared_tokens(self) -> int:
+        """How many tokens at the start of right-padded rows are the same in all, with the same images among them.
+
+        They end before the first token whose logits are needed. 0 for a single row.
+        """
+        num = int(self.num_images[0])
+        if len(self.input_ids) < 2 or self.image_index is None or not bool((self.num_images == num).all()):
+            return 0
+        images = self.image_index.view(len(self.input_ids), num)  # B n
+        if not bool((images == images[:1]).all()):
+            return 0
+        same = (self.input_ids == self.input_ids[:1]) & self.attention_mask & ~self.logits_mask  # B T
+        return int(same.all(0).long().cumprod(0).sum())
+
     def in_one_row(self) -> Batch:
         """The same samples one after the other in a single row, without padding."""
         real = self.attention_mask  # B T

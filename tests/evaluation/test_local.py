@@ -78,7 +78,8 @@ def test_an_image_is_encoded_once_for_all_rows_of_a_batch(local: Local) -> None:
         answers(local, squares, [0, 1, 2, 3])
     finally:
         hook.remove()
-    assert encoded == [1, 2, 2, 1]  # of 11 rows: five about the first image, three about each of the others
+    # Of 11 rows: each of three questions with three choices fills a batch of three, and the other question has one.
+    assert encoded == [1, 1, 1, 1]
 
 
 def test_log_likelihoods_are_those_of_the_loss(local: Local) -> None:
@@ -97,6 +98,39 @@ def test_log_likelihoods_are_those_of_the_loss(local: Local) -> None:
         assert tokens == len(batch.targets) == len(choice) + 1  # bytes, and the end of the turn
     best = max(zip(found.log_likelihoods, squares.questions[1].choices, strict=True), key=lambda e: e[0][0] / e[0][1])
     assert found.prediction == best[1]
+
+
+def test_what_the_choices_of_a_question_share_is_computed_once(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    squares = Squares(method="rank")
+    shapes: list[tuple[int, ...]] = []
+    continued = local.model.llm.continued
+
+    def noting(prefix: Tensor, embeds: Tensor, *others: Tensor) -> Tensor:
+        shapes.append((*prefix.shape[:2], *embeds.shape[:2]))
+        return continued(prefix, embeds, *others)
+
+    monkeypatch.setattr(local.model.llm, "continued", noting)
+    found = answers(local, squares, [0, 3])
+    assert [rows for _, _, rows, _ in shapes] == [3, 2]  # red, green, blue; yes, no
+    assert all(1 < row < prefix for _, prefix, _, row in shapes)
+    monkeypatch.setattr(type(local.model.llm), "can_continue", False)
+    for index, answer in answers(local, squares, [0, 3]).items():
+        for one, other in zip(answer.log_likelihoods, found[index].log_likelihoods, strict=True):
+            assert one == pytest.approx(other, abs=1e-3)
+    assert len(shapes) == 2
+
+
+def test_rows_about_different_images_share_nothing(local: Local) -> None:
+    squares, spec = Squares(method="rank"), local.reader.spec
+    keys = [[(0, 0), (0, 1)], [(0, 0), (1, 0)], [(0, 0)], [(0, 0), (3, 0)]]
+    rows = Rows(prompts=Prompts(benchmark=squares), reader=local.reader, batches=keys)
+    choices, images, single, questions = (work.batch.num_shared_tokens for work in rows if work.batch)
+    assert images == single == 0
+    first = rows[0].batch
+    assert first is not None
+    answer = int(first.logits_mask[0].nonzero()[0])  # where the first token of the answer is predicted
+    assert spec.num_tokens < choices == answer  # the prompt, but for its last token
+    assert spec.num_tokens <= questions < choices  # two questions about an image
 
 
 def test_a_question_that_cannot_be_asked_is_named_and_the_others_are_asked(local: Local) -> None:

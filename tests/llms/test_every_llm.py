@@ -148,3 +148,21 @@ def test_what_is_learned_is_the_answer_and_its_end(option: str) -> None:
     space = " " if llm.chat_template in ("mistral", "vicuna_v1") else ""
     assert subject.supervised(row) == [space + "A cat" + end.get(str(llm.chat_template), "<eos>")]
     assert max(row.input_ids) < 320
+
+
+@pytest.mark.parametrize("option", [option for option in NAMED if option != "flan_t5_xl"])
+def test_rows_that_continue_one_beginning_are_computed_as_whole_rows(option: str) -> None:
+    """The beginning is longer than the window of sliding attention, 8 tokens; the rows have different lengths."""
+    llm, num = small_llm(option), 10
+    assert llm.can_continue
+    ids = torch.tensor([[*range(11, 21), 30, 31, 32, 33], [*range(11, 21), 40, 41, 0, 0]])  # B T
+    mask = torch.tensor([[True] * 14, [True] * 12 + [False] * 2])  # B T
+    wanted = torch.zeros_like(mask)
+    wanted[0, 10:13] = wanted[1, 10:11] = True
+    positions = torch.arange(14).expand(2, -1)
+    embeds = llm.embed(ids)  # B T D
+    with torch.no_grad():
+        whole = llm(embeds, mask, positions, wanted)  # M V
+        after = llm.continued(embeds[:1, :num], embeds[:, num:], mask[:, num:], wanted[:, num:])
+    assert whole.shape == (4, whole.shape[1])
+    torch.testing.assert_close(after, whole, atol=1e-4, rtol=1e-4)

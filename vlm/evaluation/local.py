@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -131,7 +132,7 @@ class Answering(pl.LightningModule):
 
     def _log_likelihoods(self, batch: Batch) -> list[tuple[float, int]]:
         """Log-likelihood of each row's answer in nats, and its number of tokens, with the one that ends the turn."""
-        logits, targets = self.model(batch), batch.targets  # M V and M
+        logits, targets = self.model.logits_of_answers(batch), batch.targets  # M V and M
         log_p = torch.cat(
             [
                 -torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
@@ -164,7 +165,7 @@ class Local(Respondent):
             if index not in answered
             for choice in (range(len(benchmark.questions[index].choices)) if benchmark.method == "rank" else (-1,))
         ]
-        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        batches = _batches(keys, self.batch_size)
         rows = Rows(prompts=prompts, reader=self.reader, batches=batches)
         loader: DataLoader[Work] = DataLoader(
             rows,
@@ -195,6 +196,14 @@ class Local(Respondent):
                 with self.trainer.precision_plugin.forward_context():
                     found[name] = encoder(pixels.to(device)).float().mean(dim=(0, 1)).cpu()  # Dv
         return torch.stack([found[question.images[0]] for question in benchmark.questions])
+
+
+def _batches(keys: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
+    """Up to `size` rows each. A question with as many choices has batches of its own, whose rows begin alike."""
+    num_choices = Counter(index for index, _ in keys)
+    runs = groupby(keys, key=lambda key: key[0] if num_choices[key[0]] >= size else -1)
+    parts = [list(run) for _, run in runs]
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
 def sorted_groups(prompts: Prompts, indices: Sequence[int]) -> list[list[int]]:

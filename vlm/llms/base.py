@@ -145,6 +145,11 @@ class LanguageModel(nn.Module, ABC):
                 f"set data.max_length to at most {limit}"
             )
 
+    @property
+    def can_continue(self) -> bool:
+        """Whether `continued` computes the beginning that rows share once."""
+        return False
+
     @abstractmethod
     def check_packing(self) -> None:
         """Raise ValueError unless samples in one row are independent of each other."""

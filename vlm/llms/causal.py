@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from vlm.llms import attention
 from vlm.llms.base import LanguageModel
@@ -65,6 +65,34 @@ class CausalLM(LanguageModel):
             options["sample_starts"] = (position_ids[0] == 0).nonzero()[:, 0]
         with self.select_logits(logits_mask), self.recomputing(torch.is_grad_enabled()):
             return self.model(inputs_embeds=embeds, use_cache=False, **options).logits  # M V
+
+    @property
+    def can_continue(self) -> bool:
+        return bool(self.model._supports_default_dynamic_cache())
+
+    @torch.no_grad()
+    def continued(
+        self,
+        prefix: Float[Tensor, "1 p d"],
+        embeds: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b t"],
+        logits_mask: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "m v"]:
+        """Logits at `logits_mask` of right-padded rows that all follow `prefix`, which is computed once.
+
+        Axes: P tokens of the prefix, of which no logits are computed.
+        """
+        cache = DynamicCache(config=self.model.config)
+        num = prefix.shape[1]
+        positions = torch.arange(num + embeds.shape[1], device=embeds.device)[None]  # 1 P+T
+        with self.recomputing(False):
+            with self.select_logits(mask.new_zeros(1, num)):
+                self.model(inputs_embeds=prefix, position_ids=positions[:, :num], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(embeds))
+            whole = torch.cat([mask.new_ones(len(mask), num), mask], dim=1)  # B P+T
+            options = {"attention_mask": whole, "position_ids": positions[:, num:].expand(len(embeds), -1)}
+            with self.select_logits(logits_mask):
+                return self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **options).logits  # M V
 
     def check_packing(self) -> None:
         """Raise ValueError unless samples in one row are independent of each other; not every model supports it."""

@@ -160,6 +160,13 @@ class PredictsTokens(Protocol):
         """Logits at the positions before supervised tokens (`batch.logits_mask`)."""
         ...
 
+    def logits_of_answers(self, batch: Batch) -> Float[Tensor, "m v"]:
+        """As `forward`, without gradients, for rows with one beginning, such as several answers to one question.
+
+        A model that can compute the beginning once overrides it.
+        """
+        return self(batch)  # type: ignore[operator]
+
 
 class Generates(Protocol):
     """Generates answers to prompts."""

@@ -43,7 +43,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     pretrained = ("encoder", "llm")
     layer_decay_part = "encoder"
     feature_part = "encoder"
-    root_methods = ("generate", "without_images")
+    root_methods = ("generate", "logits_of_answers", "without_images")
 
     encoder: Any
     connector: Any
@@ -73,6 +73,18 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         embeds = self.llm.embed(batch.input_ids)  # B T D
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm(embeds, batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
+
+    @torch.no_grad()
+    def logits_of_answers(self, batch: Batch) -> Float[Tensor, "m v"]:
+        shared = batch.num_shared_tokens
+        if not shared or self.connector.fusion != "tokens" or not self.llm.can_continue:
+            return self(batch)
+        visual = batch.of_each_image(self.connector(self.features(batch)))  # N K D
+        embeds = scatter_visual_tokens(visual, self.llm.embed(batch.input_ids), batch)  # B T D
+        after = slice(shared, None)
+        return self.llm.continued(
+            embeds[:1, :shared], embeds[:, after], batch.attention_mask[:, after], batch.logits_mask[:, after]
+        )  # M V
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
