@@ -34,6 +34,7 @@ from vlm.quote import named, quoted
 from vlm.schema import Content, Message
 
 PLACEHOLDER = "<image>"
+CAPTION_PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}  # others are asked in English
 
 Role = Literal["system", "user", "assistant"]
 

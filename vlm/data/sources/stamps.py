@@ -9,13 +9,11 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
-from vlm.data.conversations import caption_messages
+from vlm.data.conversations import CAPTION_PROMPTS, caption_messages
 from vlm.data.images import load_image
 from vlm.data.split import check_split, in_split
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split
-
-PROMPTS = {"en": "Describe the image.", "ja": "画像を説明してください。"}
 
 _TRANSLATION = re.compile(r"(?P<code>[\w@-]+)\.utf8=(?P<text>.*)")
 _MIRRORED = re.compile(r"(_mirror|_flip)+$")  # endings of names of mirrored copies
@@ -47,7 +45,7 @@ class Stamps(Source):
                 f"there is no folder '{self.root}'; run apt-get install tuxpaint-stamps-default, or set data.root= to "
                 "the folder that holds the stamps"
             )
-        self.prompt = prompt or PROMPTS.get(language, PROMPTS["en"])
+        self.prompt = prompt or CAPTION_PROMPTS.get(language, CAPTION_PROMPTS["en"])
 
         found = _names(self.root, "*.png")
         names = [name for name in found if symbols or not _is_symbol(name)]

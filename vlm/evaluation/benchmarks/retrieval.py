@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from vlm.data.conversations import caption_messages
-from vlm.data.sources import captions, shapes, stamps
+from vlm.data.sources import captions, emoji, shapes, stamps
 from vlm.evaluation.benchmarks.base import Question, Record, Sums, ratio
 from vlm.evaluation.benchmarks.dataset_table import DatasetTable, table_at
 from vlm.evaluation.benchmarks.of_source import OfSource
@@ -25,6 +25,7 @@ from vlm.ranges import Name, Range, Seed
 from vlm.schema import Sample, Source
 
 AT = (1, 5, 10)
+STAMPS = "/usr/share/tuxpaint/stamps"  # where Debian's package puts them
 NUM_SCENES = 4_096  # a third of the captions have the most frequent prompt
 PROMPT = "Describe the image."  # as of data=captions
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -44,11 +45,13 @@ class Retrieval(OfSource):
     tell the form of its caption. Pairs with other prompts are left out.
 
     Args:
-        data: where the pairs are from: a file of captions, or the held-out stamps or scenes.
+        data: where the pairs are from: a file of captions, or the held-out stamps, emoji or scenes.
         annotations: the file of captions, in the layouts of data=captions; all its images are used, of Karpathy's file
             those of val; or the folder of a dataset of the hub. An image with several captions has its first.
-        images: folder of the file's images; a dataset has them itself.
+        images: folder of the file's images, of the stamps or, as `data.root`, of the emoji; a dataset has them itself.
         split: of the dataset, where it has several.
+        language: of the captions of stamps and emoji.
+        style: of the emoji.
         num_candidates: pairs per pool; images that do not fill a pool are left out.
         num_pools: None is as many as the images fill.
         seed: of the pools.
@@ -61,17 +64,21 @@ class Retrieval(OfSource):
     def __init__(
         self,
         *,
-        data: Literal["captions", "stamps", "shapes"] = "captions",
+        data: Literal["captions", "stamps", "emoji", "shapes"] = "captions",
         annotations: Name | None = None,
         images: Name | None = None,
         split: Name | None = None,
+        language: Name = "en",
+        style: Literal["noto", "fluent"] = "noto",
         num_candidates: Annotated[int, Range(2, 10_000)] = 100,
         num_pools: Annotated[int, Range(1, 10_000)] | None = 1,
         seed: Seed = 0,
         prior: bool = False,
     ) -> None:
         self.prior = prior
-        super().__init__(source=_source(data, annotations, images, split), scorer=ExactMatch(), max_new_tokens=1)
+        super().__init__(
+            source=_source(data, annotations, images, split, language, style), scorer=ExactMatch(), max_new_tokens=1
+        )
         (prompt, _), *_ = Counter(question.text for question in self.questions).most_common(1)
         order = [question for question in self.questions if question.text == prompt]
         self.num_left_out += len(self.questions) - len(order)
@@ -153,7 +160,9 @@ class _OfDataset(Source):
         return Sample(id=name, images=[], messages=messages, meta={"references": json.dumps(texts)})
 
 
-def _source(data: str, annotations: str | None, images: str | None, split: str | None) -> Source:
+def _source(
+    data: str, annotations: str | None, images: str | None, split: str | None, language: str, style: Any
+) -> Source:
     if data == "captions":
         table = None if annotations is None else table_at(annotations, split=split)
         if table is not None:
@@ -163,8 +172,14 @@ def _source(data: str, annotations: str | None, images: str | None, split: str |
         return captions.Captions(split="val", annotations=annotations, val_annotations=annotations, images=images)
     if split is not None:
         raise ValueError(f"data.split={split} is for a dataset of the hub, not for {data}; leave it out")
-    if data == "stamps":
-        return stamps.Stamps(split="val")
+    try:
+        if data == "stamps":
+            return stamps.Stamps(split="val", root=images or STAMPS, language=language)
+        if data == "emoji":
+            return emoji.Emoji(split="val", root=images or "emoji", style=style, languages=[language])
+    except ValueError as error:
+        message = str(error).replace("data.root=", "data.images=").replace("data.languages=", "data.language=")
+        raise ValueError(message) from error
     return shapes.Shapes(split="val", task="caption", num_val=NUM_SCENES)
 
 
