@@ -129,6 +129,7 @@ ZERO = {
     ),
     *("weight_decay", "gradient_clip_val", "dropout", "limit_train_batches", "limit_val_batches", "overfit_batches"),
     *("rest", "project", "mlp", "resampler"),  # learning rates
+    *("shapes", "stamps", "emoji"),  # weights of a mixture
     *("limit_test_batches", "limit_predict_batches", "reload_dataloaders_every_n_epochs"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -60,6 +61,12 @@ def test_without_the_image_the_words_of_the_question_count() -> None:
     samples = [sample(*pair, text=f"The {pair[0]} one?", id_=str(n)) for n, pair in enumerate([("a",), ("b",)] * 20)]
     assert no_image(samples) == {"exact_match": 1}
     assert constants(samples, ExactMatch()) == {"exact_match_constant": 0.5}
+
+
+def test_the_source_of_a_mixture_is_the_type_of_a_sample_without_one() -> None:
+    one, other = sample("a"), sample("b", type_="count")
+    mixed = [replace(each, meta={**each.meta, "source": "stamps"}) for each in (one, other)]
+    assert no_image(mixed).keys() == {"exact_match", "accuracy/count", "accuracy/stamps"}
 
 
 def test_a_question_is_no_evidence_for_its_own_answer() -> None:

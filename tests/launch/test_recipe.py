@@ -222,7 +222,7 @@ def test_a_stage_that_was_stopped_is_resumed_by_itself(
     assert (root / "recipe.json").exists()
 
 
-@pytest.mark.parametrize("name", ["shapes_align_instruct", "llava15_7b", "llava15_7b_lora"])
+@pytest.mark.parametrize("name", ["shapes_align_instruct", "embedded_mix", "llava15_7b", "llava15_7b_lora"])
 def test_every_stage_of_a_shipped_recipe_is_checked(
     name: str, commands, told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,8 @@ MAX_CONSTANTS = 100  # references that are tried as the constant answer
 class Answers(Evaluator):
     """`val/<score>`, the mean score of generated answers, and `val/<score>/<type>` if the source has types.
 
+    In a mixture, a sample without a type has the name of its source as its type.
+
     Beside each of them are `val/num_answers`, the number of answers; `val/<score>_low` and `val/<score>_high`, Wilson's
     95 % interval; `val/<score>_constant`, the score of the best constant answer, i.e. what a model gets that ignores
     image and question; and `val/<score>_no_image`, what a model can get that ignores the image alone (see
@@ -70,7 +72,7 @@ class Answers(Evaluator):
                 records.append(
                     {
                         "id": sample.id,
-                        "type": sample.meta.get("type"),
+                        "type": _type(sample),
                         "prompt": _question(sample),
                         "prediction": prediction.strip(),
                         "reference": references(sample)[0],
@@ -98,7 +100,7 @@ def scores_without_image(samples: Sequence[Sample], scorer: Scorer) -> dict[str,
     The constant answers that are tried are the references. Where they are more than `MAX_CONSTANTS` different texts, as
     captions are, only the most frequent ones are tried.
     """
-    groups = _groups([sample.meta.get("type") for sample in samples])
+    groups = _groups([_type(sample) for sample in samples])
     constants = {kind: _best_constant([samples[n] for n in numbers], scorer) for kind, numbers in groups.items()}
     guesses = given_question([_asked(sample) for sample in samples])
     by_question = [scorer(guess, sample) for guess, sample in zip(guesses, samples, strict=True)]
@@ -123,7 +125,12 @@ def _best_constant(samples: Sequence[Sample], scorer: Scorer) -> list[float]:
 
 
 def _asked(sample: Sample) -> Asked:
-    return Asked(id=sample.id, text=_question(sample), type=sample.meta.get("type"), references=references(sample))
+    return Asked(id=sample.id, text=_question(sample), type=_type(sample), references=references(sample))
+
+
+def _type(sample: Sample) -> str | None:
+    """The type of its question; where it has none, the source of a mixture."""
+    return sample.meta.get("type") or sample.meta.get("source")
 
 
 def _question(sample: Sample) -> str:
