@@ -14,10 +14,12 @@ from torch import nn
 
 from tests.helpers import programs
 from vlm import config
+from vlm.architecture import from_facts
 from vlm.launch import probe
 from vlm.launch.entry import CONF
 from vlm.launch.probe import LiveBytes, Measured, fill, measure, predict
 from vlm.llms import attention
+from vlm.models.composed import Composed
 
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu", "trainer.precision=32-true", "run_dir=x"]
 SMALL = ["encoder.image_size=32", "data.batch_size=2", "data.num_questions=1"]
@@ -72,6 +74,19 @@ def test_two_shallow_copies_tell_the_activations_of_the_whole_model(changes: lis
 
 def test_blocks_that_are_trained_are_in_both_copies() -> None:
     assert [probe.smallest_depth(settings(f"stage.llm={state}")) for state in ("frozen", "{last_n: 3}")] == [0, 3]
+
+
+def test_a_model_of_the_users_own_can_be_made_shallow(tmp_path: Path) -> None:
+    """`llm=hf` names no architecture: its files tell it, if they are on this machine."""
+    llm = settings()["llm"]
+    from_facts(llm["config"], option="llm.config").save_pretrained(tmp_path)
+    own = {**settings(), "llm": {**llm, "pretrained": str(tmp_path), "config": None}}
+    assert Composed.depth(own) == 2
+    changed = Composed.with_depth(own, 1)["llm"]["config"]
+    assert (changed["num_hidden_layers"], changed["hidden_size"]) == (1, 64)
+    assert counted(own, depth=1).batch_gb == pytest.approx(counted(settings(), depth=1).batch_gb)
+    unknown = {**own, "llm": {**own["llm"], "pretrained": "somebody/elsewhere"}}
+    assert Composed.depth(unknown) is None
 
 
 def test_what_training_holds_is_counted_exactly() -> None:

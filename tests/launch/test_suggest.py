@@ -13,7 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tests.helpers import programs
 from vlm import config
+from vlm.launch import probe
 from vlm.launch.entry import CONF
+from vlm.launch.plan import _print_suggestions, add_suggestions
 from vlm.launch.suggest import Suggestion, Way, changes, for_gpu, suggest, with_options
 
 TINY = ["llm=tiny", "encoder=tiny", "trainer=cpu"]
@@ -122,6 +124,30 @@ def test_a_gpu_has_another_attention_and_precision(monkeypatch: pytest.MonkeyPat
 def test_without_a_probe_nothing_can_be_suggested(capfd: pytest.CaptureFixture[str]) -> None:
     assert programs.train(*TINY, "plan.memory_gb=24", "plan.probe=false") == 2
     assert "plan.memory_gb=24 needs a probe of the activations; leave out plan.probe=false" in capfd.readouterr().err
+
+
+def test_what_the_command_says_of_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    smallest = {"options": ("llm.quantization=nf4", "data.batch_size=1"), "memory_gb": 31.5}
+    found = {"gpu_gb": 24, "precision": "bf16-mixed", "fitting": [], "smallest": smallest}
+    _print_suggestions({"suggestions": found, "tokens_of_longest_sample": 1200})
+    printed = capfd.readouterr().out
+    assert "the smallest way takes at least 31.50 GB, with llm.quantization=nf4 data.batch_size=1; choose a" in printed
+    assert "with rows of 1,200 tokens (the longest sample read)" in printed
+
+
+def test_a_probe_that_fails_gives_no_suggestions(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("its process was killed by signal 9")
+
+    monkeypatch.setattr(probe, "run_apart", fail)
+    cfg = settings()
+    report = {"tokens_of_longest_sample": 90, "tokens_per_sample": 80.0}
+    add_suggestions(report, {**cfg, "llm": {**cfg["llm"], "weights": "meta"}}, 24)
+    _print_suggestions(report)
+    said = "There are no suggestions, because the probe failed: its process was killed by signal 9"
+    assert said in capfd.readouterr().out
 
 
 @pytest.mark.slow

@@ -191,15 +191,19 @@ def add_suggestions(report: dict[str, Any], settings: Mapping[str, Any], gpu_gb:
         return suggest.Way(options, held_gb=held, row_gb=row_gb, update_gb=found.update_gb)
 
     size = probe.size_of_batch(settings)
-    found, smallest = suggest.suggest(
-        list(suggest.changes(settings)),
-        measure,
-        rows_option=f"data.{size}",
-        rows=data[size],
-        least_rows=longest if by_tokens else 1,
-        accumulate_grad_batches=settings["trainer"]["accumulate_grad_batches"],
-        memory_gb=gpu_gb,
-    )
+    try:
+        found, smallest = suggest.suggest(
+            list(suggest.changes(settings)),
+            measure,
+            rows_option=f"data.{size}",
+            rows=data[size],
+            least_rows=longest if by_tokens else 1,
+            accumulate_grad_batches=settings["trainer"]["accumulate_grad_batches"],
+            memory_gb=gpu_gb,
+        )
+    except RuntimeError as error:
+        report["suggestions"] = {"error": str(error)}
+        return
     report["suggestions"] = {
         "gpu_gb": gpu_gb,
         "precision": config.precision(settings),
@@ -210,6 +214,9 @@ def add_suggestions(report: dict[str, Any], settings: Mapping[str, Any], gpu_gb:
 
 def _print_suggestions(report: Mapping[str, Any]) -> None:
     found = report["suggestions"]
+    if "error" in found:
+        run.CONSOLE.print(f"There are no suggestions, because the probe failed: {found['error']}", soft_wrap=True)
+        return
     gpu = f"a GPU of {found['gpu_gb']:g} GB, of which {suggest.RESERVE:.0%} stay free"
     if found["fitting"]:
         run.CONSOLE.print(f"Options that fit into {gpu}; the first changes the training least:", soft_wrap=True)
@@ -223,8 +230,8 @@ def _print_suggestions(report: Mapping[str, Any]) -> None:
         least = found["smallest"]
         options = " ".join(least["options"]) or "the options as they are"
         run.CONSOLE.print(
-            f"Nothing fits into {gpu}: the least is {least['memory_gb']:,.2f} GB, with {options}; choose a smaller "
-            "llm, fewer visual tokens or a smaller data.max_length",
+            f"Nothing fits into {gpu}: the smallest way takes at least {least['memory_gb']:,.2f} GB, with {options}; "
+            "choose a smaller llm, fewer visual tokens or a smaller data.max_length",
             soft_wrap=True,
         )
     run.CONSOLE.print(

@@ -201,6 +201,13 @@ def local_tokenizer(llm: Mapping[str, Any]) -> Any | None:
         return None
 
 
+def local_facts(llm: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of the LLM's architecture from the option `config`, else from its files if they are on this machine."""
+    if llm["config"] is not None or (folder := local_folder(llm)) is None:
+        return llm["config"] or {}
+    return config_of(str(folder), trust_remote_code=llm.get("trust_remote_code", False)).to_dict()
+
+
 def local_folder(llm: Mapping[str, Any]) -> Path | None:
     """The folder that training would read, or None if that needs a conversion or a download."""
     package = package_folder(llm["package"]) if llm.get("package") else None

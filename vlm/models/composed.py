@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm.architecture import depth_of, from_facts, with_depth
 from vlm.encoders.tiles import Tiles
-from vlm.llms.loading import load_tokenizer, local_folder, local_tokenizer
+from vlm.llms.loading import load_tokenizer, local_facts, local_folder, local_tokenizer
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import AnswersText, Generates, Model, PredictsTokens
 from vlm.options import bind, bind_class, parameters, unknown_key
@@ -281,11 +281,11 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @classmethod
     def depth(cls, cfg: Mapping[str, Any]) -> int | None:
-        return depth_of(cfg["llm"]["config"] or {})
+        return depth_of(local_facts(cfg["llm"]))
 
     @classmethod
     def with_depth(cls, cfg: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        return {**cfg, "llm": {**cfg["llm"], "config": with_depth(cfg["llm"]["config"], depth)}}
+        return {**cfg, "llm": {**cfg["llm"], "config": with_depth(local_facts(cfg["llm"]), depth)}}
 
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
         if (found := local_tokenizer(cfg["llm"])) is not None:
