@@ -57,8 +57,9 @@ class Measured:
         steps: how many steps were timed.
         held_gb: weights, gradients and optimizer states.
         positions: tokens of a counted batch, with its padding.
-        batch_gb: the most that was allocated beside these, in forward and backward. A step begins with the
-            gradients of the last one, which Lightning frees before the backward pass.
+        forward_gb: the most that was allocated beside these before the backward pass. A step begins with the gradients
+            of the last one, which Lightning frees then.
+        backward_gb: the same from there on. With depth, this peak and the one before grow by different amounts.
         update_gb: the same in the optimizer's update.
         peak_gb: peak memory of the GPU, or of the process without a GPU.
         weights: `own` or `random`.
@@ -71,7 +72,8 @@ class Measured:
     steps: int
     held_gb: float
     positions: int
-    batch_gb: float
+    forward_gb: float
+    backward_gb: float
     update_gb: float
     peak_gb: float
     weights: str = "random"
@@ -119,8 +121,8 @@ class Recorder(pl.Callback):
     """Counts the memory of the first steps and times the next ones.
 
     Attributes:
-        batch_bytes: the most that was allocated in forward and backward beside the weights, in the last counted step.
-        update_bytes: the same in the optimizer's update.
+        forward_bytes: what was allocated at most beside the weights, before the backward pass of the last counted step.
+        backward_bytes, update_bytes: the same from there on, and in the optimizer's update.
         batches: seconds of each batch, without the update.
         updates: seconds of each update.
     """
@@ -131,7 +133,7 @@ class Recorder(pl.Callback):
         self.batches: list[float] = []
         self.updates: list[float] = []
         self._is_counting, self._step = False, 0
-        self.batch_bytes = self.update_bytes = self._batch_bytes = self.positions = 0
+        self.forward_bytes = self.backward_bytes = self.update_bytes = self._batch_bytes = self.positions = 0
         self._last = self._update_start = 0.0
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -144,10 +146,14 @@ class Recorder(pl.Callback):
             self.live.__enter__()
             self._is_counting = True
 
+    def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if self._is_counting:
+            self.forward_bytes, self.live.peak = self.live.peak + self._batch_bytes, self.live.now
+
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         self._update_start = time.perf_counter()
         if self._is_counting:
-            self.batch_bytes, self.live.peak = self.live.peak + self._batch_bytes, self.live.now
+            self.backward_bytes, self.live.peak = self.live.peak + self._batch_bytes, self.live.now
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
@@ -195,7 +201,8 @@ def measure(
         steps=recorder.steps,
         held_gb=(weights + trained + states + average) / GB,
         positions=recorder.positions,
-        batch_gb=(recorder.batch_bytes - states - trained) / GB,
+        forward_gb=(recorder.forward_bytes - states - trained) / GB,
+        backward_gb=(recorder.backward_bytes - states - trained) / GB,
         update_gb=(recorder.update_bytes - states - trained) / GB,
         peak_gb=peak_memory_gb(),
         weights="own" if built else "random",
@@ -364,8 +371,9 @@ def predict(
         start, end = float(getattr(first, name)), float(getattr(last, name))
         return start + steps * (end - start)
 
-    batch, update = line("batch_gb") / last.rows, line("update_gb")
-    growth = (held_gb - last.held_gb) + max(batch, update) - max(last.batch_gb, last.update_gb)
+    batch, update = max(line("forward_gb"), line("backward_gb")) / last.rows, line("update_gb")
+    measured = max(last.forward_gb, last.backward_gb, last.update_gb)
+    growth = (held_gb - last.held_gb) + max(batch, update) - measured
     return Prediction(
         batch_gb=batch,
         update_gb=update,
