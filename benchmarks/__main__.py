@@ -42,15 +42,16 @@ def peak_flops() -> float:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1] / min(times)
 
 
-def flops_of_align() -> int:
-    """Operations of the matrix products, attention and convolutions of this project's align step."""
+def flops_of(name: str) -> float:
+    """Operations of the matrix products, attention and convolutions in a step of this project, on average."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    (batch,) = training_step.batches_of(training_step.workload("align"))
-    model = training_step.ours()
+    work = training_step.workload(name)
+    model = training_step.ours(lora=work.lora)
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        training_step.LanguageModeling()(model, batch).sums["lm_loss"].backward()
-    return int(counter.get_total_flops())
+        for batch in training_step.batches_of(work):
+            training_step.LanguageModeling()(model, batch).sums["lm_loss"].backward()
+    return counter.get_total_flops() / work.num_steps
 
 
 def of_timings(timings: dict[str, Timing], pieces: int = 1) -> dict[str, Any]:
@@ -69,7 +70,10 @@ def of_timings(timings: dict[str, Timing], pieces: int = 1) -> dict[str, Any]:
 
 def of_step(name: str) -> dict[str, Any]:
     work = training_step.workload(name)
-    return of_timings(training_step.compare(name, turns=TURNS), work.num_steps)
+    found = of_timings(training_step.compare(name, turns=TURNS), work.num_steps)
+    flops = flops_of(name)
+    found["vlm"] |= {"tflop": flops / 1e12, "of_peak": flops / found["vlm"]["seconds"] / peak_flops()}
+    return found
 
 
 def of_default() -> dict[str, Any]:
@@ -126,10 +130,9 @@ def tables(content: dict[str, Any]) -> str:
             figures = f"{row['turns']} | {row['seconds']:.2f} | {row['ratio']:.2f} | {row['memory_gb']:.2f}"
             lines.append(f"| {title} | {way.replace('vlm', 'this project')} | {figures} |")
             title = ""
-    if "share_of_peak" in machine:
-        lines.append(
-            f"\nThe align step computes at {machine['share_of_peak']:.0%} of that speed ({machine['tflop']:.2f} TFLOP)."
-        )
+    for name in ("align", "lora", "mixed"):
+        if row := results.get(name, {}).get("vlm", {}):
+            lines.append(f"\n`{name}` computes {row['tflop']:.2f} TFLOP a step, at {row['of_peak']:.0%} of that speed.")
     if "input" in results:
         mine, other = results["input"]["vlm"], results["input"]["LlavaProcessor"]
         lines.append(
@@ -164,21 +167,16 @@ def main(names: list[str]) -> None:
     if unknown := set(names) - BENCHMARKS.keys():
         raise SystemExit(f"there is no benchmark {min(unknown)}; choose from {', '.join(BENCHMARKS)}")
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": {}, "results": {}}
-    peak = peak_flops()
     content["machine"] |= {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "peak_gflops": peak / 1e9,
+        "peak_gflops": peak_flops() / 1e9,
     }
     for name in names or list(BENCHMARKS):
         print(f"{name} …", flush=True)
         content["results"][name] = BENCHMARKS[name]()
-        if name == "align":
-            seconds = content["results"][name]["vlm"]["seconds"]
-            content["machine"]["tflop"] = flops_of_align() / 1e12
-            content["machine"]["share_of_peak"] = content["machine"]["tflop"] * 1e12 / seconds / peak
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
         page = PAGE.read_text()
         before, after = page.partition(BEGIN)[0], page.partition(END)[2]
