@@ -84,15 +84,11 @@ def of_default() -> dict[str, Any]:
             command = [sys.executable, "train.py", *options, "seed=0", f"run_dir={folder}/run"]
             start = time.perf_counter()
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            found[name] = {"seconds": time.perf_counter() - start}
+            found[name] = {"seconds": time.perf_counter() - start, "stages": {}}
             for file in sorted(Path(folder).rglob("metrics.json")):
+                stage = "" if file.parent.name == "run" else file.parent.name
                 figures = json.loads(file.read_text())
-                stage = "" if file.parent.name == "run" else f"{file.parent.name} "
-                found[name] |= {
-                    f"{stage}{key}": figures[key]
-                    for key in ("perf/step_seconds", "time/fit_seconds", "val/exact_match", "val/visual_gain")
-                    if key in figures
-                }
+                found[name]["stages"][stage] = {key: figures[key] for key in OF_STAGE}
     return found
 
 
@@ -110,6 +106,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
         for name, (alone, beside) in busy.compare(turns=max(2, TURNS // 2)).items()
     },
 }
+OF_STAGE = ("time/fit_seconds", "perf/step_seconds", "val/visual_gain", "val/exact_match")
 TITLES = {
     "align": "An align step: 8 rows of one image (196 visual tokens) and 64 tokens, 48 supervised",
     "lora": "The same with LoRA, r = 16, on all linear layers",
@@ -131,7 +128,7 @@ def tables(content: dict[str, Any]) -> str:
             lines.append(f"| {title} | {way.replace('vlm', 'this project')} | {figures} |")
             title = ""
     for name in ("align", "lora", "mixed"):
-        if row := results.get(name, {}).get("vlm", {}):
+        if "tflop" in (row := results.get(name, {}).get("vlm", {})):
             lines.append(f"\n`{name}` computes {row['tflop']:.2f} TFLOP a step, at {row['of_peak']:.0%} of that speed.")
     if "input" in results:
         mine, other = results["input"]["vlm"], results["input"]["LlavaProcessor"]
@@ -152,9 +149,17 @@ def tables(content: dict[str, Any]) -> str:
         lines += ["\n| waiting threads | tokens/s alone | beside two busy processes |", "|---|---:|---:|"]
         lines += [f"| {name} | {row['alone']:.0f} | {row['busy']:.0f} |" for name, row in results["busy"].items()]
     if "default" in results:
-        lines += ["\n| run | figure | value |", "|---|---|---:|"]
+        lines += [
+            "\n| run | seconds | of them training | a step | visual gain | exact |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
         for name, row in results["default"].items():
-            lines += [f"| {name} | {key} | {value:.2f} |" for key, value in row.items()]
+            total = f"{row['seconds']:.0f}"
+            for stage, values in row["stages"].items():
+                fit, step, gain, exact = (values[key] for key in OF_STAGE)
+                title = f"`{name}`, {stage}" if stage else f"`{name}`"
+                lines.append(f"| {title} | {total} | {fit:.0f} | {step:.2f} | {gain:.2f} | {exact:.0%} |")
+                total = ""
     return "\n".join(lines) + "\n"
 
 
