@@ -134,7 +134,7 @@ def test_only_matrices_decay() -> None:
     }
 
 
-def test_a_module_may_have_a_rate_of_its_own() -> None:
+def test_a_module_or_parameter_may_have_a_rate_of_its_own() -> None:
     model = tiny_model()
     set_trainable(model, STATES, LORA)
     lr: Any = {"connector": {"rest": 1e-4, "norm": 1e-2}}
@@ -144,6 +144,11 @@ def test_a_module_may_have_a_rate_of_its_own() -> None:
         "connector/rest/no_decay": (1e-4, 3),
         "connector/norm/no_decay": (1e-2, 2),
     }
+    lr = {"connector": {"rest": 1e-4, "position": 1e-2}}  # a parameter of the connector itself
+    names = {
+        group["name"]: [p.shape for p in group["params"]] for group in parameter_groups(model, lr=lr, weight_decay=0.0)
+    }
+    assert names["connector/position/no_decay"] == [model.connector.position.shape]
     with pytest.raises(
         ValueError, match=r"stage.lr.connector names nrm; give a learning rate to the rest and to any of .*norm"
     ):

@@ -218,8 +218,8 @@ def _rates(
 def _by_module(
     part: str, module: nn.Module, lr: dict[str, float], trained: dict[str, nn.Parameter]
 ) -> list[tuple[str, float | None, dict[str, nn.Parameter]]]:
-    """As `_rates`, for each module in `lr` and for the rest."""
-    choices = [name for name, _ in module.named_children()]
+    """As `_rates`, for each module and each of the part's own parameters in `lr`, and for the rest."""
+    choices = [name for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))]
     if "rest" not in lr or (unknown := lr.keys() - {"rest", *choices}):
         what = f"has no rest: {lr}" if "rest" not in lr else f"names {min(unknown)}"
         raise ValueError(f"stage.lr.{part} {what}; give a learning rate to the rest and to any of {', '.join(choices)}")
