@@ -106,7 +106,7 @@ def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
     assert {name.split(".")[0] for name in manifest["tensors"]} == {"connector", "llm"}
     assert all("lora_" in name for name in manifest["tensors"] if name.startswith("llm."))
     assert files(instructed) == FILES
-    assert [record["type"] for record in read(instructed / "samples.jsonl")] == ["relation", "comparison"]
+    assert [record["type"] for record in read(instructed / "samples.jsonl")] == ["count", "comparison"]
 
 
 @pytest.mark.slow
