@@ -123,7 +123,10 @@ class Model(nn.Module, ABC):
 
     @classmethod
     def with_depth(cls, cfg: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        """The config with another number of blocks in the largest part, for the probe of `plan=true`."""
+        """The config with another number of blocks in the largest part, for the probe of `plan=true`.
+
+        A model whose `depth` is a number overrides it; of others it is not called.
+        """
         raise NotImplementedError
 
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
