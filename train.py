@@ -25,7 +25,8 @@ def train(run: Any) -> None:
     module = build.build_module(run.settings, model, objective)
     build.connect_data(data, run.settings, model)
     run.report(module, data)
-    trainer = build.build_trainer(run.settings, run.run_dir, manifest=run.manifest, inherited=run.inherited)
+    of_the_run = {"manifest": run.manifest, "inherited": run.inherited}
+    trainer = build.build_trainer(run.settings, run.run_dir, max_steps=run.num_steps(data), **of_the_run)
     result = run.fit(trainer, module, data)
     run.finish(trainer, module, data, result)
 

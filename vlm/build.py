@@ -28,6 +28,7 @@ from vlm.models.base import Model
 from vlm.module import VLMModule
 from vlm.objectives.base import Objective
 from vlm.options import bind, parameters
+from vlm.ranges import NUM_STEPS
 from vlm.schema import Split
 from vlm.text.encode import TextEncoder
 from vlm.training.artifact import short_hash
@@ -120,8 +121,20 @@ def build_module(cfg: Mapping[str, Any], model: Model, objective: Objective) -> 
     return module
 
 
-def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> Any:
-    """Lightning's Trainer with the configured callbacks and loggers.
+def num_steps(cfg: Mapping[str, Any], data: VLMDataModule | None = None, *, num_ranks: int = 1) -> int:
+    """The optimizer steps of a run: `trainer.max_steps`, or with `auto` those of `data.epochs`, or `NUM_STEPS`.
+
+    The data, if they are known, must be connected.
+    """
+    trainer = cfg["trainer"]
+    if trainer["max_steps"] != "auto":
+        return int(trainer["max_steps"])
+    steps = data and data.steps(batches_per_step=trainer["accumulate_grad_batches"] * num_ranks)
+    return steps or NUM_STEPS
+
+
+def build_trainer(cfg: Mapping[str, Any], run_dir: Path, *, max_steps: int = NUM_STEPS, **of_the_run: Any) -> Any:
+    """Lightning's Trainer with the configured callbacks and loggers; `max_steps` counts where the config says auto.
 
     Their constructors get `run_dir`, `max_time`, `ema_decay`, `match`, `budget` and the values `of_the_run` that they
     accept.
@@ -134,6 +147,8 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, **of_the_run: Any) -> A
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # importing it sets INFO, which prints much
     options = {**cfg["trainer"], "precision": precision(cfg)}
+    if options["max_steps"] == "auto":
+        options["max_steps"] = max_steps
     derived = {
         "callbacks": [make() for make in bind_callbacks(cfg, of_the_run).values()],
         "logger": [make() for make in bind_named(cfg, "logger", of_the_run).values()] or False,

@@ -100,6 +100,8 @@ Std = Annotated[Sequence[Annotated[Number, Range(above=0, most=1_000)]], Length(
 BatchSize = Annotated[int, Range(1, 65_536)]
 Tokens = Annotated[int, Range(1, 2**24)]  # per row or batch
 Steps = Annotated[int, Range(1, 10**9)]
+NUM_STEPS = 240  # optimizer steps of a run whose options do not say how many
+Epochs = Annotated[Number, Range(above=0, most=10**6)]
 Samples = Annotated[int, Range(1, 10**8)]  # their permutation is in memory
 Workers = Annotated[int, Range(0, 512)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # as in NumPy
@@ -173,7 +175,7 @@ LIBRARIES: dict[str, dict[str, Any]] = {
         "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
         "devices": Devices,
         "num_nodes": Annotated[int, Range(1, 65_536)],
-        "max_steps": Steps,
+        "max_steps": Steps | Literal["auto"],
         **dict.fromkeys(("min_steps", "max_epochs", "min_epochs"), Steps | None),
         "fast_dev_run": bool | Steps,
         "profiler": Literal["simple", "advanced", "pytorch"] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -207,6 +208,15 @@ def test_tokens_per_sample_are_those_of_the_rows(tmp_path: Path, size: int, visu
     assert report["visual_tokens_per_image"] == visual
     assert report["tokens_per_sample"] == pytest.approx(visual + written + sum(map(len, captions)) / 3)
     assert remark == "mean of 3 samples, with a byte tokenizer"
+
+
+@pytest.mark.parametrize("loader", [[], ["data.batching=tokens", "data.batch_tokens=1024"]], ids=str)
+def test_steps_are_those_of_the_data(loader: list[str]) -> None:
+    """Where batches hold tokens too, whose limit is below the length of the rows that a plan reads."""
+    report, _ = describe(*planned("data.num_train=40", "data.batch_size=8", "data.epochs=2", *loader))
+    tokens = report["tokens_per_sample"]
+    assert report["steps"] == (math.ceil(80 * tokens / 1024) if loader else 10)
+    assert tokens > 64
 
 
 def test_the_llms_own_tokenizer_counts_where_it_is_local(tmp_path: Path) -> None:

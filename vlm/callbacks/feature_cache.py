@@ -146,7 +146,7 @@ class FeatureCache(pl.Callback):
         if self._is_on is not None:
             return self._is_on, "as before this run was resumed"
         is_auto = data.feature_cache == "auto"
-        epochs = data.epochs(trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size)
+        epochs = data.epochs_of(trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size)
         self._store = self._open(trainer, model)
         if is_auto and epochs <= 1 and not len(self._store):
             return False, "the run reads at most one epoch, so no image twice, and no features are stored"

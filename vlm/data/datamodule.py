@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,7 +25,7 @@ from vlm.data.sample_reader import SampleReader
 from vlm.data.shared import shared_images
 from vlm.data.workers import WorkerContext
 from vlm.quote import quoted
-from vlm.ranges import BatchSize, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
+from vlm.ranges import BatchSize, Epochs, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Form, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.turns import count
@@ -55,6 +56,7 @@ class VLMDataModule(pl.LightningDataModule):
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_ratio: with `skip`, the ratio of bad samples above which the run stops; above 0 it allows at least one.
         seed: seed of the order of the samples.
+        epochs: how often a run reads each training sample, for `steps`; None does not say.
         bad_samples_file: a file that lists the skipped samples; None writes none.
         filter: the file of `vlm-doctor` that lists samples to leave out; None leaves out none.
         text_replay: the ratio of training samples that are conversations without images; 0 adds none.
@@ -90,6 +92,7 @@ class VLMDataModule(pl.LightningDataModule):
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_ratio: Ratio = 0.01,
         seed: Seed = 0,
+        epochs: Epochs | None = None,
         bad_samples_file: Path | None = None,
         filter: Name | None = None,
         text_replay: Annotated[Number, Range(0, 0.9)] = 0.0,
@@ -129,7 +132,7 @@ class VLMDataModule(pl.LightningDataModule):
         self.train_on, self.too_long = train_on, too_long
         self.system_prompt = None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>")
         self.augment = None if augment is None else Augment(**augment)
-        self.num_val_samples, self.seed = num_val_samples, seed
+        self.num_val_samples, self.seed, self.epochs = num_val_samples, seed, epochs
         self.max_bad_ratio = 0.0 if on_bad_sample == "raise" else max_bad_ratio
         self.bad_samples_file, self.feature_cache = bad_samples_file, feature_cache
         self._start: dict[str, Any] | None = None  # position of the training batches to resume from
@@ -196,7 +199,7 @@ class VLMDataModule(pl.LightningDataModule):
             "vlm-doctor>, or validate on other data, for example with data.val_annotations="
         )
 
-    def epochs(self, num_batches: int) -> float:
+    def epochs_of(self, num_batches: int) -> float:
         """About how often `num_batches` training batches read each sample."""
         samples: float = self.batch_size
         if self.batching == "tokens" or self.packing:
@@ -204,6 +207,12 @@ class VLMDataModule(pl.LightningDataModule):
             mean = sum(lengths) / len(lengths)
             samples = self.batch_tokens / mean if self.batching == "tokens" else samples * self.max_length / mean
         return num_batches * samples / len(self.splits["train"])
+
+    def steps(self, *, batches_per_step: int) -> int | None:
+        """How many optimizer steps read each training sample `epochs` times; None where `epochs` is not given."""
+        if self.epochs is None:
+            return None
+        return math.ceil(round(self.epochs / self.epochs_of(batches_per_step), 6))
 
     def some_image_keys(self) -> list[tuple[bytes, ...]]:
         """The keys of the images of some training samples in the feature cache; bad samples are left out."""

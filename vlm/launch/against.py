@@ -18,7 +18,13 @@ PREDICTED = {  # keys of the plan: name, metric of the run, unit
 }
 REMEDY = "plan.against={file} holds no prediction; write one with plan=true plan.json={file}"
 # Options that change neither a step nor its memory.
-NOT_COMPARED = ("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps", "data.num_val_samples")
+NOT_COMPARED = (
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "trainer.log_every_n_steps",
+    "data.num_val_samples",
+    "data.epochs",
+)
 
 
 def compared(settings: Mapping[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
     The total of a part is that of the published model; `loaded` of it are held in memory and run. Where images are
     tiled, `visual_tokens_per_image` is the most that an image can have.
     """
-    tokens, remark = _tokens_of_samples(settings, model)
+    tokens, steps, remark = _read_samples(settings, model)
     parts = run.count_parameters(model)
     for part, counts in parts.items():
         if published := getattr(getattr(model, part), "published_size", None):
@@ -92,6 +92,7 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
         "visual_tokens_per_tile": model.num_visual_tokens,
         "tokens_per_sample": sum(tokens) / len(tokens) if tokens else None,
         "tokens_of_longest_sample": max(tokens) if tokens else None,
+        "steps": steps,
         "memory_gb": _memory_gb(settings, model),
     }
     return report, remark
@@ -127,11 +128,11 @@ def add_prediction(report: dict[str, Any], settings: Mapping[str, Any], model: A
         return
     memory["activations"] = found.activations_gb
     memory["total"] = memory.pop("total") + found.activations_gb  # the last row
-    steps = settings["trainer"]["max_steps"]
+    steps = report["steps"]
     report |= {
         "peak_memory_gb": found.peak_memory_gb,
         "step_seconds": found.step_seconds,
-        "fit_seconds": steps * found.step_seconds if steps > 0 else None,
+        "fit_seconds": steps * found.step_seconds,
         "probe": {
             "device": probe.device(),
             "measured": [asdict(each) for each in found.probes],
@@ -262,10 +263,8 @@ def render(report: Mapping[str, Any], remark: str) -> Table:
         whose = f"of the {device.upper()}" if device != "cpu" else "of the process, with its libraries"
         table.add_row("peak memory", f"{report['peak_memory_gb']:,.3f} GB", whose)
         table.add_row("seconds per step", f"{report['step_seconds']:,.3f}", _measured(measured))
-        if report["fit_seconds"] is not None:
-            table.add_row(
-                "time for all steps", str(timedelta(seconds=round(report["fit_seconds"]))), "without validations"
-            )
+        total = str(timedelta(seconds=round(report["fit_seconds"])))
+        table.add_row(f"time for {report['steps']:,} steps", total, "without validations")
     return table
 
 
@@ -279,13 +278,19 @@ def _measured(probes: Sequence[Mapping[str, Any]]) -> str:
     return f"mean of {last['steps']} steps here, {what} with {weights}{rows}"
 
 
-def _tokens_of_samples(settings: Mapping[str, Any], model: Any) -> tuple[list[int], str]:
-    """Tokens of some training samples, visual ones included, and with which tokenizer; none if there are no data."""
+def _read_samples(settings: Mapping[str, Any], model: Any) -> tuple[list[int], int, str]:
+    """Tokens of some training samples, visual ones included, the optimizer steps on one device, and a remark.
+
+    Without data there are no tokens, and the remark says why.
+    """
     tokenizer = model.use_local_tokenizer(settings)
-    data = {**settings["data"], "max_length": 10**9}  # a row too long for training also counts
     try:
-        module = build.connect_data(build.build_data({**settings, "data": data}, None), settings, model)
-        report, _ = module.preflight(num_samples=settings["preflight"]["samples"], show=0)
+        data = build.build_data(settings, None)
+        max_length, data.max_length = data.max_length, 10**9  # a row too long for training also counts
+        build.connect_data(data, settings, model)
+        report, _ = data.preflight(num_samples=settings["preflight"]["samples"], show=0)
     except (ValueError, OSError) as error:
-        return [], str(error)
-    return report.tokens, f"mean of {len(report.tokens)} samples, with {tokenizer}"
+        return [], build.num_steps(settings), str(error)
+    data.max_length = max_length
+    steps = build.num_steps(settings, data)
+    return report.tokens, steps, f"mean of {len(report.tokens)} samples, with {tokenizer}"

@@ -19,6 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from vlm.files import escape_controls
+from vlm.ranges import NUM_STEPS
 from vlm.report import jobs
 
 
@@ -105,8 +106,7 @@ class SweepReport(Callback):
         jobs.start_sweep(Path(config.hydra.sweep.dir), num_jobs=number_of_jobs(config))
         sweep: Any = config.get("sweep") or {}  # eval.py has none
         if match := sweep.get("match"):
-            num = config.trainer.max_steps if match == "steps" else sweep.budget
-            print(f"Equal budget: every job trains for {num:,} {match} (sweep.match={match})", flush=True)
+            print(f"Equal budget: every job trains for {_budget(config, match)} (sweep.match={match})", flush=True)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         root = Path(config.hydra.sweep.dir)
@@ -118,6 +118,16 @@ class SweepReport(Callback):
         count = "1 job of the sweep" if len(failed) == 1 else f"{len(failed)} jobs of the sweep"
         print(f"Error: {count} failed, the others ran: {escape_controls(names)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _budget(config: Any, match: str) -> str:
+    """What `sweep.match` gives every job."""
+    if match != "steps":
+        return f"{config.sweep.budget:,} {match}"
+    if (num := config.trainer.max_steps) != "auto":
+        return f"{num:,} steps"
+    epochs = config.data.get("epochs")
+    return f"{NUM_STEPS:,} steps" if epochs is None else f"data.epochs={epochs:g}"
 
 
 def _show(root: Path) -> None:

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 from vlm import config
-from vlm.build import check_rows
+from vlm.build import check_rows, num_steps
 from vlm.callbacks.save import data_of, newest_checkpoint
 from vlm.data.datamodule import VLMDataModule
 from vlm.data.preflight import render
@@ -134,6 +134,10 @@ class TrainingRun:
                         f"callbacks.save.best={best} needs a visual gain, but {why}; set callbacks.save.best=val/loss"
                     )
                 run.CONSOLE.print(f"There will be no {figure}: {why}.", soft_wrap=True)
+
+    def num_steps(self, data: VLMDataModule) -> int:
+        """The optimizer steps of the run."""
+        return num_steps(self.settings, data, num_ranks=self.trainer.world_size)
 
     def fit(self, trainer: Any, module: VLMModule, data: VLMDataModule) -> Result:
         """Train, then evaluate. A failure after the last step is returned in the result, with the figures before it."""
