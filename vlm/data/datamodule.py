@@ -28,6 +28,7 @@ from vlm.quote import quoted
 from vlm.ranges import BatchSize, Epochs, Name, Number, Range, Ratio, Samples, Seed, Tokens, Workers
 from vlm.schema import BadSample, Batch, Form, Source, Split, VisualSpec
 from vlm.text.encode import TextEncoder
+from vlm.text.lengths import TooLong
 from vlm.text.turns import count
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class VLMDataModule(pl.LightningDataModule):
         max_length: Tokens = 512,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
-        too_long: Literal["drop", "truncate_text"] = "drop",
+        too_long: TooLong = "drop",
         num_val_samples: Samples | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_ratio: Ratio = 0.01,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlm.schema import IGNORE, BadSample, Message, Sample
 from vlm.text import jinja
-from vlm.text.lengths import check_length, kept_length
+from vlm.text.lengths import TooLong, check_length, kept_length
 from vlm.text.row import Encoded
 from vlm.text.spans import (
     Skeleton,
@@ -34,7 +34,7 @@ from vlm.text.spans import (
     skeleton_of,
     with_breaks,
 )
-from vlm.text.templates import IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
+from vlm.text.templates import ENDS, IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, breaker, opens_with_space, private_tokenizer, splits_cleanly
 from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
@@ -66,14 +66,14 @@ class TextEncoder:
         train_on: supervise the tokens of every `assistant` turn, of the `last_assistant` turn only, or `all` tokens
             except visual ones (including what the template writes).
         system_prompt: the system message of each conversation that has none.
-        too_long: `drop` refuses a conversation of more than `max_length` tokens, `truncate_text` cuts it (see
-            `kept_length`).
+        too_long: `drop` refuses a conversation of more than `max_length` tokens, `truncate_text` and `truncate` cut it
+            (see `kept_length`).
 
     The name of a special token in a message is tokenized as plain characters; only the template writes special tokens.
 
     Raises ValueError for a tokenizer with neither pad nor eos token, for an unknown or missing template, and for a
-    template whose turns cannot be located, whose answers do not end with a special token of the tokenizer, or whose
-    generation prompt is tokenized differently in training.
+    template whose turns cannot be located, whose answers do not end with a special token of the tokenizer (unless
+    `ENDS` names their end), or whose generation prompt is tokenized differently in training.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TextEncoder:
         row_separator: str = "",
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
-        too_long: Literal["drop", "truncate_text"] = "drop",
+        too_long: TooLong = "drop",
     ) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
@@ -112,7 +112,9 @@ class TextEncoder:
         added = self._private.get_added_tokens_decoder().items()
         ids = {token.content: index for index, token in added}
         self._image_id, self._break_id = ids[IMAGE_PLACEHOLDER], ids[BREAK]
-        self._marks = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self._end_text = ENDS.get(chat_template or "")
+        self._end_ids = self._ids_after_text(self._end_text) if self._end_text else []
         self._skeletons: dict[tuple[object, ...], Skeleton | None] = {}
         self._form, self._end_of_turn = self._probe()
 
@@ -147,12 +149,12 @@ class TextEncoder:
 
         Its prompt fits into `max_length`. Raises as `encode` does.
         """
-        if self.too_long != "truncate_text":
+        if self.too_long == "drop":
             return sample
         row, answers, _ = self._whole(sample)
         if len(answers) <= self.max_length:
             return sample
-        length = kept_length(row, answers, self.max_length)
+        length = kept_length(row, answers, self.max_length, self.too_long)
         if length is None:
             check_length(sample.id, row, self.max_length)
         last = max((answer for answer in answers[:length] if answer is not None), default=0)
@@ -161,8 +163,11 @@ class TextEncoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the end-of-turn token, which is supervised, and the tokenizer's eos token."""
-        return sorted({self._end_of_turn, self.tokenizer.eos_token_id} - {None})
+        """Ids that end an answer: the end-of-turn token, which is supervised, and the tokenizer's eos token.
+
+        Of an end that is plain text of several tokens, it is the first.
+        """
+        return sorted({*(self._end_ids[:1] or [self._end_of_turn]), self.tokenizer.eos_token_id} - {None})
 
     def runs(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """The decoded tokens as runs of (text, is supervised); an image of K visual tokens is `<image×K>`."""
@@ -299,11 +304,17 @@ class TextEncoder:
     def _tokenize(
         self, text: str, spans: Sequence[Span]
     ) -> tuple[str, list[int], list[tuple[int, int]], Sequence[Span]]:
-        """Ids and offsets of the text, with BREAK before each span, or only where a token would cross its start."""
-        starts = [span.start for span in spans]
+        """Ids and offsets of the text, with BREAK before each span, or only where a token would cross its start.
+
+        An end of turn that is plain text is separated likewise. An image, itself a token, needs no BREAK after it.
+        """
+        positions = {span.start for span in spans if not text.endswith(IMAGE_PLACEHOLDER, 0, span.start)}
+        if self._end_text:
+            positions |= {span.end - len(self._end_text) for span in spans}
+        breaks = sorted(positions)
         if not self._splits:
-            starts = crossed(self._ids(text)[1], starts)
-        text, spans = with_breaks(text, spans, starts, BREAK)
+            breaks = crossed(self._ids(text)[1], breaks)
+        text, spans = with_breaks(text, spans, breaks, BREAK)
         return text, *self._ids(text), spans
 
     def _ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -320,7 +331,7 @@ class TextEncoder:
         at = 0
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos):
-            ids, offsets, at = [self._marks[bos]], [(0, len(bos))], len(bos)
+            ids, offsets, at = [self._special[bos]], [(0, len(bos))], len(bos)
         for number, part in enumerate(text[at:].split(IMAGE_PLACEHOLDER)):
             if number:
                 ids.append(self._image_id)
@@ -334,6 +345,11 @@ class TextEncoder:
             at += len(part)
         return ids, offsets
 
+    def _ids_after_text(self, text: str) -> list[int]:
+        """The ids of a text that follows another one."""
+        ids, offsets = self._ids(f"x{text}")
+        return [token for token, (start, _) in zip(ids, offsets, strict=True) if start]
+
     def _spans(
         self,
         roles: Sequence[str],
@@ -343,7 +359,9 @@ class TextEncoder:
         prompt: bool = False,
     ) -> list[Span]:
         """The spans of the answers in `rendered`."""
-        spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=self._marks)
+        marks = {self._end_text: self._end_ids[-1]} if self._end_text else self._special
+        in_text = self._end_text is not None
+        spans = partial(answer_spans, rendered, roles=roles, texts=texts, marks=marks, in_text=in_text)
         with suppress(ValueError):  # the cached skeleton may be outdated, if the template writes the date
             return spans(skeleton=self._skeleton(roles, form, prompt))
         self._skeletons.pop(self._key(roles, form, prompt), None)
@@ -395,8 +413,11 @@ class TextEncoder:
 
         With `train_on=all`, the text between the answers keeps its labels too.
         """
-        kept = kept_length(row, answers, self.max_length) if len(answers) > self.max_length else None
-        length = kept if self.too_long == "truncate_text" else None
+        kept = None
+        if len(answers) > self.max_length:
+            how = "truncate_text" if self.too_long == "drop" else self.too_long
+            kept = kept_length(row, answers, self.max_length, how)
+        length = None if self.too_long == "drop" else kept
         answers = answers[:length]
         last = max((answer for answer in answers if answer is not None), default=0)
         first, outside = last if self.train_on == "last_assistant" else 0, self.train_on == "all"

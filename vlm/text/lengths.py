@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 from vlm.schema import IGNORE, BadSample
 from vlm.text.row import Encoded
 from vlm.text.turns import count
+
+TooLong = Literal["drop", "truncate_text", "truncate"]
 
 
 def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool = False) -> None:
@@ -26,16 +29,22 @@ def check_length(sample_id: str, row: Encoded, max_length: int, *, may_cut: bool
     )
 
 
-def kept_length(row: Encoded, answers: Sequence[int | None], max_length: int) -> int | None:
+def kept_length(
+    row: Encoded, answers: Sequence[int | None], max_length: int, how: Literal["truncate_text", "truncate"]
+) -> int | None:
     """The length to which a conversation of more than `max_length` tokens is truncated.
 
-    `answers[t]` is the index of the answer to which token t belongs, or None. The result ends with the last complete,
-    non-empty answer that fits. If no answer fits as a whole, it ends inside an answer, without an end-of-turn token. It
-    is None where an image or all answers would be cut.
+    `answers[t]` is the index of the answer to which token t belongs, or None. With `truncate`, the result is
+    `max_length`, as in LLaVA. With `truncate_text`, it ends with the last complete, non-empty answer that fits; if no
+    answer fits as a whole, it ends inside an answer, without an end-of-turn token.
+
+    It is None where an image, or with `truncate_text` all answers, would be cut.
     """
     all_counted = row.images_before.index(row.images_before[-1]) + 1  # tokens until all images are counted
     last_visual = max((index + 1 for index, is_image in enumerate(row.image_mask) if is_image), default=0)
     at_least = max(all_counted, last_visual)
+    if how == "truncate":
+        return max_length if at_least <= max_length else None
     kept = None
     end = 0
     for answer, run in itertools.groupby(answers):

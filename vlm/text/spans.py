@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 LONGEST_MARK = 128  # maximum characters of an end-of-turn token, called a mark here
@@ -15,7 +17,7 @@ class Span(NamedTuple):
 
     start: int
     end: int
-    mark: int  # id of the end-of-turn token
+    mark: int  # id of the end-of-turn token; of a mark that is plain text, id of its last token
 
 
 class Skeleton(NamedTuple):
@@ -38,13 +40,20 @@ def skeleton_of(rendered: str, number: int) -> Skeleton | None:
 
 
 def answer_spans(
-    rendered: str, *, skeleton: Skeleton | None, roles: Sequence[str], texts: Sequence[str], marks: Mapping[str, int]
+    rendered: str,
+    *,
+    skeleton: Skeleton | None,
+    roles: Sequence[str],
+    texts: Sequence[str],
+    marks: Mapping[str, int],
+    in_text: bool = False,
 ) -> list[Span]:
-    """The assistant's turns in `rendered`, each with its mark in `marks` (added token -> id).
+    """The assistant's turns in `rendered`, each with its mark in `marks` (token -> id).
 
     A turn includes the spaces that the template writes before the answer, and a generation prompt ends before them
-    (`cut_spaces`), because many tokenizers have one token for a space and the word after it. White space is not a mark,
-    even if it is an added token, as "\\n" is for Gemma.
+    (`cut_spaces`), because many tokenizers have one token for a space and the word after it. Marks are added tokens,
+    and white space is not one, even if it is an added token, as "\\n" is for Gemma. With `in_text`, the mark is plain
+    text that follows the answer directly, such as the newline after a caption.
 
     Raises ValueError where skeleton and texts do not give exactly `rendered`, and for a turn without a mark.
     """
@@ -56,7 +65,7 @@ def answer_spans(
         if roles[index] != "assistant":
             continue
         before, piece = skeleton.pieces[number : number + 2]
-        after = piece.lstrip()
+        after = piece if in_text else piece.lstrip()
         # The longest match. Looking up prefixes is faster than trying thousands of added tokens.
         lengths = range(min(len(after), LONGEST_MARK), 0, -1)
         mark = next((after[:length] for length in lengths if after[:length] in marks), None)
@@ -98,30 +107,32 @@ def _positions(rendered: str, skeleton: Skeleton | None, texts: Sequence[str]) -
     return positions if at == len(rendered) else []
 
 
-def crossed(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
-    """Those of `starts` (sorted) that are inside a token, which then has parts of both the prompt and the answer."""
+def crossed(offsets: Sequence[tuple[int, int]], positions: Sequence[int]) -> list[int]:
+    """Those of `positions` (sorted) that are inside a token, which then has parts of both the prompt and the answer."""
     inside = []
     index = 0
-    for start in starts:
-        while index < len(offsets) and offsets[index][1] <= start:
+    for position in positions:
+        while index < len(offsets) and offsets[index][1] <= position:
             index += 1
-        if index < len(offsets) and offsets[index][0] < start:
-            inside.append(start)
+        if index < len(offsets) and offsets[index][0] < position:
+            inside.append(position)
     return inside
 
 
-def with_breaks(text: str, spans: Sequence[Span], starts: Sequence[int], mark: str) -> tuple[str, list[Span]]:
-    """The text with `mark` inserted at each of `starts`, which are starts of spans, and all spans, shifted."""
-    broken = set(starts)
-    pieces, moved = [], []
-    at = shift = 0
-    for span in spans:
-        if span.start in broken:
-            pieces += [text[at : span.start], mark]
-            at = span.start
-            shift += len(mark)
-        moved.append(span._replace(start=span.start + shift, end=span.end + shift))
-    return "".join([*pieces, text[at:]]), moved
+def with_breaks(text: str, spans: Sequence[Span], positions: Sequence[int], mark: str) -> tuple[str, list[Span]]:
+    """The text with `mark` inserted at each of `positions` (sorted), and the spans, shifted.
+
+    A mark at the start of a span is put before the span.
+    """
+    pieces = [text[start:end] for start, end in pairwise([0, *positions, len(text)])]
+    moved = [
+        span._replace(
+            start=span.start + len(mark) * bisect_right(positions, span.start),
+            end=span.end + len(mark) * bisect_left(positions, span.end),
+        )
+        for span in spans
+    ]
+    return mark.join(pieces), moved
 
 
 def answers_at(

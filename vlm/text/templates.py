@@ -28,13 +28,33 @@ _CONTENT = (
     "{%- endmacro -%}"
 )
 
-# For captions and base models, as in LLaVA's first stage: the question, a newline, the answer, and no roles.
+# For captions and base models: the question, a newline, the answer, and no roles.
 _PLAIN = (
     "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"
     "{{- render(message['content']) -}}"
     "{{- eos_token if message['role'] == 'assistant' else '\\n' -}}"
     "{%- endfor -%}"
+)
+
+# A caption that ends with a newline, as LLaVA's first stage, BLIP-2 and MiniGPT-4 train; the prompt may be empty.
+_CAPTION = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{{- render(message['content']) + ('\\n' if message['role'] == 'assistant' else '') -}}"
+    "{%- endfor -%}"
+)
+
+# MiniGPT-4's second stage. It writes <Img> and </Img> around an image, which here belong to the prompt.
+_MINIGPT4 = (
+    "{{- bos_token or '' -}}"
+    "{%- set own = messages[0]['role'] == 'system' -%}"
+    "{{- (render(messages[0]['content']) if own else '') + '###' -}}"
+    "{%- for message in (messages[1:] if own else messages) -%}"
+    "{{- 'Assistant: ' if message['role'] == 'assistant' else 'Human: ' -}}"
+    "{{- render(message['content']) + ('###' if message['role'] == 'assistant' else ' ###') -}}"
+    "{%- endfor -%}"
+    "{{- 'Assistant: ' if add_generation_prompt else '' -}}"
 )
 
 # Some tokenizers (SmolLM) have `<|im_start|>` as their bos token, which must not be written twice.
@@ -165,6 +185,7 @@ _T5 = (
 
 _BODIES = {
     "plain": _PLAIN,
+    "caption": _CAPTION,
     "chatml": _CHATML,
     "smollm2": _SMOLLM2,
     "qwen3": _QWEN3,
@@ -173,6 +194,7 @@ _BODIES = {
     "llama3": _LLAMA3,
     "llama3_2": _LLAMA3_2,
     "vicuna_v1": _VICUNA_V1,
+    "minigpt4": _MINIGPT4,
     "mistral": _MISTRAL,
     "phi": _PHI,
     "t5": _T5,
@@ -181,7 +203,10 @@ TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
 
 # Templates whose published training code tokenizes each text between images separately, as LLaVA and FastChat do. The
 # tokenizer adds bos, and with SentencePiece each such text begins with a space ("<s> ▁A", not "<s> A").
-PLAIN_TEXTS = frozenset({"plain", "vicuna_v1"})
+PLAIN_TEXTS = frozenset({"plain", "caption", "vicuna_v1", "minigpt4"})
+
+# The ends of turns that are plain text. The others are special tokens.
+ENDS = {"caption": "\n", "minigpt4": "###"}
 
 # Variables for a tokenizer's own template: Qwen3's and others then write no thought, and those of Llama 3.1 and 3.2
 # write their default date, not today's.
