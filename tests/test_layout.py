@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vlm").rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 # schema -> encoders, connectors, llms -> models, data -> objectives, evaluation -> training -> module -> config ->
-# build, report -> launch -> inference -> cli.
+# build, report -> launch -> inference, exchange -> cli.
 RANK = {
     **dict.fromkeys(("schema", "hub", "file_kinds", "architecture", "ranges", "files"), 0),
     **dict.fromkeys(("identity", "imports", "quote", "renamed"), 0),
@@ -22,7 +22,7 @@ RANK = {
     **dict.fromkeys(("callbacks", "loggers", "config"), 5),
     **dict.fromkeys(("build", "report"), 6),
     "launch": 7,
-    "inference": 8,
+    **dict.fromkeys(("inference", "exchange"), 8),
     "cli": 9,
 }
 ALLOWED_PEERS = {("hub", "file_kinds")}  # a hub file may be a Git LFS pointer

@@ -1,4 +1,4 @@
-"""The command line of the programs that answer with a trained run: vlm-chat and vlm-demo."""
+"""The command line of the programs that take a trained run: vlm-chat, vlm-demo and vlm-export."""
 
 # Annotations are evaluated here, because the subclasses of RunOptions in other files inherit them.
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ HELP = """  device=auto            or cpu, cuda, cuda:1; auto is the accelerator
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What both programs take, beside options of the run."""
+    """What the programs that answer take, beside options of the run."""
 
     ckpt: Name
     device: Name = "auto"
@@ -37,7 +37,7 @@ class RunOptions:
         return {"max_new_tokens": self.max_new_tokens, **sampled}
 
 
-Options = TypeVar("Options", bound=RunOptions)
+Options = TypeVar("Options")
 
 
 def parse(program: str, kind: type[Options], arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
@@ -53,8 +53,9 @@ def parse(program: str, kind: type[Options], arguments: Sequence[str]) -> tuple[
             key, value = "ckpt", argument
         given[key] = value if key in texts or key.endswith(".pretrained") else _value(value)
     of_run = {key: value for key, value in given.items() if "." in key}
-    if not given.get("ckpt"):
-        raise ValueError(f"{program} needs ckpt=<run dir>")
+    for key, what in (("ckpt", "run dir"), ("out", "folder")):
+        if key in get_type_hints(kind) and not given.get(key):
+            raise ValueError(f"{program} needs {key}=<{what}>")
     options = bind_class("", kind, {key: value for key, value in given.items() if key not in of_run})()
     return options, of_run
 

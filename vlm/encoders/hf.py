@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from copy import deepcopy
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,14 @@ from vlm.encoders.layers import resolve_layers
 from vlm.encoders.transform import Transform
 from vlm.hub import check_match, config_of, first_line, look_up, readable_weights
 from vlm.ranges import Facts, ImageSize, Interpolation, Layers, Mean, Name, Range, Std
+
+
+class Tower(NamedTuple):
+    """A vision model, the hidden states that are its features, from the end, and its tokens that are no patches."""
+
+    model: PreTrainedModel
+    layers: list[int]
+    num_dropped: int
 
 
 class HFEncoder(nn.Module):
@@ -77,7 +86,7 @@ class HFEncoder(nn.Module):
         # Models that always interpolate, or have no position embeddings, lack this argument.
         interpolates = "interpolate_pos_encoding" in inspect.signature(skeleton.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if interpolates and size != architecture.image_size else {}
-        self._num_dropped = self._num_tokens_to_drop(skeleton, drop_tokens)
+        self.num_dropped = self._num_tokens_to_drop(skeleton, drop_tokens)
         if weights == "meta":
             self.tower = skeleton
         elif weights == "random":
@@ -109,11 +118,42 @@ class HFEncoder(nn.Module):
         """Number of parameters of the published model, with the layers that are unused here."""
         return self._published_size
 
+    def published_tower(self) -> Tower:
+        """The vision model with Transformers' own modules, for a checkpoint of another model that contains it.
+
+        One block follows the last that is used. No feature depends on it, nor on the modules after it: it is a copy of
+        the last one, so that the features are an inner hidden state, which no model passes through its last norm.
+        Position embeddings for another image size are interpolated once. Raises ValueError where they cannot be.
+        """
+        config, depth = deepcopy(self.tower.config), max(self._layers)
+        config.num_hidden_layers = depth + 1
+        if hasattr(config, "vision_use_head"):  # of SigLIP
+            config.vision_use_head = False
+        ours = dict(self.tower.state_dict())
+        if self._options:
+            embeddings: Any = getattr(self.tower, "embeddings", None)
+            if getattr(embeddings, "position_embedding", None) is None:
+                raise ValueError(
+                    f"encoder.image_size={self.image_size[0]} needs position embeddings that are interpolated in every "
+                    f"step for a {config.model_type}; train with encoder.image_size={config.image_size}"
+                )
+            name, config.image_size = "embeddings.position_embedding.weight", self.image_size[0]
+            with torch.no_grad():
+                num = self.grid[0] * self.grid[1] + self.num_dropped
+                blank = ours[name].new_zeros(1, num, ours[name].shape[1])  # 1 L ·
+                ours[name] = embeddings.interpolate_pos_encoding(blank, *self.image_size)[0]  # L ·
+        last, copied = f"{self._blocks_name}.{depth - 1}.", f"{self._blocks_name}.{depth}."
+        ours |= {name.replace(last, copied): tensor for name, tensor in ours.items() if name.startswith(last)}
+        model = AutoModel.from_config(config)
+        model.load_state_dict({**model.state_dict(), **ours})
+        layers = [layer - depth - 2 for layer in self._layers]  # -2 is the last that is used
+        return Tower(model.eval(), layers, self.num_dropped)
+
     def forward(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p dv"]:
         if len(pixel_values) == 0:  # no image in the batch: one blank image keeps all parameters in the graph
             return self(pixel_values.new_zeros(1, 3, *self.image_size))[:0]  # 0 P Dv
         states = self._hidden_states(self.tower, pixel_values.to(self.tower.dtype))  # each N L ·
-        return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self._num_dropped :]  # N P Dv
+        return torch.cat([states[layer] for layer in self._layers], dim=-1)[:, self.num_dropped :]  # N P Dv
 
     def _hidden_states(self, model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return model(pixel_values=pixel_values, output_hidden_states=True, **self._options).hidden_states

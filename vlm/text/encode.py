@@ -162,6 +162,11 @@ class TextEncoder:
         return replace(sample, messages=sample.messages[: indices[last] + 1])
 
     @property
+    def takes_strings(self) -> bool:
+        """Whether the template takes the content of a message as a string, not as a list."""
+        return self._form is as_string
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the end-of-turn token, which is supervised, and the tokenizer's eos token.
 

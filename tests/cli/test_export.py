@@ -1,0 +1,65 @@
+"""vlm-export: what it refuses, each in one sentence, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.exchange import export
+from tests.helpers.programs import LIVELY, QUICK, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("export") / "run"
+    assert train(*QUICK, *LIVELY, "encoder.tiles.grids=[[1,2]]", f"run_dir={run}") == 0
+    return run
+
+
+def test_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in (([], 2), (["--help"], 0)):
+        assert export(*arguments) == code
+        said = capsys.readouterr()
+        assert said.out.startswith("Write a trained run as a folder that Transformers reads")
+        assert said.err == ""
+
+
+def test_options_that_it_refuses(run: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    for arguments, message in (
+        ((run,), "vlm-export needs out=<folder>"),
+        (("out=x",), "vlm-export needs ckpt=<run dir>"),
+        ((run, "out=x", "to=gguf"), "to='gguf' must be hf"),
+        ((run, "out=x", "lora=drop"), "lora='drop' must be one of merge, keep"),
+        (
+            (run, "out=x", "sample=2"),
+            "there is no option sample; did you mean samples? choose one of ckpt, dtype, lora, max_new_tokens, out, "
+            "samples, to",
+        ),
+        ((run, "out=x", "lora=keep"), f"ckpt={run} has no LoRA to keep apart; leave out lora=keep"),
+        ((run, f"out={run}"), f"out={run} exists and is not an empty folder; choose another one"),
+        (
+            (run / "artifact", "out=x"),
+            f"ckpt={run / 'artifact'} is a part of a run directory; give the whole directory, ckpt={run}",
+        ),
+        (
+            (tmp_path, "out=x"),
+            f"ckpt={tmp_path} is not a run directory: it has no artifact/manifest.json; give the folder of a run",
+        ),
+    ):
+        assert export(*arguments) == 2
+        assert told() == f"Error: {message}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_does_not_fit(run: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert export(run, f"out={tmp_path / 'out'}") == 2
+    assert told() == (
+        f"Error: ckpt={run} does not fit LlavaForConditionalGeneration: the encoder is not one of encoder=hf (as "
+        "clip_vit_l14_336 is); encoder.tiles.grids=[[1, 2]] must be []; connector.norm=true must be false; "
+        "connector.position=true must be false; train with such options"
+    )
+    assert list(tmp_path.iterdir()) == []

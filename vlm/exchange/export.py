@@ -1,0 +1,155 @@
+"""A trained run as a folder that Transformers reads: built, checked in a fresh process, then moved into place."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from vlm import build, config
+from vlm.data.datamodule import VLMDataModule
+from vlm.exchange import adapter, check, llava
+from vlm.exchange.processor import IMAGE_TOKEN, export_generation, export_template, export_tokenizer
+from vlm.models.composed import Composed
+from vlm.training import artifact, run
+
+MERGED_TOLERANCE = 1e-4  # of the largest logit; float32 rounds differently once two matrices are merged
+
+
+class Exported(NamedTuple):
+    """What was written: the class of Transformers, and how far it agrees with the run."""
+
+    kind: str
+    agreement: check.Agreement
+
+
+def export(
+    ckpt: Path,
+    out: Path,
+    *,
+    lora: Literal["merge", "keep"] = "merge",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    num_samples: int = 4,
+    max_new_tokens: int = 32,
+    given: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write `out`, a folder with weights, config, processor, chat template and generation config.
+
+    `given` are options of the run by their full key, such as where its data lies. All is computed on the CPU in
+    float32. With `dtype=bfloat16` the weights are rounded first, so that the comparison is as strict.
+
+    Raises ValueError where the run or `out` cannot be used, and Drift where the folder answers differently; nothing is
+    left of it then.
+    """
+    ckpt, out = ckpt.absolute(), out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"out={out} exists and is not an empty folder; choose another one")
+    manifest = artifact.read_manifest(ckpt)
+    if manifest["quantization"] != "none":
+        raise ValueError(
+            f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, whose weights no export writes; train "
+            "with llm.quantization=none"
+        )
+    if lora == "keep" and not manifest["lora"]:
+        raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
+    disable_progress_bar()
+    with _opened(ckpt, given or {}) as (model, data):
+        if problems := list(llava.obstacles(model)):
+            raise ValueError(
+                f"ckpt={ckpt} does not fit LlavaForConditionalGeneration: {'; '.join(problems)}; train with such "
+                "options"
+            )
+        tokenizer = export_tokenizer(model.tokenizer, num_positions=model.num_positions)
+        image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        options: dict[str, Any] = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "image_id": image_id}
+        expected = check.references(model, data, **options)
+        if lora == "merge" and manifest["lora"]:
+            model.llm.merge_lora()
+        if dtype == "bfloat16":
+            if lora == "merge" and manifest["lora"]:
+                _check_merged(expected, check.references(model, data, **options))
+            _round(model)
+            expected = check.references(model, data, **options)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as work:
+            folder = Path(work) / "done"
+            std = model.encoder.transform.std
+            _write(model, data, folder, tokenizer=tokenizer, image_id=image_id, dtype=dtype)
+            kept = adapter.write(model.llm, manifest["lora"], folder) if lora == "keep" else None
+            model.to("meta")  # frees the memory for the fresh process
+            agreement = check.check(folder, expected, std=std, max_new_tokens=max_new_tokens, adapter=kept)
+            facts = {
+                "run": str(ckpt),
+                "chat_template": model.chat_template,
+                "lora": kept or ("merged" if manifest["lora"] else None),
+                "dtype": dtype,
+                "check": asdict(agreement),
+                "code": run.provenance(),
+            }
+            artifact.write_json(folder / "vlm_export.json", facts)
+            _share(folder)
+            with contextlib.suppress(FileNotFoundError):
+                out.rmdir()
+            folder.rename(out)
+    return Exported("LlavaForConditionalGeneration", agreement)
+
+
+@contextlib.contextmanager
+def _opened(ckpt: Path, given: Mapping[str, Any]) -> Iterator[tuple[Composed, VLMDataModule]]:
+    """The model of a run in float32 on the CPU, and its validation data."""
+    with contextlib.chdir("."):  # returns to this folder at the end
+        settings, _ = config.read_config(ckpt, given=given, with_data=True)
+        config.enter_folder_of(ckpt)
+        config.check_model(settings)
+        data = build.build_data(settings, None, splits=("val",))
+        settings["trainer"] = {**settings["trainer"], "accelerator": "cpu", "precision": "32-true"}
+        model, manifest = build.build_model(settings)
+        if not isinstance(model, Composed):
+            raise ValueError(f"ckpt={ckpt} is a {type(model).__name__}, and vlm-export takes model=composed only")
+        artifact.load(ckpt, model=model, manifest=manifest, run_id=config.run_id(ckpt))
+        build.connect_data(data, settings, model)
+        yield model.eval().requires_grad_(False), data
+
+
+def _check_merged(before: list[check.Reference], after: list[check.Reference]) -> None:
+    for one, other in zip(before, after, strict=True):
+        difference, largest = float((other.logits - one.logits).abs().max()), float(one.logits.abs().max())
+        if not difference <= MERGED_TOLERANCE * largest:
+            raise check.Drift(
+                f"merged, the LLM's logits differ by up to {difference:.3g} where the largest is {largest:.3g}; an "
+                "adapter that changes tied matrices cannot be merged: set lora=keep"
+            )
+
+
+def _round(model: nn.Module) -> None:
+    """Round all that is saved to bfloat16; it stays in float32."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())
+
+
+def _write(model: Composed, data: VLMDataModule, folder: Path, *, tokenizer: Any, image_id: int, dtype: str) -> None:
+    exported: Any = llava.convert(model, image_id=image_id)
+    rows = exported.config.text_config.vocab_size
+    unused = [*range(model.llm.model.get_output_embeddings().weight.shape[0], rows)]
+    exported.generation_config = export_generation(
+        model.llm, stop_ids=data.text.stop_ids, pad_id=tokenizer.pad_token_id, unused_ids=unused
+    )
+    exported.to(getattr(torch, dtype)).save_pretrained(folder)
+    template = export_template(data.text, own=model.chat_template is None)
+    llava.processor(model, tokenizer=tokenizer, template=template).save_pretrained(folder)
+
+
+def _share(folder: Path) -> None:
+    """Give all files the mode of a new file: safetensors writes files that only their owner can read."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            shutil.copymode(folder / "vlm_export.json", file)
