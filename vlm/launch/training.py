@@ -24,6 +24,8 @@ from vlm.models.base import Model
 from vlm.module import TrainingStopped, VLMModule
 from vlm.training import artifact, dashboards, results, run
 
+EARLIER_LORA = {"tokens": "all"}  # options that adapters of earlier versions do not name
+
 
 class TrainingRun:
     """A run that is new, or resumes from its checkpoint.
@@ -82,7 +84,7 @@ class TrainingRun:
             if self._is_own:
                 lineage = lineage[:-1]
         trains_adapter = part is not None and stage[part] == "lora"
-        if trains_adapter and lora not in (None, stage["lora"]):
+        if trains_adapter and lora and EARLIER_LORA | lora != EARLIER_LORA | stage["lora"]:
             raise ValueError(
                 f"ckpt={self.settings['ckpt'] or self.run_dir} has an adapter with {lora}, stage.lora is "
                 f"{stage['lora']}; use the same options, because that adapter is trained further"

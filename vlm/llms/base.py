@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from vlm.llms.adapted import AdaptedTokens, Tokens
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.loading import build, load
 from vlm.llms.quantization import Quantization, check_quantization
 from vlm.ranges import Facts, Length, Name, Range, RatioBelowOne
+from vlm.schema import Batch
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)  # types of layers that PEFT's LoRA supports
 
@@ -50,6 +52,7 @@ class LanguageModel(nn.Module, ABC):
     auto_class: ClassVar[Any]  # Transformers' AutoModel class
     fusions: ClassVar[tuple[str, ...]]  # kinds of connector fusion that it supports
     max_answers: ClassVar[int | None] = None  # maximum answers per row; None: no limit
+    selects_tokens: ClassVar[bool] = False  # whether an adapter can act on some tokens only
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         check_quantization(quantization, weights=weights)
         self.chat_template, self.gradient_checkpointing = chat_template, gradient_checkpointing
-        self.generation = generation
+        self.generation, self.adapted = generation, AdaptedTokens()
         implementation = "sdpa" if attention == "auto" else attention
         common = {"trust": trust_remote_code, "dtype": getattr(torch, dtype), "attention": implementation}
         if weights == "pretrained":
@@ -208,12 +211,14 @@ class LanguageModel(nn.Module, ABC):
         dropout: RatioBelowOne = 0.05,
         target_modules: Name | Annotated[list[Name], Length(1)] = "all-linear",
         use_dora: bool = False,
+        tokens: Tokens = "all",
     ) -> None:
         """Add a LoRA adapter (arXiv 2106.09685) to the linear layers in `target_modules`, in place.
 
         `target_modules` is a list of last parts of module names, or a regular expression for full names. `use_dora`
-        also learns the magnitude of each weight vector (DoRA, arXiv 2402.09353). Raises ValueError if a name or the
-        expression matches no layer that LoRA supports.
+        also learns the magnitude of each weight vector (DoRA, arXiv 2402.09353). `tokens` are those that the adapter
+        acts on (`AdaptedTokens`); then `adapted.where` must be set before each forward pass. Raises ValueError if a
+        name or the expression matches no layer that LoRA supports.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -222,6 +227,10 @@ class LanguageModel(nn.Module, ABC):
             r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, use_dora=use_dora
         )
         inject_adapter_in_model(settings, self.model)
+        self.adapted = AdaptedTokens(tokens)
+        if tokens != "all":
+            for layer in self._lora_layers().values():
+                self.adapted.attach(layer)
 
     def _check_targets(self, target_modules: str | list[str]) -> None:
         """Raise ValueError for a name that matches no layer (PEFT ignores it) or an unsupported layer."""
@@ -254,8 +263,20 @@ class LanguageModel(nn.Module, ABC):
                     f"{type(modules[unsupported]).__name__}, which cannot have an adapter; choose from {known}"
                 )
 
+    def adapt_to(self, batch: Batch) -> None:
+        """Have the adapter act on its tokens of a batch, in the forward pass that follows."""
+        self.adapted.where = self.adapted.of(batch)
+
     def merge_lora(self) -> None:
-        """Merge the LoRA weights into their base layers and remove the adapter."""
+        """Merge the LoRA weights into their base layers and remove the adapter.
+
+        Raises ValueError if the adapter acts on some tokens only.
+        """
+        if self.adapted.tokens != "all":
+            raise ValueError(
+                f"an adapter with stage.lora.tokens={self.adapted.tokens} cannot be merged, because merged weights act "
+                "on all tokens: use the run as it is"
+            )
         for name, module in self._lora_layers().items():
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")

@@ -21,6 +21,7 @@ class CausalLM(LanguageModel):
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     fusions: ClassVar[tuple[str, ...]] = ("tokens", "layers")
+    selects_tokens: ClassVar[bool] = True
 
     def layers(self) -> list[nn.Module]:
         depth = self.model.config.get_text_config().num_hidden_layers
@@ -83,12 +84,14 @@ class CausalLM(LanguageModel):
         Axes: P tokens of the prefix, of which no logits are computed.
         """
         cache = DynamicCache(config=self.model.config)
-        num = prefix.shape[1]
+        num, where = prefix.shape[1], self.adapted.where
         positions = torch.arange(num + embeds.shape[1], device=embeds.device)[None]  # 1 P+T
         with self.recomputing(False):
             with self.select_logits(mask.new_zeros(1, num)):
+                self.adapted.where = None if where is None else where[:1, :num]
                 self.model(inputs_embeds=prefix, position_ids=positions[:, :num], past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(embeds))
+            self.adapted.where = where
             whole = torch.cat([mask.new_ones(len(mask), num), mask], dim=1)  # B P+T
             options = {"attention_mask": whole, "position_ids": positions[:, num:].expand(len(embeds), -1)}
             with self.select_logits(logits_mask):

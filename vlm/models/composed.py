@@ -71,6 +71,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         features = batch.of_each_image(self.features(batch))  # N P Dv
         visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
+        self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm(embeds, batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
@@ -82,6 +83,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         visual = batch.of_each_image(self.connector(self.features(batch)))  # N K D
         embeds = scatter_visual_tokens(visual, self.llm.embed(batch.input_ids), batch)  # B T D
         after = slice(shared, None)
+        self.llm.adapt_to(batch)
         return self.llm.continued(
             embeds[:1, :shared], embeds[:, after], batch.attention_mask[:, after], batch.logits_mask[:, after]
         )  # M V
@@ -91,6 +93,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         features = batch.of_each_image(self.features(batch))  # N P Dv
         visual = self.connector(features)  # N K D
         embeds = self.llm.embed(batch.input_ids)  # B T D
+        self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
 
@@ -125,6 +128,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     def without_images(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
+        self.llm.adapt_to(batch)
         return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
@@ -226,6 +230,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
                 "set stage.llm=lora or llm.quantization=none"
             )
         check_quantization(quantization, weights=options["weights"])
+        _check_adapted_tokens(cfg, llm, connector)
         if (template := options.get("chat_template")) is not None and template not in TEMPLATES:
             raise ValueError(unknown_key(f"llm.chat_template={template}", TEMPLATES, asked=template))
 
@@ -301,6 +306,32 @@ FROM_OPTIONS = (
     "chat_template",
     "quantization",
 )  # arguments of the model that come from the options of its parts
+
+
+def _check_adapted_tokens(cfg: Mapping[str, Any], llm: Any, connector: Any) -> None:
+    """Raise ValueError if `stage.lora.tokens` does not fit the LLM, the connector or the other options."""
+    stage, lora = cfg["stage"], cfg["stage"].get("lora") or {}
+    tokens, replay = lora.get("tokens", "all"), cfg["data"].get("text_replay")
+    if stage.get("llm") != "lora" or tokens == "all":
+        return
+    option = f"stage.lora.tokens={tokens}"
+    if not llm.selects_tokens:
+        raise ValueError(f"{option} needs a decoder-only llm; set stage.lora.tokens=all")
+    if lora.get("use_dora"):
+        raise ValueError(
+            f"{option} does not go with stage.lora.use_dora=true, which scales the weights for all tokens; set one of "
+            "them back"
+        )
+    if tokens == "visual" and connector.fusion != "tokens":
+        raise ValueError(
+            f"{option}, but connector {connector.__name__} puts no visual tokens into the row; set "
+            "stage.lora.tokens=after_image"
+        )
+    if replay:
+        raise ValueError(
+            f"{option} leaves texts without an image to the untouched llm, so that data.text_replay={replay} trains "
+            "nothing; set data.text_replay=0"
+        )
 
 
 def _check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
