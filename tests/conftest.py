@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"
 # The folder of the key that marks configs as one's own; it is removed at exit.
 os.environ["XDG_STATE_HOME"] = (STATE := tempfile.TemporaryDirectory(prefix="vlm-state-")).name
+# Where Transformers copies the code of an exported folder; it is removed at exit.
+os.environ["HF_MODULES_CACHE"] = (MODULES := tempfile.TemporaryDirectory(prefix="vlm-modules-")).name
 
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.helpers.programs import QUICK, train
 from vlm.cli import export as export_program
@@ -65,7 +69,30 @@ def export(*arguments: Any) -> int:
     return 0
 
 
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an export reload in this process, which saves the seconds of a start; another test starts one."""
-    monkeypatch.setattr(check, "reload", reload.answer)
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Have an export reload in this process, which saves the seconds of a start; other tests start one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "reload", reload.answer)
+        yield
+
+
+def answers(
+    folder: Path, images: list[Any], question: str, *, adapter: str | None = None, trust_remote_code: bool = False
+) -> str:
+    """The greedy answer of an exported folder, with nothing but Transformers' auto classes."""
+    trust = {"trust_remote_code": trust_remote_code}
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **trust)
+    if adapter:
+        model.load_adapter(folder / adapter)
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(ids, skip_special_tokens=True).strip()

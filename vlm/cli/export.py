@@ -48,7 +48,7 @@ def run_command(arguments: list[str]) -> None:
 
     ckpt, out = (Path(os.path.expanduser(path)) for path in (options.ckpt, options.out))
     check_run_dir("ckpt", ckpt.absolute())
-    kind, agreement = export(
+    done = export(
         ckpt,
         out,
         lora=options.lora,
@@ -57,14 +57,19 @@ def run_command(arguments: list[str]) -> None:
         max_new_tokens=options.max_new_tokens,
         given=absolute_paths(given, ""),
     )
-    CONSOLE.print(
-        f"{out}: {kind}, which answers as the run does on {agreement.num_samples} held-out samples: the same tokens "
-        f"and greedy texts; its logits differ by up to {agreement.logits:.1e} of the largest, with the pixels of its "
-        f"own image processor ({agreement.pixels:.2g} of 255 levels) by up to {agreement.logits_of_own_pixels:.1e}.",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    agreement = done.agreement
+    message = (
+        f"{out}: {done.kind}, which answers as the run does on {agreement.num_samples} held-out samples: the same "
+        f"tokens and greedy texts; its logits differ by up to {agreement.logits:.1e} of the largest, with the pixels "
+        f"of its own image processor ({agreement.pixels:.2g} of 255 levels) by up to "
+        f"{agreement.logits_of_own_pixels:.1e}."
     )
+    if done.runs_code:
+        message += (
+            "\nIt has its own modeling file, so Transformers needs trust_remote_code=True. "
+            f"LlavaForConditionalGeneration cannot hold it: {'; '.join(done.obstacles)}."
+        )
+    CONSOLE.print(message, soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

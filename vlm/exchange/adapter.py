@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from vlm.exchange.llava import language_name
 from vlm.llms.causal import CausalLM
 
 FOLDER = "adapter"
 
 
-def write(llm: CausalLM, options: Mapping[str, Any], folder: Path) -> str:
-    """Write the adapter of `llm` below `folder`; returns the name of its folder."""
+def write(llm: CausalLM, options: Mapping[str, Any], folder: Path, language_name: Callable[[str, str], str]) -> str:
+    """Write the adapter of `llm` below `folder`; returns the name of its folder.
+
+    `language_name` gives the name in the exported model of a tensor of the LLM, from it and the name of its base model.
+    """
     base = llm.model.base_model_prefix
     tensors = {
         f"base_model.model.{language_name(name, base)}".replace(".default", ""): tensor.contiguous()

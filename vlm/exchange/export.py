@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from vlm import build, config
 from vlm.data.datamodule import VLMDataModule
-from vlm.exchange import adapter, check, llava
+from vlm.exchange import adapter, check, llava, own
 from vlm.exchange.processor import IMAGE_TOKEN, export_generation, export_template, export_tokenizer
 from vlm.models.composed import Composed
 from vlm.training import artifact, run
@@ -24,10 +24,18 @@ from vlm.training import artifact, run
 MERGED_TOLERANCE = 1e-4  # of the largest logit; float32 rounds differently once two matrices are merged
 
 
+KINDS: tuple[Any, ...] = (llava, own)  # the first that holds a model is taken
+
+
 class Exported(NamedTuple):
-    """What was written: the class of Transformers, and how far it agrees with the run."""
+    """What was written: the class of the model, whether it runs code of its folder, and how far it agrees with the run.
+
+    `obstacles` are what Transformers' own class cannot hold.
+    """
 
     kind: str
+    runs_code: bool
+    obstacles: list[str]
     agreement: check.Agreement
 
 
@@ -61,12 +69,8 @@ def export(
     if lora == "keep" and not manifest["lora"]:
         raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
     disable_progress_bar()
-    with _opened(ckpt, given or {}) as (model, data):
-        if problems := list(llava.obstacles(model)):
-            raise ValueError(
-                f"ckpt={ckpt} does not fit LlavaForConditionalGeneration: {'; '.join(problems)}; train with such "
-                "options"
-            )
+    with _opened(ckpt, given or {}) as (model, data, settings):
+        kind, obstacles = _kind(ckpt, model)
         tokenizer = export_tokenizer(model.tokenizer, num_positions=model.num_positions)
         image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         options: dict[str, Any] = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "image_id": image_id}
@@ -81,11 +85,12 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as work:
             folder = Path(work) / "done"
-            std = model.encoder.transform.std
-            _write(model, data, folder, tokenizer=tokenizer, image_id=image_id, dtype=dtype)
-            kept = adapter.write(model.llm, manifest["lora"], folder) if lora == "keep" else None
+            unused = kind.save(model, settings, folder, image_id=image_id, dtype=getattr(torch, dtype))
+            _write_processor(model, data, folder, kind=kind, tokenizer=tokenizer, unused_ids=unused)
+            kept = adapter.write(model.llm, manifest["lora"], folder, kind.language_name) if lora == "keep" else None
+            checked: dict[str, Any] = {"std": model.encoder.transform.std, "max_new_tokens": max_new_tokens}
             model.to("meta")  # frees the memory for the fresh process
-            agreement = check.check(folder, expected, std=std, max_new_tokens=max_new_tokens, adapter=kept)
+            agreement = check.check(folder, expected, adapter=kept, trust_remote_code=kind.RUNS_CODE, **checked)
             facts = {
                 "run": str(ckpt),
                 "chat_template": model.chat_template,
@@ -99,12 +104,23 @@ def export(
             with contextlib.suppress(FileNotFoundError):
                 out.rmdir()
             folder.rename(out)
-    return Exported("LlavaForConditionalGeneration", agreement)
+    return Exported(kind.NAME, kind.RUNS_CODE, obstacles, agreement)
+
+
+def _kind(ckpt: Path, model: Composed) -> tuple[Any, list[str]]:
+    """The first kind that holds the model, and what keeps it from being an earlier kind."""
+    refused: list[str] = []
+    for kind in KINDS:
+        obstacles = list(kind.obstacles(model))
+        if not obstacles:
+            return kind, refused
+        refused = refused or obstacles
+    raise ValueError(f"ckpt={ckpt} cannot be exported: {'; '.join(obstacles)}; train with other options")
 
 
 @contextlib.contextmanager
-def _opened(ckpt: Path, given: Mapping[str, Any]) -> Iterator[tuple[Composed, VLMDataModule]]:
-    """The model of a run in float32 on the CPU, and its validation data."""
+def _opened(ckpt: Path, given: Mapping[str, Any]) -> Iterator[tuple[Composed, VLMDataModule, dict[str, Any]]]:
+    """The model of a run in float32 on the CPU, its validation data, and its settings."""
     with contextlib.chdir("."):  # returns to this folder at the end
         settings, _ = config.read_config(ckpt, given=given, with_data=True)
         config.enter_folder_of(ckpt)
@@ -116,7 +132,7 @@ def _opened(ckpt: Path, given: Mapping[str, Any]) -> Iterator[tuple[Composed, VL
             raise ValueError(f"ckpt={ckpt} is a {type(model).__name__}, and vlm-export takes model=composed only")
         artifact.load(ckpt, model=model, manifest=manifest, run_id=config.run_id(ckpt))
         build.connect_data(data, settings, model)
-        yield model.eval().requires_grad_(False), data
+        yield model.eval().requires_grad_(False), data, settings
 
 
 def _check_merged(before: list[check.Reference], after: list[check.Reference]) -> None:
@@ -136,16 +152,13 @@ def _round(model: nn.Module) -> None:
             tensor.copy_(tensor.bfloat16())
 
 
-def _write(model: Composed, data: VLMDataModule, folder: Path, *, tokenizer: Any, image_id: int, dtype: str) -> None:
-    exported: Any = llava.convert(model, image_id=image_id)
-    rows = exported.config.text_config.vocab_size
-    unused = [*range(model.llm.model.get_output_embeddings().weight.shape[0], rows)]
-    exported.generation_config = export_generation(
-        model.llm, stop_ids=data.text.stop_ids, pad_id=tokenizer.pad_token_id, unused_ids=unused
-    )
-    exported.to(getattr(torch, dtype)).save_pretrained(folder)
+def _write_processor(
+    model: Composed, data: VLMDataModule, folder: Path, *, kind: Any, tokenizer: Any, unused_ids: list[int]
+) -> None:
     template = export_template(data.text, own=model.chat_template is None)
-    llava.processor(model, tokenizer=tokenizer, template=template).save_pretrained(folder)
+    kind.processor(model, tokenizer=tokenizer, template=template).save_pretrained(folder)
+    stop_ids, pad_id = data.text.stop_ids, tokenizer.pad_token_id
+    export_generation(model.llm, stop_ids=stop_ids, pad_id=pad_id, unused_ids=unused_ids).save_pretrained(folder)
 
 
 def _share(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from vlm.exchange.processor import export_image_processor
 from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 
+NAME = "LlavaForConditionalGeneration"
+RUNS_CODE = False  # of its own
 ROWS = 64  # a vocabulary that has to grow gets a multiple of so many rows
 
 
@@ -60,6 +63,14 @@ def obstacles(model: Composed) -> Iterator[str]:
 def base_model(llm: CausalLM) -> Any:
     """The LLM without its output layer."""
     return getattr(llm.model, llm.model.base_model_prefix)
+
+
+def save(model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, dtype: Any) -> list[int]:
+    """Write config and weights. Returns the rows of the vocabulary that are no tokens, which are never answers."""
+    exported: Any = convert(model, image_id=image_id)
+    exported.to(dtype).save_pretrained(folder)
+    rows = model.llm.model.get_output_embeddings().weight.shape[0]
+    return [*range(rows, exported.get_output_embeddings().weight.shape[0])]
 
 
 def convert(model: Composed, *, image_id: int) -> LlavaForConditionalGeneration:

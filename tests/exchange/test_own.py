@@ -1,0 +1,66 @@
+"""vlm-export as a folder with its own modeling file, for what no class of Transformers holds."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import vlm
+from tests.helpers.exchange import HF, answers, export, noise, one_process, run_of, tower
+from tests.helpers.programs import weights
+
+QUESTION = "What is it?"
+QFORMER = "depth=2 width=32 num_heads=2 num_queries=3"
+FORMS = {
+    "mlp": ["encoder=tiny", "encoder.image_size=32", "connector=mlp"],
+    "qformer": [
+        *(*HF, tower("clip_vision_model"), "connector=qformer"),
+        *(f"connector.{option}" for option in QFORMER.split()),
+    ],
+    "lora": ["encoder=efficientnet_lite0", "encoder.weights=random", "stage=instruct", "stage.lr.llm=0.1"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_with_its_own_code_answers_as_the_run_does(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = run_of(tmp_path, *FORMS[form]), tmp_path / "own"
+    fresh, keep = form == "mlp", ["lora=keep"] if form == "lora" else []
+    with nullcontext() if fresh else one_process():
+        assert export(run, f"out={out}", *keep, "samples=2") == 0
+    assert "Transformers needs trust_remote_code=True. LlavaForConditionalGeneration cannot hold it: " in (
+        capsys.readouterr().out
+    )
+    trained = vlm.load(run, device="cpu", dtype="float32")
+    asked = [[noise(50, 90, 1)], [noise(90, 50, 2)], [noise(90, 50, 2), noise(60, 60, 3)], []]
+    adapter = "adapter" if keep else None
+    with one_process():
+        found = [answers(out, each, QUESTION, adapter=adapter, trust_remote_code=True) for each in asked]
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            answers(out, [], QUESTION)
+    assert found == [trained.answer(images, QUESTION, max_new_tokens=12) for images in asked]
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in weights(run).items():
+        if name.startswith("connector."):
+            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
+
+
+def test_the_code_imports_nothing_of_this_package_and_no_file_of_another_run(tmp_path: Path) -> None:
+    run, out = run_of(tmp_path, *FORMS["mlp"]), tmp_path / "own"
+    with one_process():
+        assert export(run, f"out={out}", "samples=1") == 0
+    code = {path.name: path.read_text() for path in out.glob("*.py")}
+    assert {"modeling_vlm.py", "vlm_connectors_mlp.py", "vlm_encoders_timm.py"} <= code.keys()
+    assert "vlm_encoders_hf.py" not in code
+    for text in code.values():
+        assert "from vlm." not in text
+        assert "import jaxtyping" not in text
+        assert text.startswith("# Copied from vlm-template")
+    assert str(run) not in (out / "config.json").read_text()
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["VLMForConditionalGeneration"]
