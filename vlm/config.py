@@ -397,8 +397,9 @@ def stored_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None],
     settings, is_own = trust.stored_config(run_dir)
     for key in ("cwd", "run_id"):
         settings.pop(key, None)
-    if (merged := run_dir / "llm").is_dir():  # moves with the run directory
-        settings["llm"]["pretrained"] = str(merged.absolute())
+    for part in ("encoder", "llm"):  # of a merged or imported run; they move with the run directory
+        if (base := run_dir / part).is_dir():
+            settings[part]["pretrained"] = str(base.absolute())
     choices = settings.pop("choices")
     return migrated(settings), choices, is_own
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.helpers.programs import QUICK, train
 from vlm.cli import export as export_program
+from vlm.cli import import_run
 from vlm.exchange import check, reload
 
 TOWER = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3, num_attention_heads: 2, patch_size: 16"
@@ -58,10 +59,18 @@ def run_of(folder: Path, *options: str) -> Path:
 
 
 def export(*arguments: Any) -> int:
-    """The program in this process; its exit code."""
-    before, sys.argv = sys.argv, ["vlm-export", *map(str, arguments)]
+    return program(export_program.main, "vlm-export", *arguments)
+
+
+def import_(*arguments: Any) -> int:
+    return program(import_run.main, "vlm-import", *arguments)
+
+
+def program(main: Callable[[], None], *arguments: Any) -> int:
+    """A program in this process; its exit code."""
+    before, sys.argv = sys.argv, [*map(str, arguments)]
     try:
-        export_program.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
