@@ -21,6 +21,7 @@ vlm-import <folder or file> out=<run dir> [<option>=<value> ...]
 <folder or file> is one of:
   a folder of Transformers' LlavaForConditionalGeneration
   mm_projector.bin of LLaVA's own code, or its tensors as safetensors
+  a checkpoint of BLIP-2 of LAVIS, of which the Q-Former is read
 
 Options:
   chat_template=<name>   the chat template of the training, such as vicuna_v1 (a folder of vlm-export has it)
@@ -93,9 +94,9 @@ def reader(source: Path, chat_template: str | None) -> Any:
 
 
 def _of_file(state: Mapping[str, Any]) -> Imported:
-    from vlm.exchange import from_llava
+    from vlm.exchange import from_lavis, from_llava
 
-    return from_llava.read_projector(state)
+    return from_lavis.read_qformer(state) if from_lavis.is_lavis(state) else from_llava.read_projector(state)
 
 
 def _tensors(file: Path) -> dict[str, Any]:

@@ -30,11 +30,13 @@ class Imported:
         tensors: the trained ones, by their names in the model.
         logits: a function of `(pixel_values [N,3,H,W], ids [T], image_mask [T])` that computes logits [T, V] as the
             program that trained them does; None where there is none to compare with.
+        keeps_first: prefixes of tensors that are not in `tensors` and keep the values with which they are built.
     """
 
     options: dict[str, Any]
     tensors: dict[str, Tensor]
     logits: Callable[[Tensor, Tensor, Tensor], Tensor] | None = field(default=None)
+    keeps_first: tuple[str, ...] = ()
 
 
 def write_run(
@@ -63,11 +65,11 @@ def write_run(
         config.check_model(settings)
         model, manifest = build.build_model(settings)
         assert isinstance(model, Composed)
-        _load(model, imported.tensors, source)
+        tensors = _load(model, imported, source)
         difference = None if imported.logits is None else _compare(model.eval(), imported.logits, source)
         stages = [{"name": "import", "run": str(out), "options": {"from": source}}]
         facts = {**_moved(manifest, folder, out), "lora": None, "stages": stages, "code": run.provenance()}
-        artifact.save(folder / "artifact", tensors=imported.tensors, manifest=facts, step=0)
+        artifact.save(folder / "artifact", tensors=tensors, manifest=facts, step=0)
         config.write_config(folder, _moved(settings, folder, out), choices)
         for file in folder.rglob("*.safetensors"):  # written for their owner alone
             shutil.copymode(folder / "config.yaml", file)
@@ -77,9 +79,14 @@ def write_run(
     return difference
 
 
-def _load(model: Composed, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy all tensors of the connector. Raises ValueError where one is missing, superfluous or of another shape."""
+def _load(model: Composed, imported: Imported, source: str) -> dict[str, Tensor]:
+    """Copy all tensors of the connector and return them.
+
+    Raises ValueError where one is missing, superfluous or of another shape.
+    """
     expected = {f"connector.{name}": tensor for name, tensor in model.connector.state_dict().items()}
+    first = {name: tensor for name, tensor in expected.items() if name.startswith(imported.keeps_first or ("\0",))}
+    tensors = {**first, **imported.tensors}
     for name in sorted({*expected, *tensors}):
         ours, theirs = (tuple(found[name].shape) if name in found else None for found in (expected, tensors))
         if ours != theirs:
@@ -88,6 +95,7 @@ def _load(model: Composed, tensors: Mapping[str, Tensor], source: str) -> None:
                 "choose the encoder, connector and LLM that it was trained with"
             )
     model.load_state_dict(tensors, strict=False)
+    return tensors
 
 
 @torch.no_grad()
