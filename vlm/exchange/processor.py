@@ -41,6 +41,17 @@ _MESSAGES = (
     "{%- set messages = vlm.messages -%}"
 )
 
+# After it: the generation prompt without its last spaces, and a space before each text between images.
+_CUT = "{{- rendered.rstrip(' ') if add_generation_prompt else rendered -}}"
+_SEPARATED = (
+    "{%- if bos_token and rendered.startswith(bos_token) -%}"
+    "{{- bos_token -}}{%- set rendered = rendered[bos_token | length:] -%}"
+    "{%- endif -%}"
+    "{%- for text in rendered.split('IMAGE') -%}"
+    "{{- ('' if loop.first else 'IMAGE') + (' ' if text else '') + text -}}"
+    "{%- endfor -%}"
+)
+
 
 def export_tokenizer(tokenizer: PreTrainedTokenizerBase, *, num_positions: int | None) -> PreTrainedTokenizerFast:
     """A copy that knows the image token and adds no special tokens: as in training, the chat template writes them."""
@@ -84,7 +95,12 @@ def export_template(text: TextEncoder, *, own: bool) -> str:
         before = before.replace(word, replacement)
     if own:
         before += "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in OWN_OPTIONS.items())
-    return before + text.template.replace(IMAGE_PLACEHOLDER, IMAGE_TOKEN)
+    whole = before + text.template.replace(IMAGE_PLACEHOLDER, IMAGE_TOKEN)
+    if text.cuts_prompt:
+        whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_CUT}"
+    if text.separates_texts:
+        whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_SEPARATED.replace('IMAGE', IMAGE_TOKEN)}"
+    return whole
 
 
 def _literal(value: Any) -> str:

@@ -167,6 +167,17 @@ class TextEncoder:
         return self._form is as_string
 
     @property
+    def separates_texts(self) -> bool:
+        """Whether the texts between images are tokenized separately, each with a space before it."""
+        return self._plain_texts
+
+    @property
+    def cuts_prompt(self) -> bool:
+        """Whether the generation prompt of the template ends with spaces, which a prompt leaves out."""
+        rendered = self._render(["user"], ["a"], self._form, prompt=True)
+        return cut_spaces(rendered) != rendered
+
+    @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the end-of-turn token, which is supervised, and the tokenizer's eos token.
 
