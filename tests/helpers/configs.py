@@ -15,6 +15,7 @@ FILES = ["data.annotations=a.json", "data.images=b"]
 NEEDED = {
     ("data", "captions"): FILES,
     ("data", "image_folder"): ["data.root=a"],
+    ("data", "interleaved"): FILES,
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
     ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],

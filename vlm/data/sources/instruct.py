@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt64
 
 from vlm.data.annotations import PackedJson, Record, existing_file, existing_folder
-from vlm.data.conversations import RecordReader
+from vlm.data.conversations import Conversation, RecordReader
 from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
 from vlm.data.record_keys import Malformed
@@ -23,36 +24,41 @@ from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 LONGEST_ID = 200  # characters
 
 
-class Instruct(Source):
-    """One sample per conversation, with any number of images or none.
+@runtime_checkable
+class Reader(Protocol):
+    """Reads the records of a file. It raises `Malformed` for a record that it cannot read."""
 
-    The file is a JSON list or JSON lines. A record is one of these (see `RecordReader`):
+    def __hash__(self) -> int:
+        """Equal for readers that read alike, because what they read is cached."""
 
-    - LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`
-    - chat messages, `{"id", "images": [paths], "messages": [{"role", "content": string or list of pieces}]}`
-    - a pair such as `question` and `answer`
+    def images(self, record: Mapping[str, Any]) -> list[str]:
+        """The names of the record's images."""
 
-    An image is a path or a data URL. `images`, the folder of the paths, may be None where no conversation has a path.
+    def conversation(self, record: Mapping[str, Any]) -> Conversation:
+        """The messages of the record, and its images in their order."""
+
+
+class Conversations(Source):
+    """One sample per record of a file, a JSON list or JSON lines, with any number of images or none.
+
+    An image is a path or a data URL. `images`, the folder of the paths, may be None where no record has a path.
 
     With `val_annotations`, each file is one split. Without it, the split is by a hash of the images' names, or of the
-    id where there is no image; conversations with a common image stay in one split. `columns`, `role_map` and
-    `image_first` are those of `RecordReader`.
+    id where there is no image; records with a common image stay in one split.
     """
 
     def __init__(
         self,
         *,
         split: Split,
+        reader: Reader,
         annotations: str | Path,
         images: str | Path | None,
-        val_annotations: str | Path | None = None,
-        val_fraction: RatioBelowOne = 0.05,
-        columns: Mapping[str, str | None] | None = None,
-        role_map: Mapping[str, str] | None = None,
-        image_first: bool = False,
+        val_annotations: str | Path | None,
+        val_fraction: float,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
-        self.reader = RecordReader(columns=columns, role_map=role_map, image_first=image_first)
+        self.reader = reader
         self.images = existing_folder(images, option="images") if images is not None else None
         if split == "val" and val_annotations is not None:
             file = existing_file(val_annotations, option="val_annotations")
@@ -100,7 +106,7 @@ class Instruct(Source):
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image files of these samples (None: of all), each once."""
         chosen = self._indices if indices is None else self._indices[np.asarray(indices, dtype=np.int64)]
-        names = {name: None for index in chosen.tolist() for name in self._names[index]}
+        names = {name: None for index in chosen.tolist() for name in self._names[index] or ()}
         return (stored_image(name, root=self.images or Path()) for name in names)
 
     def _read(self, index: int) -> tuple[Sample, list[str]]:
@@ -116,16 +122,48 @@ class Instruct(Source):
         return Sample(id=name, images=[], messages=messages, meta=meta), names
 
 
+class Instruct(Conversations):
+    """One sample per conversation. A record is one of these (see `RecordReader`):
+
+    - LLaVA's `{"id", "image": path or list, "conversations": [{"from": human|gpt|system, "value"}]}`
+    - chat messages, `{"id", "images": [paths], "messages": [{"role", "content": string or list of pieces}]}`
+    - a pair such as `question` and `answer`
+
+    `columns`, `role_map` and `image_first` are those of `RecordReader`, and the others those of `Conversations`.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split,
+        annotations: str | Path,
+        images: str | Path | None,
+        val_annotations: str | Path | None = None,
+        val_fraction: RatioBelowOne = 0.05,
+        columns: Mapping[str, str | None] | None = None,
+        role_map: Mapping[str, str] | None = None,
+        image_first: bool = False,
+    ) -> None:
+        super().__init__(
+            split=split,
+            reader=RecordReader(columns=columns, role_map=role_map, image_first=image_first),
+            annotations=annotations,
+            images=images,
+            val_annotations=val_annotations,
+            val_fraction=val_fraction,
+        )
+
+
 @lru_cache(maxsize=2)  # train and val read a file only once
 def _index(
-    file: Path, root: Path, reader: RecordReader, changed: int, size: int
+    file: Path, root: Path, reader: Reader, changed: int, size: int
 ) -> tuple[RecordFile, PackedJson, UInt64[np.ndarray, " n"], int]:
-    """The records of a file, the images and the hash of each, and the number of those with image files.
+    """The records of a file, the images (None if malformed) and the hash of each, and the number with image files.
 
     The hash decides the split of a record. `changed` and `size` of the file are part of the key of the cache.
     """
     names: list[tuple[str, ...]] = []  # tuples, because the garbage collector stops tracking them
-    images: list[list[str]] = []
+    images: list[list[str] | None] = []
     num_with_files = 0
 
     def visit(record: Record) -> None:
@@ -133,7 +171,9 @@ def _index(
         try:
             paths = reader.images(record.fields)
         except Malformed:  # raised again when the sample is read
-            paths = []
+            images.append(None)
+            names.append((f"id:{_id(record)}",))
+            return
         short = [short_name(path) for path in paths]
         images.append(short)
         if short:
