@@ -222,5 +222,6 @@ PARTS = {
         "layer": -1,
         "image_size": [16, 16],
         "transform": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize": "squash"},
+        "tiles": {"grids": []},
     },
 }

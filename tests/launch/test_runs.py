@@ -501,3 +501,30 @@ def test_a_validation_without_two_pictures_is_said_before_the_first_step(
     assert train(*QUICK, *words, f"run_dir={refused}", "callbacks.save.best=val/visual_gain") == 2
     assert "callbacks.save.best=val/visual_gain needs a visual gain, but no validation batch" in capfd.readouterr().err
     assert not (refused / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_stage_may_change_the_template_and_the_resize_if_it_says_so(tmp_path: Path, told: Any) -> None:
+    """The change is in the lineage, also after the run has resumed; a stage after it need not say it again."""
+    first, second, third = (tmp_path / name for name in ("1", "2", "3"))
+
+    def changes(run_dir: Path) -> list[dict[str, Any]]:
+        stages = json.loads((run_dir / "artifact" / "manifest.json").read_text())["stages"]
+        return [stage["changes"] for stage in stages]
+
+    plain = ["llm.chat_template=caption", "encoder.resize=crop"]
+    assert train(*QUICK, *plain, f"run_dir={first}") == 0
+    changed = ["llm.chat_template=chatml", "encoder.resize=pad"]
+    assert train(*QUICK, changed[1], f"run_dir={second}", f"ckpt={first}") == 2
+    assert told() == (
+        f"Error: ckpt={first} was trained with llm.chat_template=caption, here it is chatml; set "
+        "llm.chat_template=caption, or, if this stage is to change it, give llm.chat_template=chatml on the command "
+        "line or in the recipe's stage"
+    )
+    assert train(*QUICK, *changed, f"run_dir={second}", f"ckpt={first}") == 0
+    expected = {"llm.chat_template": ["caption", "chatml"], "encoder.resize": ["crop", "pad"]}
+    assert changes(second) == [{}, expected]
+    assert train(f"resume={second}", "trainer.max_steps=3", "resume.allow=[trainer.max_steps]") == 0
+    assert changes(second) == [{}, expected]
+    assert train(*QUICK, "encoder.resize=pad", f"run_dir={third}", f"ckpt={second}") == 0
+    assert changes(third) == [{}, expected, {}]

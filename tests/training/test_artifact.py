@@ -167,7 +167,7 @@ def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
 
 
 def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
-    """Hub ids, facts, connector, image size, layer, transform, quantization, template, token count: each on its own."""
+    """Hub ids, facts, connector, image size, layer, transform, quantization, token count: each on its own."""
     align(tmp_path)
     model = tiny_model(seed=9)
     before, manifest = outputs(model), manifest_of(model)
@@ -190,14 +190,40 @@ def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
          "parts.encoder.transform.std = [0.5, 0.5, 0.5], here it is [1.0, 1.0, 1.0]"),
         ("parts.encoder.transform.interpolation", "bilinear",
          "parts.encoder.transform.interpolation = bicubic, here it is bilinear"),
-        ("parts.encoder.transform.resize", "pad", "parts.encoder.transform.resize = squash, here it is pad"),
         ("quantization", "nf4", "llm.quantization = none, here it is nf4"),
-        ("chat_template", "llama3", "chat_template = chatml, here it is llama3"),
         ("num_image_tokens", 9, "num_image_tokens = 4, here it is 9"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(f"ckpt={tmp_path} was trained with {text}; use the same parts")):
             artifact.load(tmp_path, model=model, manifest=changed(manifest, keys, value))
     assert torch.equal(outputs(model), before), "a refused artifact changes nothing"
+
+
+CHANGES = [
+    ("chat_template", "llm.chat_template", "chatml", "llama3"),
+    ("parts.encoder.transform.resize", "encoder.resize", "squash", "pad"),
+    ("parts.encoder.tiles.grids", "encoder.tiles.grids", [], [[1, 2]]),
+]
+
+
+@pytest.mark.parametrize(("field", "option", "before", "now"), CHANGES)
+def test_what_changes_no_tensor_is_refused_unless_the_user_has_said_it(
+    tmp_path: Path, field: str, option: str, before: Any, now: Any
+) -> None:
+    after = align(tmp_path)
+    model = tiny_model(seed=9)
+    other = changed(manifest_of(model), field, now)
+    group = option.partition(".")[0]
+    for given in ([], [group, "experiment", f"{option}s", "data.prompt"]):  # another group option does not say it
+        with pytest.raises(ValueError, match="was trained with") as refused:
+            artifact.load(tmp_path, model=model, manifest=other, given=given)
+        assert str(refused.value) == (
+            f"ckpt={tmp_path} was trained with {option}={before}, here it is {now}; set {option}={before}, or, if this "
+            f"stage is to change it, give {option}={now} on the command line or in the recipe's stage"
+        )
+    saved = artifact.load(tmp_path, model=model, manifest=other, given=[option])
+    assert torch.equal(outputs(model), after)
+    assert artifact.changes(saved, other, model) == {option: [before, now]}
+    assert artifact.changes(saved, manifest_of(model), model) == {}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +340,7 @@ def test_an_artifact_of_format_version_1_is_read(tmp_path: Path) -> None:
         "tiles": {"grids": [], "row_separator": False},
     }
     assert path.read_text() == VERSION_1 % (*map(fingerprint, (model.encoder, model.llm)), names)
-    with pytest.raises(ValueError, match=r"transform\.resize = pad, here it is squash"):
+    with pytest.raises(ValueError, match=r"encoder.resize=pad, here it is squash"):
         artifact.load(tmp_path, model=model, manifest=manifest_of(model))
     wider = {**padded, "encoder": {**padded["encoder"], "image_size": [32, 32]}}
     with pytest.raises(ValueError, match=r"image_size = \[16, 16\], here it is \[32, 32\]"):

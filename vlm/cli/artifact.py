@@ -132,10 +132,15 @@ def show(run: Path) -> None:
     }
     _print(f"Artifact of {run}", ("", ""), general.items())
     stages = [
-        (stage["name"], stage["run"], _inline({key: v for key, v in stage["options"].items() if "/" not in key}))
+        (
+            stage["name"],
+            stage["run"],
+            _inline({key: v for key, v in stage["options"].items() if "/" not in key}),
+            _inline(changes) if isinstance(changes := stage.get("changes"), dict) and changes else "none",
+        )
         for stage in manifest["stages"]
     ]
-    _print("Stages", ("stage", "run", "options"), stages)
+    _print("Stages", ("stage", "run", "options", "changes"), stages)
     _print("Parts", ("part", "options"), [(part, _inline(options)) for part, options in manifest["parts"].items()])
     bases = [
         (part, base["pretrained"] or "none", _hash(base.get("config")), base["fingerprint"])

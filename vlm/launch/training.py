@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 
 from vlm import config
@@ -39,6 +40,7 @@ class TrainingRun:
         plan: the content of `plan.against`, or None.
         trainer: one without callbacks and loggers, which knows how many processes there will be.
         checkpoint: the file to resume from and its step, or None.
+        given: keys of the command line.
         resumes: whether the directory holds this run already, by `resume=` or from an earlier command of a sweep.
         is_finished: whether it is a job of a sweep that an earlier command has finished.
     """
@@ -60,6 +62,7 @@ class TrainingRun:
         self.plan = against.read_prediction(file) if file else None
         self.trainer = processes.check_machine(self.settings, self.run_dir)
         self.other_data_allowed = is_named and resume.allows_other_data(cfg)
+        self.given = [each.key_or_group for each in OverridesParser.create().parse_overrides(hydra.overrides.task)]
         self._is_own = False  # the artifact that was loaded
 
     def start(self) -> None:
@@ -79,21 +82,27 @@ class TrainingRun:
         stage, part = self.settings["stage"], model.lora_part()
         earlier = self._load(model, manifest, objective)
         lineage, self.inherited, lora = [], [], None
+        changes: dict[str, list[Any]] = {}
         if earlier:
             lineage, self.inherited, lora = earlier["stages"], earlier["tensors"], earlier["lora"]
             if self._is_own:
-                lineage = lineage[:-1]
+                lineage, changes = lineage[:-1], lineage[-1].get("changes", {})
+            else:
+                changes = artifact.changes(earlier, manifest, model)
         trains_adapter = part is not None and stage[part] == "lora"
         if trains_adapter and lora and EARLIER_LORA | lora != EARLIER_LORA | stage["lora"]:
             raise ValueError(
                 f"ckpt={self.settings['ckpt'] or self.run_dir} has an adapter with {lora}, stage.lora is "
                 f"{stage['lora']}; use the same options, because that adapter is trained further"
             )
+        for option, (before, now) in changes.items():
+            run.CONSOLE.print(f"This stage changes {option} from {before} to {now}", soft_wrap=True)
+        this = {"name": stage["name"], "run": str(self.run_dir), "options": self.choices, "changes": changes}
         self.manifest = manifest | {
             "run": self.identity,
             "lora": stage["lora"] if trains_adapter else lora,
             "objective": artifact.class_path(objective),
-            "stages": [*lineage, {"name": stage["name"], "run": str(self.run_dir), "options": self.choices}],
+            "stages": [*lineage, this],
             "code": run.provenance(),
         }
 
@@ -108,7 +117,9 @@ class TrainingRun:
             except artifact.Damaged as error:
                 run.CONSOLE.print(f"{error}; the run resumes from its checkpoint", soft_wrap=True)
         ckpt = self.settings["ckpt"]
-        return artifact.load(ckpt, **known) if ckpt else None
+        # A run that resumes has made its changes already.
+        given = model.changeable.values() if self.resumes else self.given
+        return artifact.load(ckpt, **known, given=given) if ckpt else None
 
     def report(self, module: VLMModule, data: VLMDataModule) -> None:
         """Print what is trained, on what data, and which figures cannot be measured.

@@ -33,6 +33,8 @@ class Model(nn.Module, ABC):
         layer_decay_part: the part to which `stage.layer_decay` applies, if any.
         feature_part: the encoder (`grid`, `width`, `image_size`) whose features can be cached, if any; those of an
             image depend on this image alone.
+        changeable: fields of the identity, or of the artifact's manifest, that a later stage may change, because they
+            change no tensor; each with the option that the user must give for that.
         feature_cache: gives the features in place of that part, for batches with `image_keys`; None without a cache.
         root_methods: methods besides `forward` that use several parts; sharding needs their names.
         tokenizer: of the LLM or text encoder.
@@ -48,6 +50,7 @@ class Model(nn.Module, ABC):
     layer_decay_part: ClassVar[str | None] = None
     feature_part: ClassVar[str | None] = None
     root_methods: ClassVar[tuple[str, ...]] = ()
+    changeable: ClassVar[Mapping[str, str]] = {}
 
     tokenizer: Any
     chat_template: str | None = None

@@ -44,6 +44,11 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     layer_decay_part = "encoder"
     feature_part = "encoder"
     root_methods = ("generate", "logits_of_answers", "without_images")
+    changeable = {  # noqa: RUF012
+        "chat_template": "llm.chat_template",
+        "parts.encoder.transform.resize": "encoder.resize",
+        "parts.encoder.tiles": "encoder.tiles",
+    }
 
     encoder: Any
     connector: Any

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -237,12 +237,14 @@ def load(
     manifest: Mapping[str, Any],
     objective: nn.Module | None = None,
     run_id: str | None = None,
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Load a run's trained tensors into `model`, described by `manifest`, and return the run's manifest.
 
     A LoRA adapter is added if the run has one. The tensors of the run's objective are loaded into `objective` if it has
-    the same class. Raises ValueError for the first field in which the manifests' bases differ, for tensors that do not
-    fit, and if the artifact is not of the run `run_id`. A Damaged artifact leaves the model unchanged.
+    the same class. Raises ValueError for the first field in which the manifests differ, for tensors that do not fit,
+    and if the artifact is not of the run `run_id`. A field of `model.changeable` may differ if its option is among the
+    options that the user has `given`. A Damaged artifact leaves the model unchanged.
     """
     saved = read_manifest(run)
     if None not in (run_id, found := (saved.get("run") or {}).get("id")) and found != run_id:
@@ -251,15 +253,17 @@ def load(
             f"{run_id!r:.40}; take both from one run"
         )
     # Compared before the fingerprint, which quantization changes.
-    _compare("llm.quantization", saved["quantization"], manifest["quantization"], run)
-    default_options = {
-        part: defaults(part, options["_target_"])
-        for part, options in manifest["parts"].items()
-        if part not in manifest["bases"] and "_target_" in options
-    }
-    for old, new in zip(_comparable(saved, default_options), _comparable(manifest, default_options), strict=True):
-        for field in old:
-            _compare(field, old[field], new[field], run)
+    if (before := saved["quantization"]) != (now := manifest["quantization"]):
+        raise ValueError(_differs(run, "llm.quantization", before, now))
+    for field, (before, now) in _differences(saved, manifest).items():
+        option = _option(field, model)
+        if option is None:
+            raise ValueError(_differs(run, field, before, now))
+        if not any(option == key or option.startswith(f"{key}.") for key in given if "." in key):
+            raise ValueError(
+                f"ckpt={run} was trained with {option}={before}, here it is {now}; set {option}={before}, or, if this "
+                f"stage is to change it, give {option}={now} on the command line or in the recipe's stage"
+            )
     tensors = _verified_tensors(run, saved)
     if saved["lora"] and (part := model.lora_part()) and not lora_names(getattr(model, part)):
         _add_adapter(run, part, getattr(model, part), saved["lora"], tensors)
@@ -280,6 +284,24 @@ def load(
         target.data = tensor.to(target.device, copy=True)
     match_buffers(model)
     return saved
+
+
+def changes(saved: Mapping[str, Any], manifest: Mapping[str, Any], model: Model) -> dict[str, list[Any]]:
+    """The options of `model.changeable` that a stage changes, each with both values: those of the run that it starts
+    from, with the manifest `saved`, and its own.
+    """
+    differing = _differences(saved, manifest)
+    return {option: [*values] for field, values in differing.items() if (option := _option(field, model))}
+
+
+def _option(field: str, model: Model) -> str | None:
+    """The option of a field that a later stage may change; None if it may not."""
+    found = (
+        option + field.removeprefix(own)
+        for own, option in model.changeable.items()
+        if field == own or field.startswith(f"{own}.")
+    )
+    return next(found, None)
 
 
 def _verified_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -352,17 +374,32 @@ def _comparable(manifest: Mapping[str, Any], default_options: Mapping[str, Any])
     return json.loads(_json([readable, fingerprints]))
 
 
-def _compare(field: str, saved: Any, current: Any, run: str | Path) -> None:
-    """Raise ValueError on the first difference of two nested fields; keys that only one of them has are ignored.
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two manifests differ, in full, each with both values."""
+    default_options = {
+        part: defaults(part, options["_target_"])
+        for part, options in current["parts"].items()
+        if part not in current["bases"] and "_target_" in options
+    }
+    both = zip(_comparable(saved, default_options), _comparable(current, default_options), strict=True)
+    return {field: values for old, new in both for key in old for field, values in _compare(key, old[key], new[key])}
+
+
+def _compare(field: str, saved: Any, current: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The differences of two nested fields; keys that only one of them has are ignored.
 
     The arguments of a timm model come from the user alone, so all their keys are compared.
     """
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in {**saved, **current}:
             if (key in saved and key in current) or field.endswith(".model_args"):
-                _compare(f"{field}.{key}", saved.get(key), current.get(key), run)
+                yield from _compare(f"{field}.{key}", saved.get(key), current.get(key))
     elif saved != current and not (field.endswith(".pretrained") and (_is_folder(saved) or _is_folder(current))):
-        raise ValueError(f"ckpt={run} was trained with {field} = {saved}, here it is {current}; use the same parts")
+        yield field, (saved, current)
+
+
+def _differs(run: str | Path, field: str, saved: Any, current: Any) -> str:
+    return f"ckpt={run} was trained with {field} = {saved}, here it is {current}; use the same parts"
 
 
 def _is_folder(pretrained: Any) -> bool:
