@@ -87,6 +87,7 @@ def build_reader(cfg: Mapping[str, Any], model: Model) -> SampleReader:
         chat_template=model.chat_template,
         tile_rows=spec.tile_rows,
         row_separator=spec.row_separator,
+        num_packed=spec.num_packed,
         train_on="last_assistant",
         system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
     )

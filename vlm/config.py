@@ -197,7 +197,7 @@ def _check_stage(stage: Mapping[str, Any], model: type[Model]) -> None:
     check_keys("stage.lr", stage["lr"], {*model.parts, "objective"})
     for part in model.parts:
         if isinstance(state := stage.get(part), Mapping):
-            check_values(f"stage.{part}", state, {"last_n": Depth})
+            check_values(f"stage.{part}", state, {"last_n": Depth, "only": list[Name]})
     check_types("stage", {key: value for key, value in stage.items() if key not in STAGE}, VLMModule)
     check_states(stage, model)
     check_rates(stage, model, lr=stage["lr"], layer_decay=stage.get("layer_decay"))

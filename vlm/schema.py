@@ -116,6 +116,17 @@ class Source(ABC):
         """The indices of an epoch in the order to read them; None: each sample once, shuffled by the reader."""
         return None
 
+    def has_images(self) -> Bool[np.ndarray, " n"]:
+        """Whether each sample has images; a bad sample counts as one without. Override it where that is known."""
+
+        def has(index: int) -> bool:
+            try:
+                return self.outline(index).num_images > 0
+            except BadSample:
+                return False
+
+        return np.fromiter(map(has, range(len(self))), dtype=bool, count=len(self))
+
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The stored images of these samples (None: of all samples), each once; none where images are not stored."""
         return iter(())
@@ -154,6 +165,9 @@ class VisualSpec:
 
     With tiling, `tile_rows` maps (width, height) of an image to the number of tiles in each row. It depends on the size
     only, so that the length of a row is known before the image is decoded.
+
+    Where visual tokens of padding are left out (vlm/models/unpad.py), `kept_patches` maps the size to the rows and
+    columns of patches, of all tiles together, that are not padding.
     """
 
     num_tokens: int
@@ -162,6 +176,9 @@ class VisualSpec:
     tile_rows: Callable[[tuple[int, int]], list[int]] | None = None
     max_tiles: int = 1  # per image
     row_separator: str = ""  # text between the rows of tiles
+    kept_patches: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    num_packed: Callable[[tuple[int, int]], int] | None = None  # number of placeholders of an image of this size
+    max_packed: int = 0  # the most that an image can have
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,7 @@ class Batch:
     ids: list[str]  # of the samples
     samples: list[Sample]  # without images
     sources: tuple[str, ...] = ()  # of a mixture, the values of meta["source"]
+    kept_patches: list[list[tuple[int, int]]] = field(default_factory=list)  # per row and image, of the VisualSpec
     # For each image, its index in `pixel_values`; None if these are one for each image. Then N is their number.
     image_index: Int[Tensor, " n"] | None = None
     # The key of each image of `pixel_values` in the feature cache; None where features are not cached.
@@ -238,6 +256,7 @@ class Batch:
             sample_index=self.sample_index[real][None],
             num_images=self.num_images.sum(0, keepdim=True),
             layouts=[[layout for row in self.layouts for layout in row]],
+            kept_patches=[[kept for row in self.kept_patches for kept in row]],
         )
 
     def to(self, device: torch.device) -> Batch:

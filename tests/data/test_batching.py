@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.sources import K, Numbered, numbered
 from vlm.data import batching
-from vlm.data.batching import Batches, Rows, by_tokens, pack
+from vlm.data.batching import Batches, Rows, by_tokens, pack, split_evenly
 from vlm.schema import Batch, Source
 
 LENGTHS = [3 + (7 * index) % 29 for index in range(100)]  # of 100 samples: 3 to 31 tokens
@@ -35,6 +36,13 @@ class Ordered(Sized):
 
     def order(self, epoch: int, *, seed: int) -> Sequence[int]:
         return [5, 9, 5, 20 + epoch, seed, 7]
+
+
+class Mixed(Sized):
+    """One of which every third sample has images."""
+
+    def has_images(self) -> np.ndarray:
+        return np.arange(self.size) % 3 == 0
 
 
 def batches_of(source: Any = None, **options: Any) -> Batches:
@@ -81,6 +89,7 @@ KINDS: list[dict[str, Any]] = [
     {"batching": "tokens"},
     {"row_tokens": 32},
     {"batching": "tokens", "row_tokens": 32},
+    {"batching": "modality", "num_together": 3, "source": Mixed()},
 ]
 
 
@@ -155,6 +164,61 @@ def test_a_sources_own_order_is_kept() -> None:
 
 def samples_of(batches: list[Batch]) -> list[str]:
     return sorted(sample for batch in batches for sample in batch.ids)
+
+
+def groups_of(size: int, num: int, **options: Any) -> list[list[int]]:
+    """The samples of the first groups of batches of four rows."""
+    found = take(
+        batches_of(Mixed(), batching="modality", batch_size=4, num_together=size // 4, **options), num * size // 4
+    )
+    assert all(len(batch) == 4 and all(len(row) == 1 for row in batch) for batch in found)
+    return [flat(found[at : at + size // 4]) for at in range(0, len(found), size // 4)]
+
+
+@pytest.mark.parametrize(("size", "mixed"), [(4, 1), (8, 0), (12, 1), (16, 0), (64, 0)])
+def test_batches_by_modality_are_grouped_as_llavas(monkeypatch: pytest.MonkeyPatch, size: int, mixed: int) -> None:
+    """34 samples with images, 66 without: the rest of both is mixed in the first group, and beyond that comes last."""
+    monkeypatch.setattr(batching, "WINDOW", 40)
+    whole = 100 // size
+    groups = groups_of(size, whole)
+    assert len({*flat_(groups)}) == whole * size, "no sample twice"
+    kinds = [{index % 3 == 0 for index in group} for group in groups]
+    rest = 34 % size + 66 % size
+    assert [len(kind) for kind in kinds] == [1 + (number == 0 and rest >= size) for number in range(whole)]
+    assert sum(len(kind) == 2 for kind in kinds) == mixed
+    if size < 12:  # the full groups are shuffled
+        assert kinds[1:] != sorted(kinds[1:], key=max)
+    assert groups != groups_of(size, whole, seed=1)
+
+
+def flat_(groups: list[list[int]]) -> list[int]:
+    return list(chain.from_iterable(groups))
+
+
+def test_epochs_by_modality_follow_each_other_without_a_gap() -> None:
+    groups = groups_of(16, 25)  # four epochs
+    read = flat_(groups)
+    assert sorted(read) == list(range(400))
+    crossing = [{index // 100 for index in group} for group in groups]
+    assert [number for number, epochs in enumerate(crossing) if len(epochs) == 2] == [6, 12, 18]
+    pure = [len({index % 100 % 3 == 0 for index in group}) == 1 for group in groups]
+    assert sum(pure) >= 20, "at most one mixed group an epoch, and one dissolved"
+
+
+def test_the_batches_of_a_step_share_their_tokens_evenly() -> None:
+    """By LLaVA's rule, written again: to the shortest of the chunks that are not full."""
+    lengths = [(index, LENGTHS[index]) for index in range(24)]
+    chunks, sums = [[] for _ in range(4)], [0.0] * 4
+    for index, length in sorted(lengths, key=lambda pair: pair[1], reverse=True):
+        shortest = sums.index(min(sums))
+        chunks[shortest].append(index)
+        sums[shortest] = sums[shortest] + length if len(chunks[shortest]) < 6 else float("inf")
+    assert split_evenly(lengths, 4) == chunks
+    tokens = [sum(LENGTHS[index] for index in chunk) for chunk in chunks]
+    assert max(tokens) - min(tokens) <= 2
+    (group,) = groups_of(24, 1)
+    again = split_evenly([(i, LENGTHS[i]) for i in group], 6)
+    assert [LENGTHS[i] for i in group] == [LENGTHS[i] for i in flat_(again)]  # samples of one length may change places
 
 
 def test_packed_rows_of_real_samples() -> None:

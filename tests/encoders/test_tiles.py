@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_llava_next import LlavaNextImageProcessor
@@ -17,30 +14,16 @@ from tests.helpers.connectors import connect
 from tests.helpers.encoders import build_encoder
 from tests.helpers.parts import tiny_llm
 from tests.helpers.text import byte_tokenizer, encoder, say
+from tests.helpers.tiles import NEXT, SIZES, noise, settings, tiles
 from vlm import build, config
 from vlm.connectors.mlp import MLP
 from vlm.data.datamodule import VLMDataModule
-from vlm.encoders.tiles import TiledTransform, Tiles
-from vlm.encoders.transform import Transform
-from vlm.launch.entry import CONF
+from vlm.encoders.tiles import Tiles
 from vlm.models.composed import Composed
 from vlm.schema import Sample, Source, VisualSpec
 from vlm.text.row import Encoded
 
-NEXT = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]  # LLaVA-NeXT's
 UP_TO_SIX = [[rows, cols] for rows in range(1, 7) for cols in range(1, 7) if rows * cols <= 6]
-SIZES = [(336, 336), (100, 100), (1, 1), (336, 337), (1000, 1000), (640, 480), (480, 640), (1920, 1080), (1080, 1920)]
-SIZES += [(3000, 500), (500, 3000), (9000, 10), (10, 9000), (672, 336), (336, 672), (1008, 336), (700, 1200), (67, 33)]
-
-
-def tiles(grids: list[list[int]] = NEXT, side: int = 336) -> TiledTransform:
-    whole = Transform(size=(side, side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bicubic")
-    return Tiles(grids=grids).tiled(whole)
-
-
-def noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(width + height)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("side", [224, 336, 384])
@@ -184,14 +167,6 @@ def capture(model: Composed, batch: Any) -> torch.Tensor:
     return seen[0]
 
 
-def settings(*overrides: str) -> dict[str, Any]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(CONF, version_base="1.3"):
-        return config.plain(
-            compose("train", ["encoder=tiny", "llm=tiny", "run_dir=x", "data.batch_size=2", *overrides])
-        )
-
-
 def test_the_command_line_sets_it() -> None:
     tiled = ["encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.row_separator=true", "encoder.resize=crop"]
     cfg = settings(*tiled, "data.max_length=2048")
@@ -210,7 +185,7 @@ def test_the_command_line_sets_it() -> None:
 def test_without_grids_nothing_changes() -> None:
     cfg = settings()
     model, manifest = build.build_model(cfg)
-    assert manifest["parts"]["encoder"]["tiles"] == {"grids": [], "row_separator": False}
+    assert manifest["parts"]["encoder"]["tiles"] == {"grids": [], "row_separator": False, "unpad": False}
     assert build.connect_data(build.build_data(cfg, None), cfg, model).spec.transform is model.encoder.transform
 
 

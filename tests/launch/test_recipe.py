@@ -243,8 +243,9 @@ def test_every_stage_of_a_shipped_recipe_is_checked(
         lora = name.endswith("_lora")
         states = ["stage.lora.r=128", "stage.lora.alpha=256"] if lora else ["stage.llm=full"]
         rates = ["stage.lr.connector=2e-05", f"stage.lr.llm={'0.0002' if lora else '2e-05'}"]
-        steps = ["data.batch_size=16", "trainer.max_steps=5198"]
-        assert options["2-instruct"][3:] == [*states, *rates, *steps, "seed=3"]
+        changed = ["llm.chat_template=vicuna_v1", "encoder.resize=pad"]
+        data = ["data.image_first=true", "data.batching=modality", "data.batch_size=16"]
+        assert options["2-instruct"][3:] == [*states, *rates, *changed, *data, "trainer.max_steps=5198", "seed=3"]
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ LAST_BLOCK = {
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     for kind in ("weight", "bias")
 }
+CONNECTOR_LAYERS = {name for name in CONNECTOR if ".layers." in name}
 LAST_LAYER = {
     f"llm.model.model.layers.1.{name}.weight"
     for name in (
@@ -40,6 +41,11 @@ LAST_LAYER = {
         pytest.param({"llm": "lora"}, CONNECTOR | ADAPTER, id="instruct"),
         pytest.param({"encoder": {"last_n": 1}}, CONNECTOR | LAST_BLOCK, id="last block of the encoder"),
         pytest.param({"connector": "frozen", "llm": {"last_n": 1}}, LAST_LAYER, id="last layer of the llm"),
+        pytest.param(
+            {"connector": {"only": ["layers"]}},
+            CONNECTOR_LAYERS,
+            id="one module of the connector",
+        ),
     ],
 )
 def test_exactly_these_train(states: dict[str, Any], names: set[str]) -> None:
@@ -101,6 +107,14 @@ def test_what_trains_is_float32_on_a_bfloat16_base() -> None:
             "every part is frozen, so the stage trains nothing; set for example stage.connector=full",
         ),
         ({"connector": {"last_n": 1}}, r"stage.connector=\{'last_n': 1\} is not a state of the connector"),
+        (
+            {"connector": {"only": []}},
+            r"only': \[\]\} is not a state .*; choose frozen, full or \{only: \[<module>\]\}",
+        ),
+        (
+            {"connector": {"only": ["project"]}},
+            r"stage.connector.only has 'project', which is not a module of the connector; choose of norm, layers",
+        ),
     ],
 )
 def test_a_wrong_state_is_refused(states: dict[str, Any], text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ class Row:
     encoded: list[Encoded]
     pixel_values: list[Tensor]  # each [3, H, W], of an image or a tile
     layouts: list[tuple[int, ...]]  # of each image, the number of tiles in each row of tiles
+    kept_patches: list[tuple[int, int]] = field(default_factory=list)  # of each image, with `VisualSpec.kept_patches`
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
@@ -32,7 +33,8 @@ def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
     made = [spec.transform(image) for image in sample.images]
     tiles = [tile for pixels in made for tile in (pixels if pixels.ndim == 4 else [pixels])]
     layouts = [tuple(spec.tile_rows(size)) if spec.tile_rows else (1,) for size in sample.sizes]
-    return Row([replace(sample, images=[])], [encoded], tiles, layouts)
+    kept = [spec.kept_patches(size) for size in sample.sizes] if spec.kept_patches else []
+    return Row([replace(sample, images=[])], [encoded], tiles, layouts, kept)
 
 
 def join(rows: Sequence[Row]) -> Row:
@@ -42,6 +44,7 @@ def join(rows: Sequence[Row]) -> Row:
         encoded=list(chain.from_iterable(row.encoded for row in rows)),
         pixel_values=list(chain.from_iterable(row.pixel_values for row in rows)),
         layouts=list(chain.from_iterable(row.layouts for row in rows)),
+        kept_patches=list(chain.from_iterable(row.kept_patches for row in rows)),
     )
 
 
@@ -92,6 +95,7 @@ def collate(
         sample_index=padded("sample_index", -1),
         num_images=torch.tensor([len(row.pixel_values) for row in rows]),
         layouts=[row.layouts for row in rows],
+        kept_patches=[row.kept_patches for row in rows],
         ids=[sample.id for sample in samples],
         samples=samples,
         sources=tuple(sources),

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from vlm.data.augment import Augment
-from vlm.data.batching import Batches, EvenBatches
+from vlm.data.batching import Batches, Batching, EvenBatches
 from vlm.data.collate import Row, collate, image_key
 from vlm.data.filter import filtered
 from vlm.data.preflight import PreflightReport, preflight
@@ -45,8 +45,8 @@ class VLMDataModule(pl.LightningDataModule):
     Args:
         source: builds a split from its name.
         batch_size: rows per batch and rank.
-        batching: training batches of `batch_size` rows (`samples`), or of rows of similar length with up to
-            `batch_tokens` tokens, padding included (`tokens`).
+        batching: training batches of `batch_size` rows (`samples`); of rows of similar length with up to `batch_tokens`
+            tokens, padding included (`tokens`); or of `batch_size` rows all with or all without images (`modality`).
         batch_tokens: see `batching`.
         packing: put several training samples in a row of up to `max_length` tokens; they do not attend to each other.
         augment: the options of `Augment` for training images; None changes nothing.
@@ -80,7 +80,7 @@ class VLMDataModule(pl.LightningDataModule):
         *,
         source: Callable[..., Source],
         batch_size: BatchSize = 8,
-        batching: Literal["samples", "tokens"] = "samples",
+        batching: Batching = "samples",
         batch_tokens: Tokens = 8192,
         packing: bool = False,
         augment: dict[str, Ratio] | None = None,
@@ -123,6 +123,10 @@ class VLMDataModule(pl.LightningDataModule):
                 f"data.batch_tokens={batch_tokens} is less than one row of data.max_length={max_length} tokens; "
                 f"set data.batch_tokens={max_length} or more"
             )
+        if batching == "modality" and packing:
+            raise ValueError(
+                "data.batching=modality has one sample in a row, and data.packing=true several; set data.packing=false"
+            )
         self.batch_size, self.num_workers, self.max_length = batch_size, num_workers, max_length
         self.batching, self.batch_tokens, self.packing = batching, batch_tokens, packing
         if system_prompt is not None and "<image>" in system_prompt.replace(r"\<image>", ""):
@@ -159,6 +163,7 @@ class VLMDataModule(pl.LightningDataModule):
             chat_template=chat_template,
             tile_rows=spec.tile_rows,
             row_separator=spec.row_separator,
+            num_packed=spec.num_packed,
             train_on=self.train_on,
             system_prompt=self.system_prompt,
             too_long=self.too_long,
@@ -244,6 +249,7 @@ class VLMDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=rank,
             num_ranks=num_ranks,
+            num_together=num_ranks * (1 if self.trainer is None else self.trainer.accumulate_grad_batches),
             start=self._start,
         )
         return self._loader("train", self._batches)

@@ -24,13 +24,14 @@ def check_split(*, split: Split, val_fraction: float) -> None:
 
 
 def in_split(key: str, *, split: Split, val_fraction: float) -> bool:
-    """Whether the item named `key` belongs to `split`."""
-    return (digest(key) < int(val_fraction * 2**64)) == (split == "val")
+    """Whether the item named `key` belongs to `split`. With `val_fraction` 0 each item belongs to both."""
+    return val_fraction == 0 or (digest(key) < int(val_fraction * 2**64)) == (split == "val")
 
 
-def held_out(digests: UInt64[np.ndarray, " n"], *, val_fraction: float) -> Bool[np.ndarray, " n"]:
-    """`in_split(..., split="val")` for the digests of many keys at once."""
-    return digests < np.uint64(int(val_fraction * 2**64))
+def of_split(digests: UInt64[np.ndarray, " n"], *, split: Split, val_fraction: float) -> Bool[np.ndarray, " n"]:
+    """`in_split` for the digests of many keys at once."""
+    held_out = digests < np.uint64(int(val_fraction * 2**64))
+    return (held_out == (split == "val")) | (val_fraction == 0)
 
 
 def digest(key: str) -> int:

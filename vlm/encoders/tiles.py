@@ -25,15 +25,23 @@ class Tiles:
     Args:
         grids: (rows, columns) to choose from; LLaVA-NeXT has (1,2), (2,1), (2,2), (1,3), (3,1). Empty: no tiles.
         row_separator: put a line break into the text after the thumbnail and after each row of tiles but the last.
+        unpad: leave out the visual tokens of padding, and put a learned visual token after each row of patches, as
+            LLaVA-NeXT (vlm/models/unpad.py). The model needs one visual token per patch.
     """
 
     grids: Sequence[Grid] = ()
     row_separator: bool = False
+    unpad: bool = False
 
     def __post_init__(self) -> None:
         for grid in self.grids:
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"encoder.tiles.grids holds {list(grid)}; give pairs of rows and columns, at least 1")
+        if self.unpad and (not self.grids or self.row_separator):
+            raise ValueError(
+                f"encoder.tiles.unpad=true needs grids and no row_separator, but encoder.tiles.grids={[*self.grids]} "
+                f"and row_separator={str(self.row_separator).lower()}; set the grids, and row_separator=false"
+            )
 
     @property
     def max_tiles(self) -> int:

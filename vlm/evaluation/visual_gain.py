@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, compress, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -87,7 +87,7 @@ def num_with_images(batch: Batch) -> int:
 def swapped(batch: Batch) -> tuple[Batch, list[int]]:
     """The batch with images swapped between rows, and the rows with none of their own images."""
     images = _images(batch)
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for number, image in enumerate(images):
         groups.setdefault(image.layout, []).append(number)
     source = list(range(len(images)))  # index of the image whose pixels each image gets
@@ -109,7 +109,7 @@ def swapped(batch: Batch) -> tuple[Batch, list[int]]:
 @dataclass(frozen=True)
 class _Image:
     row: int
-    layout: tuple[int, ...]
+    layout: tuple[tuple[int, ...], tuple[int, ...]]  # of its tiles, and of the patches that are not padding
     tiles: slice  # of the batch's pixel_values
     pixel_hash: int
 
@@ -117,11 +117,12 @@ class _Image:
 def _images(batch: Batch) -> list[_Image]:
     """All images of a batch, in order."""
     layouts = [(row, layout) for row, images in enumerate(batch.layouts) for layout in images]
+    kept: list[tuple[int, ...]] = [*chain.from_iterable(batch.kept_patches)] or [()] * len(layouts)
     ends = accumulate((sum(layout) for _, layout in layouts), initial=0)
     pixel_values = batch.pixel_values.cpu()
     return [
-        _Image(row, layout, slice(*bounds), hash(pixel_values[slice(*bounds)].numpy().tobytes()))
-        for (row, layout), bounds in zip(layouts, pairwise(ends), strict=True)
+        _Image(row, (layout, patches), slice(*bounds), hash(pixel_values[slice(*bounds)].numpy().tobytes()))
+        for (row, layout), patches, bounds in zip(layouts, kept, pairwise(ends), strict=True)
     ]
 
 
@@ -163,6 +164,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
         pixel_values=pixel_values,
         image_keys=batch.image_keys and tuple(compress(batch.image_keys, with_images.tolist())),
         layouts=[batch.layouts[row] for row in rows],
+        kept_patches=[batch.kept_patches[row] for row in rows],
         ids=[batch.ids[number] for number in samples],
         samples=[batch.samples[number] for number in samples],
     )

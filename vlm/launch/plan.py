@@ -84,7 +84,8 @@ def describe(settings: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], s
     for part, counts in parts.items():
         if published := getattr(getattr(model, part), "published_size", None):
             counts |= {"total": published(), "loaded": counts["total"]}
-    per_image = model.num_visual_tokens * model.visual_spec().max_tiles
+    spec = model.visual_spec()
+    per_image = spec.max_packed or model.num_visual_tokens * spec.max_tiles
     report = {
         "precision": config.precision(settings),
         "parts": parts,

@@ -430,7 +430,7 @@ def smallest_depth(settings: Mapping[str, Any]) -> int:
     """Blocks that a shallow copy needs before another one is like all further ones."""
     part = config.model_class(settings).lora_part()
     state = settings["stage"].get(part) if part else None
-    return int(state["last_n"]) if isinstance(state, Mapping) else 0
+    return int(state.get("last_n", 0)) if isinstance(state, Mapping) else 0
 
 
 def device() -> str:

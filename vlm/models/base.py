@@ -14,7 +14,7 @@ from vlm.identity import identity
 from vlm.options import bind
 from vlm.schema import Batch, VisualSpec
 
-State = Literal["frozen", "full", "lora", "last_n"]
+State = Literal["frozen", "full", "lora", "last_n", "only"]
 
 
 class Model(nn.Module, ABC):
@@ -27,8 +27,8 @@ class Model(nn.Module, ABC):
 
     Attributes:
         parts: attribute names of the parts, each with the states that a stage may give it. `full` trains the whole
-            part, `lora` an adapter (`add_lora`), `last_n` the last N blocks. A part that can be swapped has a config
-            group of the same name.
+            part, `lora` an adapter (`add_lora`), `last_n` the last N blocks, `only` some of its modules. A part that
+            can be swapped has a config group of the same name.
         pretrained: the parts with pretrained weights. An artifact names them and does not load on others.
         layer_decay_part: the part to which `stage.layer_decay` applies, if any.
         feature_part: the encoder (`grid`, `width`, `image_size`) whose features can be cached, if any; those of an

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vlm.encoders.tiles import Tiles
 from vlm.llms.loading import load_tokenizer, local_facts, local_folder, local_tokenizer
 from vlm.llms.quantization import check_quantization
 from vlm.models.base import AnswersText, Generates, Model, PredictsTokens
+from vlm.models.unpad import Unpad, pack
 from vlm.options import bind, bind_class, parameters, unknown_key
 from vlm.schema import Batch, VisualSpec
 from vlm.text.templates import TEMPLATES
@@ -37,7 +39,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     parts = {  # noqa: RUF012
         "encoder": ("frozen", "full", "last_n"),
-        "connector": ("frozen", "full"),
+        "connector": ("frozen", "full", "only"),
         "llm": ("frozen", "full", "lora", "last_n"),
     }
     pretrained = ("encoder", "llm")
@@ -69,12 +71,21 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         self.tiles, self.chat_template, self.quantization = tiles or Tiles(), chat_template, quantization
         if connector.fusion == "layers":
             self.connector.attach(self.llm.layers())
+        if self.tiles.unpad:
+            if self.connector.num_tokens != (num := self.encoder.grid[0] * self.encoder.grid[1]):
+                raise ValueError(
+                    f"encoder.tiles.unpad=true needs a visual token for each of the {num} patches, but connector "
+                    f"{type(connector).__name__} gives {connector.num_tokens}; choose connector=mlp or linear, or set "
+                    "encoder.tiles.unpad=false"
+                )
+            newline = torch.randn(self.llm.width) / self.llm.width**0.5  # the scale of LLaVA-NeXT's
+            self.connector.register_parameter("newline", nn.Parameter(newline))
         self.check_parts()
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
         features = batch.of_each_image(self.features(batch))  # N P Dv
-        visual = self.connector(features)  # N K D
+        visual = self.packed(self.connector(features), batch)  # N K D, or S D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
@@ -86,6 +97,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         if not shared or self.connector.fusion != "tokens" or not self.llm.can_continue:
             return self(batch)
         visual = batch.of_each_image(self.connector(self.features(batch)))  # N K D
+        visual = self.packed(visual, batch)  # N K D, or S D
         embeds = scatter_visual_tokens(visual, self.llm.embed(batch.input_ids), batch)  # B T D
         after = slice(shared, None)
         self.llm.adapt_to(batch)
@@ -96,7 +108,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
         features = batch.of_each_image(self.features(batch))  # N P Dv
-        visual = self.connector(features)  # N K D
+        visual = self.packed(self.connector(features), batch)  # N K D, or S D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
@@ -108,9 +120,21 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             return self.encoder(batch.pixel_values)  # U P Dv
         return self.feature_cache(batch.pixel_values, batch.image_keys)  # U P Dv
 
+    def packed(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Float[Tensor, "*visual d"]:
+        """The visual tokens as they enter the LLM: with `tiles.unpad`, S tokens of all images, else unchanged."""
+        if not self.tiles.unpad:
+            return visual
+        return pack(
+            visual,
+            self.connector.newline,
+            layouts=list(chain.from_iterable(batch.layouts)),
+            kept=list(chain.from_iterable(batch.kept_patches)),
+            patches=tuple(self.encoder.grid),
+        )  # S D
+
     @contextmanager
     def fused(
-        self, visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
+        self, visual: Float[Tensor, "*visual d"], embeds: Float[Tensor, "b t d"], batch: Batch
     ) -> Iterator[Float[Tensor, "b t d"]]:
         """Context that yields the LLM's input embeddings: with visual tokens, or while its layers attend to these."""
         if self.connector.fusion == "tokens":
@@ -185,9 +209,15 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         if not self.tiles.grids:
             return spec
         tiled, separator = self.tiles.tiled(transform), "\n" if self.tiles.row_separator else ""
-        return replace(
+        spec = replace(
             spec, transform=tiled, tile_rows=tiled.rows, max_tiles=self.tiles.max_tiles, row_separator=separator
         )
+        if not self.tiles.unpad:
+            return spec
+        unpad = Unpad(grid=tiled.grid, patches=tuple(self.encoder.grid))
+        height, width = self.encoder.image_size
+        largest = max(unpad.number((cols * width, rows * height)) for rows, cols in self.tiles.grids)
+        return replace(spec, kept_patches=unpad.kept, num_packed=unpad.number, max_packed=largest)
 
     def check_rows(self, *, max_length: int, packing: bool) -> None:
         self.llm.check_length(max_length)
@@ -347,18 +377,18 @@ def _check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
 
 
 def scatter_visual_tokens(
-    visual: Float[Tensor, "n k d"], embeds: Float[Tensor, "b t d"], batch: Batch
+    visual: Float[Tensor, "*visual d"], embeds: Float[Tensor, "b t d"], batch: Batch
 ) -> Float[Tensor, "b t d"]:
     """The embeddings with the visual tokens, in order, at the positions of the placeholders (`image_mask`).
 
     Raises ValueError if the numbers of placeholders and visual tokens differ.
     """
-    placeholders, tokens = int(batch.image_mask.sum()), visual.shape[0] * visual.shape[1]
+    placeholders, tokens = int(batch.image_mask.sum()), visual.shape[:-1].numel()
     if placeholders != tokens:
+        found = f"{' images of '.join(map(str, visual.shape[:-1]))} visual tokens"
         raise ValueError(
-            f"the batch has {placeholders} image placeholders but {visual.shape[0]} images of {visual.shape[1]} visual "
-            f"tokens = {tokens}; set num_tokens of the VisualSpec to the connector's (samples "
-            f"{', '.join(batch.ids[:4])})"
+            f"the batch has {placeholders} image placeholders but {found}{f' = {tokens}' * (visual.ndim == 3)}; set "
+            f"num_tokens of the VisualSpec to the connector's (samples {', '.join(batch.ids[:4])})"
         )
     return embeds.masked_scatter(batch.image_mask[..., None], visual.to(embeds.dtype))
 

@@ -63,6 +63,7 @@ class TextEncoder:
         chat_template: a name in `TEMPLATES`, or None for the tokenizer's own.
         tile_rows: (width, height) of an image -> number of tiles in each row; None without tiles.
         row_separator: the text between two rows of tiles.
+        num_packed: (width, height) of an image -> number of its placeholders, where the tiles do not tell it.
         train_on: supervise the tokens of every `assistant` turn, of the `last_assistant` turn only, or `all` tokens
             except visual ones (including what the template writes).
         system_prompt: the system message of each conversation that has none.
@@ -85,6 +86,7 @@ class TextEncoder:
         chat_template: str | None,
         tile_rows: Callable[[Size], list[int]] | None = None,
         row_separator: str = "",
+        num_packed: Callable[[Size], int] | None = None,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
         too_long: TooLong = "drop",
@@ -98,7 +100,7 @@ class TextEncoder:
             raise ValueError("the tokenizer has neither a pad nor an eos token; set one of them")
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
-        self.tile_rows = tile_rows
+        self.tile_rows, self.num_packed = tile_rows, num_packed
         self.max_length, self.too_long = max_length, too_long
         self.train_on, self.system_prompt = train_on, system_prompt
         self.pad_id: int = pad_id
@@ -458,6 +460,9 @@ class TextEncoder:
 
     def _placeholders(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
         """The ids of an image, with separators between rows of tiles, and which of the ids are placeholders."""
+        if self.num_packed is not None:
+            num = self.num_packed(sizes[image])
+            return [self.pad_id] * num, [True] * num
         rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
         ids: list[int] = []
         visual: list[bool] = []

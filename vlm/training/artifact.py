@@ -72,11 +72,22 @@ def class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def trained_names(model: nn.Module, inherited: list[str]) -> list[str]:
-    """Parameters trained in this stage or an earlier one, even if LoRA has renamed them since."""
+def trained_names(model: Model, inherited: list[str]) -> list[str]:
+    """Parameters trained in this stage or an earlier one, even if LoRA has renamed them since.
+
+    Of a part without pretrained weights, they are all parameters as soon as one is trained.
+    """
     earlier = {name.replace(".base_layer.", ".") for name in inherited}
-    parameters = model.named_parameters()
-    return [name for name, p in parameters if p.requires_grad or name.replace(".base_layer.", ".") in earlier]
+    new = {part for part in model.parts if part not in model.pretrained and _is_trained(getattr(model, part))}
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad or name.partition(".")[0] in new or name.replace(".base_layer.", ".") in earlier
+    ]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def save(folder: Path, *, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], step: int | None) -> None:

@@ -17,7 +17,8 @@ from vlm.ranges import LearningRate, Length, RatioAboveZero
 Schedule = Literal["cosine", "linear", "constant"]
 # One learning rate for a part; or rates for its modules by name, and for the `rest`; or None.
 Rate = LearningRate | Annotated[dict[str, LearningRate], Length(1)] | None
-STATE_WORDS = {"last_n": "{last_n: N}"}  # notation of a state in a config
+# Notations of the states in a config that are mappings.
+STATE_WORDS = {"last_n": "{last_n: N}", "only": "{only: [<module>]}"}
 
 
 def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
@@ -26,14 +27,21 @@ def check_states(states: Mapping[str, Any], model: type[Model]) -> None:
         if part not in states:
             raise ValueError(f"stage.{part} is missing; set it to {_choices(allowed)}")
         state = states[part]
-        last_n = state.get("last_n") if isinstance(state, Mapping) and set(state) == {"last_n"} else None
-        name = "last_n" if isinstance(last_n, int) and not isinstance(last_n, bool) else state
+        name = _name_of(state) if isinstance(state, Mapping) else state
         if not isinstance(name, str) or name not in allowed:
             raise ValueError(f"stage.{part}={state!r} is not a state of the {part}; choose {_choices(allowed)}")
     if all(states[part] == "frozen" for part in model.parts):
-        example = next((part for part, allowed in model.parts.items() if allowed == ("frozen", "full")), None)
-        example = example or next(iter(model.parts))
+        example = next((part for part in model.parts if part not in model.pretrained), next(iter(model.parts)))
         raise ValueError(f"every part is frozen, so the stage trains nothing; set for example stage.{example}=full")
+
+
+def _name_of(state: Mapping[str, Any]) -> str | None:
+    """The name of a state that is a mapping; None if it is none of them."""
+    last_n, only = state.get("last_n"), state.get("only")
+    if set(state) == {"last_n"} and isinstance(last_n, int) and not isinstance(last_n, bool):
+        return "last_n"
+    is_list = isinstance(only, list) and only and all(isinstance(name, str) for name in only)
+    return "only" if set(state) == {"only"} and is_list else None
 
 
 def _choices(allowed: Sequence[str]) -> str:
@@ -84,11 +92,12 @@ def check_rates(
         )
 
 
-def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, int]], lora: Mapping[str, Any]) -> None:
+def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, Any]], lora: Mapping[str, Any]) -> None:
     """Freeze every parameter, then unfreeze those that the stage names for each part.
 
     `lora` adds an adapter to the part, unless it has one from an earlier stage, and trains only the adapter;
-    `{last_n: N}` trains the last N blocks. Raises ValueError for another state, or if N exceeds the number of blocks.
+    `{last_n: N}` trains the last N blocks, and `{only: [names]}` these modules of the part. Raises ValueError for
+    another state, if N exceeds the number of blocks, or if the part has no such module.
     """
     check_states(states, type(model))
     model.requires_grad_(False)
@@ -102,12 +111,24 @@ def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, int]], l
             for name in lora_names(module):
                 module.get_parameter(name).requires_grad_(True)
         elif isinstance(state, Mapping):
-            for block in last_blocks(model, part, state["last_n"]):
-                block.requires_grad_(True)
+            for trained in _modules(model, part, state):
+                trained.requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:  # in bfloat16 small updates of AdamW would be rounded away
             parameter.data = parameter.data.float()
     match_buffers(model)
+
+
+def _modules(model: Model, part: str, state: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules of a part that a stage trains. Raises ValueError if the part lacks one."""
+    if "last_n" in state:
+        return last_blocks(model, part, state["last_n"])
+    modules = dict(getattr(model, part).named_children())
+    if unknown := [name for name in state["only"] if name not in modules]:
+        raise ValueError(
+            f"stage.{part}.only has {unknown[0]!r}, which is not a module of the {part}; choose of {', '.join(modules)}"
+        )
+    return [modules[name] for name in state["only"]]
 
 
 def last_blocks(model: Model, part: str, last_n: int) -> list[nn.Module]:
@@ -131,7 +152,7 @@ def cast_frozen(model: Model, states: Mapping[str, Any]) -> None:
         state, module = states[part], getattr(model, part)
         trained = [module] if state == "full" else []
         if isinstance(state, Mapping):
-            trained = last_blocks(model, part, state["last_n"])
+            trained = _modules(model, part, state)
         kept = {id(inner) for block in trained for inner in block.modules()}
         for inner in (inner for inner in module.modules() if id(inner) not in kept):
             weights = [p for p in inner.parameters(recurse=False) if p.is_floating_point()]

@@ -189,7 +189,8 @@ def print_parts(
         table.add_column(heading, justify="right" if heading in ("trainable", "total") else "left")
     for part, numbers in counts.items():
         state = stage.get(part, "full")
-        state = state if isinstance(state, str) else f"last {state['last_n']}"
+        if isinstance(state, dict):
+            state = f"last {state['last_n']}" if "last_n" in state else f"only {', '.join(state['only'])}"
         lr: Any = stage["lr"].get(part) if numbers["trainable"] else "-"
         rate = ", ".join(f"{name} {value:g}" for name, value in lr.items()) if isinstance(lr, dict) else f"{lr}"
         if numbers["trainable"] and part == decayed and (factor := stage.get("layer_decay")) is not None:

@@ -123,9 +123,12 @@ def test_what_is_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.languages=xx has no names in '.*'; choose of en, ja$"):
         Emoji(split="train", root=root, languages=["xx"])
     with pytest.raises(
-        ValueError, match=r"none of the 47 pictures .* falls into val with val_fraction 0.0; set data.val_"
+        ValueError, match=r"none of the 47 pictures .* falls into val with val_fraction 1e-09; set data.val_"
     ):
-        Emoji(split="val", root=root, val_fraction=0.0)
+        Emoji(split="val", root=root, val_fraction=1e-9)
+    assert len(Emoji(split="val", root=root, val_fraction=0.0)) == len(
+        Emoji(split="train", root=root, val_fraction=0.0)
+    )
 
 
 def test_a_broken_file_of_names_is_named(root: Path) -> None:

@@ -184,6 +184,8 @@ def test_conversation_files_that_cannot_be_read(
 def test_conversations_without_a_validation_share(images: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", [llava("Hi", "Hey")])
     with pytest.raises(
-        ValueError, match=r"none of the 1 conversations in '.*' falls into val with val_fraction 0\.0; set"
+        ValueError, match=r"none of the 1 conversations in '.*' falls into val with val_fraction 1e-09; set"
     ):
-        instruct(file, images, split="val")
+        instruct(file, images, split="val", val_fraction=1e-9)
+    whole = [samples(instruct(file, images, split=split, val_fraction=0.0)) for split in ("train", "val")]
+    assert whole[0] == whole[1] != []

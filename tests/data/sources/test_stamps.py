@@ -124,9 +124,13 @@ def test_what_stamps_refuse(stamps: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 0 stamps .* \(no caption found: set data\.root=\)$"):
         Stamps(split="train", root=tmp_path / "empty")
     with pytest.raises(
-        ValueError, match=r"none of the 20 stamps .* falls into val with val_fraction 0\.0; set data\.val_"
+        ValueError, match=r"none of the 20 stamps .* falls into val with val_fraction 1e-09; set data\.val_"
     ):
-        Stamps(split="val", root=stamps, val_fraction=0.0)
+        Stamps(split="val", root=stamps, val_fraction=1e-9)
+    assert (
+        Stamps(split="val", root=stamps, val_fraction=0.0).items
+        == Stamps(split="train", root=stamps, val_fraction=0.0).items
+    )
 
 
 def test_one_bad_stamp(stamps: Path) -> None:

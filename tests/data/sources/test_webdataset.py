@@ -155,9 +155,10 @@ def test_split_by_key_or_by_shards(tmp_path: Path) -> None:
     assert len(source(tmp_path / "0.tar", **own)) == 20
     assert [answer(s) for s in samples(source(tmp_path / "0.tar", split="val", **own))] == ["Dot 20.", "Dot 21."]
     with pytest.raises(
-        ValueError, match=r"none of the 20 samples in 1 shards of '.*' falls into val with val_fraction 0"
+        ValueError, match=r"none of the 20 samples in 1 shards of '.*' falls into val with val_fraction 1e-09"
     ):
-        source(tmp_path / "0.tar", split="val")
+        source(tmp_path / "0.tar", split="val", val_fraction=1e-9)
+    assert len(source(tmp_path / "0.tar", split="val")) == len(source(tmp_path / "0.tar", split="train")) == 20
 
 
 @pytest.mark.parametrize(

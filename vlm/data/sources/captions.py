@@ -21,7 +21,7 @@ from vlm.data.annotations import (
 from vlm.data.conversations import RecordReader, caption_messages
 from vlm.data.image_names import open_image, short_name, stored_image
 from vlm.data.record_keys import Malformed, as_text, check_columns, renamed
-from vlm.data.split import check_split, image_key, in_split
+from vlm.data.split import check_split, digest, image_key, in_split
 from vlm.data.tables import read_table
 from vlm.quote import named, quoted
 from vlm.ranges import RatioBelowOne
@@ -61,9 +61,12 @@ class Caption(NamedTuple):
 class CaptionedImages(Source):
     """One sample per caption in train, and one per image in val.
 
-    A validation sample has the image's first caption, and all its captions in `meta["references"]`, a JSON list. The
-    split is by a hash of the image's name, so that no image is in both splits. If `val_fraction` is None, all images
-    belong to this split. The captions of an image are consecutive.
+    `prompt` is the question, or several: each caption gets one by a hash of its id. A validation sample has the image's
+    first caption, and all its captions in `meta["references"]`, a JSON list. The split is by a hash of the image's
+    name, so that no image is in both splits. If `val_fraction` is None, all images belong to this split. The captions
+    of an image are consecutive.
+
+    Raises `ValueError` for an empty list of prompts.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class CaptionedImages(Source):
         images: Path,
         where: Path,
         val_fraction: float | None,
-        prompt: str,
+        prompt: str | Sequence[str],
     ) -> None:
         self.images, self.prompt = images, prompt
+        if not isinstance(prompt, str) and not prompt:
+            raise ValueError('data.prompt=[] has no prompt; write at least one, or data.prompt="" for none')
         by_image: dict[str, list[Caption]] = {}
         for caption in captions:
             key = image_key(short_name(caption.image), root=images.absolute()) if caption.image else caption.id
@@ -129,8 +134,11 @@ class CaptionedImages(Source):
         meta = {"image": short_name(first.image)}
         if self._with_references:
             meta["references"] = json.dumps([caption.text for caption in captions], ensure_ascii=False)
-        messages = caption_messages(self.prompt, first.text)
+        messages = caption_messages(self._prompt_of(first.id), first.text)
         return Sample(id=first.id, images=[], messages=messages, meta=meta), first.image
+
+    def _prompt_of(self, name: str) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[digest(name) % len(self.prompt)]
 
 
 class Captions(CaptionedImages):
@@ -156,7 +164,7 @@ class Captions(CaptionedImages):
         images: str | Path,
         val_annotations: str | Path | None = None,
         val_fraction: RatioBelowOne = 0.05,
-        prompt: str = "Describe the image.",
+        prompt: str | list[str] = "Describe the image.",
         columns: Mapping[str, str | None] | None = None,
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)

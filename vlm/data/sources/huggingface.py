@@ -16,7 +16,7 @@ from vlm.data.conversations import RecordReader, caption_messages, turns_record
 from vlm.data.image_names import open_image, stored_image
 from vlm.data.images import BadImage, decode_image
 from vlm.data.record_keys import PAIR_KEYS, Malformed, as_text, has_pair
-from vlm.data.split import check_split, content_key, digest, group_keys, held_out
+from vlm.data.split import check_split, content_key, digest, group_keys, of_split
 from vlm.quote import named, quoted
 from vlm.ranges import Name, RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
@@ -96,8 +96,8 @@ class HuggingFace(Source):
         self._rows = np.arange(num)
         if val_split is None:
             keys = map(str, self._table.with_format(None)[group_column]) if group_column else self._contents()
-            is_val = held_out(np.fromiter((digest(key) for key in keys), np.uint64, num), val_fraction=val_fraction)
-            self._rows = np.flatnonzero(is_val == (split == "val"))
+            digests = np.fromiter((digest(key) for key in keys), np.uint64, num)
+            self._rows = np.flatnonzero(of_split(digests, split=split, val_fraction=val_fraction))
         if not len(self._rows):
             raise ValueError(
                 f"none of the {num} rows of '{self.split_name}' falls into {split} with val_fraction {val_fraction}; "

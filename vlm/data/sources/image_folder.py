@@ -35,7 +35,7 @@ class ImageFolder(CaptionedImages):
         root: str | Path,
         val_root: str | Path | None = None,
         val_fraction: RatioBelowOne = 0.05,
-        prompt: str = "Describe the image.",
+        prompt: str | list[str] = "Describe the image.",
     ) -> None:
         check_split(split=split, val_fraction=val_fraction)
         if split == "val" and val_root is not None:

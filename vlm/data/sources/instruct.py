@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Bool, UInt64
 
 from vlm.data.annotations import PackedJson, Record, existing_file, existing_folder
 from vlm.data.conversations import Conversation, RecordReader
 from vlm.data.image_names import is_data_url, open_image, short_name, stored_image
 from vlm.data.record_file import RecordFile
 from vlm.data.record_keys import Malformed
-from vlm.data.split import check_split, digest, group_keys, held_out, image_key
+from vlm.data.split import check_split, digest, group_keys, image_key, of_split
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
 
@@ -76,7 +76,7 @@ class Conversations(Source):
             )
         self._indices = np.arange(len(digests))
         if val_annotations is None:
-            self._indices = np.flatnonzero(held_out(digests, val_fraction=val_fraction) == (split == "val"))
+            self._indices = np.flatnonzero(of_split(digests, split=split, val_fraction=val_fraction))
         if not len(self._indices):
             raise ValueError(
                 f"none of the {len(digests)} conversations in '{file}' falls into {split} with val_fraction "
@@ -102,6 +102,10 @@ class Conversations(Source):
     def outline(self, index: int) -> Sample:
         """The sample without its images, which are not opened."""
         return self._read(index)[0]
+
+    def has_images(self) -> Bool[np.ndarray, " n"]:
+        """Whether each conversation has images."""
+        return np.array([bool(self._names[index]) for index in self._indices.tolist()])
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image files of these samples (None: of all), each once."""

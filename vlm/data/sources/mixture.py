@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Annotated
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from vlm.ranges import Length, Number, Range, Samples
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
@@ -81,6 +81,10 @@ class Mixture(Source):
     def outline(self, index: int) -> Sample:
         """The sample without its images."""
         return self._read(index, lambda source, inside: source.outline(inside))
+
+    def has_images(self) -> Bool[np.ndarray, " n"]:
+        """Whether each sample has images."""
+        return np.concatenate([source.has_images() for source in self._sources])
 
     def stored_images(self, indices: Sequence[int] | None = None) -> Iterator[StoredImage]:
         """The image files of these samples (None: of all), each once per source."""

@@ -24,7 +24,7 @@ from vlm.data.files import check_bytes
 from vlm.data.images import decode_image
 from vlm.data.reading import current
 from vlm.data.record_keys import PAIR_KEYS, TURN_KEYS, Malformed, as_text, renamed
-from vlm.data.split import check_split, content_key, digest, group_keys, held_out
+from vlm.data.split import check_split, content_key, digest, group_keys, of_split
 from vlm.quote import quoted
 from vlm.ranges import RatioBelowOne
 from vlm.schema import BadSample, Sample, Source, Split, StoredImage, hashed
@@ -78,7 +78,7 @@ class WebDataset(Source):
         if val_shards is None:
             keys = group_keys(list(self._contents(samples)))
             digests = np.fromiter(map(digest, keys), dtype=np.uint64, count=len(keys))
-            mine = held_out(digests, val_fraction=val_fraction) == (split == "val")
+            mine = of_split(digests, split=split, val_fraction=val_fraction)
             samples = [sample for sample, keep in zip(samples, mine, strict=True) if keep]
         if not samples:
             raise ValueError(
