@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import busy, data_path, generating, growth, startup, training_step
+from benchmarks import busy, data_path, generating, growth, models, startup, training_step
 from benchmarks.turns import Timing
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +32,9 @@ TURNS = int(os.environ.get("TURNS", "5"))
 
 
 def peak_flops() -> float:
-    """Operations a second of a large bfloat16 matrix product, the best of ten."""
-    a, b = torch.randn(2048, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+    """Operations a second of a large matrix product in the precision of the benchmarks, the best of ten."""
+    dtype = torch.bfloat16 if models.BF16 else torch.float32
+    a, b = torch.randn(2048, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype)
     times = []
     for _ in range(10):
         start = time.perf_counter()
@@ -48,7 +49,7 @@ def flops_of(name: str) -> float:
 
     work = training_step.workload(name)
     model = training_step.ours(lora=work.lora)
-    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+    with FlopCounterMode(display=False) as counter, models.autocast():
         for batch in training_step.batches_of(work):
             training_step.LanguageModeling()(model, batch).sums["lm_loss"].backward()
     return counter.get_total_flops() / work.num_steps
@@ -118,8 +119,8 @@ TITLES = {
 def tables(content: dict[str, Any]) -> str:
     """The results in Markdown."""
     machine, results = content["machine"], content["results"]
-    lines = [f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, Transformers "
-             f"{machine['transformers']}; medians. A large bfloat16 product runs at "
+    lines = [f"{machine['cpu']}, {machine['threads']} threads, {machine['precision']}, PyTorch {machine['torch']}, "
+             f"Transformers {machine['transformers']}; medians. A large product in this precision runs at "
              f"{machine['peak_gflops']:,.0f} GFLOP/s.\n"]  # fmt: skip
     lines += ["| work | way | turns | seconds | times ours | peak memory, GB |", "|---|---|---:|---:|---:|---:|"]
     for name, title in TITLES.items():
@@ -175,6 +176,7 @@ def main(names: list[str]) -> None:
     content["machine"] |= {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "precision": models.PRECISION,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "peak_gflops": peak_flops() / 1e9,

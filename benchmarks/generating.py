@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import IMAGE_ID, LLM, NUM_VISUAL, PAD_ID, SIDE, ours, theirs
+from benchmarks.models import IMAGE_ID, LLM, NUM_VISUAL, PAD_ID, SIDE, autocast, ours, theirs
 from benchmarks.turns import Timing, in_turns, print_table
 
 NUM_IMAGES, BATCH_SIZE, NUM_TOKENS = 64, 16, 32
@@ -52,7 +52,7 @@ def with_vlm() -> Iterator[Any]:
         answers = []
         for start in range(0, NUM_IMAGES, BATCH_SIZE):
             batch = Batch(pixel_values=pixels[start : start + BATCH_SIZE], **shared)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 answers.append(model.generate(batch, stop_ids=[NEVER], max_new_tokens=NUM_TOKENS))
         yield first_tokens(answers)
 
@@ -70,7 +70,7 @@ def with_transformers() -> Iterator[Any]:
                 "attention_mask": torch.ones_like(ids),
                 "pixel_values": pixels[start : start + 16],
             }
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), autocast():
                 answers.append(model.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False)[:, -NUM_TOKENS:])
         yield first_tokens(answers)
 

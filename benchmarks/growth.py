@@ -60,7 +60,7 @@ def step(sizes: dict[str, int]) -> Iterator[float]:
         built = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
     yield built
     while True:
-        with torch.autocast("cpu", torch.bfloat16):
+        with models.autocast():
             output = objective(model, batch)
         output.sums["lm_loss"].backward()
         model.zero_grad()

@@ -1,4 +1,7 @@
-"""The model of the speed benchmarks with random weights, here and in Transformers: CLIP-B/16, MLP, SmolLM2-135M."""
+"""The model of the speed benchmarks with random weights, here and in Transformers: CLIP-B/16, MLP, SmolLM2-135M.
+
+Both compute in the precision that `trainer.precision=auto` has on this machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from vlm.encoders.hf import HFEncoder
 from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 from vlm.training.optim import cast_frozen, set_trainable
+from vlm.training.run import native_precision
 
+PRECISION = native_precision("cpu")
+BF16 = PRECISION == "bf16-mixed"
 SIDE, NUM_VISUAL, IMAGE_ID, PAD_ID = 224, 196, 49151, 0
 VISION: dict[str, Any] = {
     "model_type": "clip_vision_model",
@@ -42,17 +48,23 @@ LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def autocast() -> torch.autocast:
+    """Context in which products have the precision of the benchmarks."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=BF16)
+
+
 def ours(*, lora: bool = False) -> Composed:
-    """This project's model, with the parts of a stage trainable; frozen weights are in bfloat16."""
+    """This project's model, with the parts of a stage trainable; in bf16-mixed, frozen weights are in bfloat16."""
     torch.manual_seed(0)
     encoder = HFEncoder(pretrained="random", config=VISION, weights="random", layer=-2, mean=[0.5] * 3, std=[0.5] * 3)
-    llm = CausalLM(pretrained=None, config=LLM, weights="random", dtype="bfloat16")
+    llm = CausalLM(pretrained=None, config=LLM, weights="random", dtype="bfloat16" if BF16 else "float32")
     sizes: dict[str, Any] = {"vision_width": encoder.width, "grid": encoder.grid, "llm_width": llm.width}
     connector = MLP(**sizes, output_rms=llm.embed_rms, norm=False, position=False)
     model = Composed(encoder=encoder, connector=connector, llm=llm)
     states = {"encoder": "frozen", "connector": "full", "llm": "lora" if lora else "frozen"}
     set_trainable(model, states, LORA if lora else {})
-    cast_frozen(model, states)
+    if BF16:
+        cast_frozen(model, states)
     return model
 
 
@@ -72,7 +84,7 @@ def theirs(*, lora: bool = False) -> Any:
     core.language_model.load_state_dict(mine.llm.model.model.state_dict())
     model.tie_weights()
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(torch.bfloat16 if BF16 else torch.float32)
     linear = [layer for layer in mine.connector.modules() if isinstance(layer, torch.nn.Linear)]
     core.multi_modal_projector.float()
     for name, layer in zip(("linear_1", "linear_2"), linear, strict=True):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.models import IMAGE_ID, NUM_VISUAL, PAD_ID, SIDE, ours, theirs
+from benchmarks.models import BF16, IMAGE_ID, NUM_VISUAL, PAD_ID, PRECISION, SIDE, autocast, ours, theirs
 from benchmarks.turns import Timing, in_thread, in_turns, print_table
 from vlm.data.collate import Row, collate, image_key
 from vlm.encoders.transform import Transform
@@ -127,7 +127,7 @@ def with_lightning(name: str, *, cached: bool = False) -> Iterator[float]:
         reports = Reports()
         reports.report = report
         options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        options |= {"enable_model_summary": False, "precision": "bf16-mixed", "accelerator": "cpu", "max_steps": 10**6}
+        options |= {"enable_model_summary": False, "precision": PRECISION, "accelerator": "cpu", "max_steps": 10**6}
         trainer = pl.Trainer(callbacks=[reports], gradient_clip_val=1.0, **options)
         trainer.fit(module, DataLoader(batches * 1000, batch_size=None))
 
@@ -145,7 +145,7 @@ def with_loop(name: str) -> Iterator[float]:
     while True:
         losses = []
         for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 loss = model(**batch).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -181,7 +181,7 @@ def with_trainer(name: str) -> Iterator[float]:
         arguments = TrainingArguments(
             tempfile.mkdtemp(),
             use_cpu=True,
-            bf16=True,
+            bf16=BF16,
             per_device_train_batch_size=BATCH_SIZE,
             max_steps=10**6,
             learning_rate=LR,
@@ -231,7 +231,8 @@ ONLY_FOR = {"vlm, features cached": ("align",), "plain loop": ("align", "lora")}
 def compare(name: str, *, turns: int) -> dict[str, Timing]:
     """The timings of one workload. Raises AssertionError if losses differ."""
     ways = {way: partial(make, name) for way, make in WAYS.items() if name in ONLY_FOR.get(way, (name,))}
-    timings = in_turns(ways, turns=turns)
+    # Over several turns of rows of different lengths, Trainer's process grows to 17 GB.
+    timings = in_turns(ways, turns=turns, one_at_a_time=workload(name).grouped)
     losses = {way: timing.values[-1] for way, timing in timings.items()}
     assert max(losses.values()) - min(losses.values()) < 2e-3 * losses["vlm"], losses
     return timings

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from statistics import median
@@ -30,33 +31,53 @@ class Timing:
         return median(self.wall)
 
 
-def in_turns(ways: dict[str, Way], *, turns: int, warm_up: int = 1) -> dict[str, Timing]:
-    """The timing of each way. The ways must be functions of a module, because each runs in a new process."""
-    context = multiprocessing.get_context("spawn")
+def in_turns(ways: dict[str, Way], *, turns: int, warm_up: int = 1, one_at_a_time: bool = False) -> dict[str, Timing]:
+    """The timing of each way. The ways must be functions of a module, because each runs in a new process.
+
+    With `one_at_a_time`, each turn has a process of its own, which is warmed up anew, and the memory of one way.
+    """
     timings = {name: Timing() for name in ways}
-    workers = {}
-    for name, way in ways.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(way, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        workers[name] = (process, ours)
+    if one_at_a_time:
+        for _ in range(turns):
+            for name, way in ways.items():
+                with _started(way) as pipe:
+                    for turn in range(-warm_up, 1):
+                        _take_turn(pipe, timings[name], is_timed=turn == 0)
+        return timings
+    with ExitStack() as stack:
+        pipes = {name: stack.enter_context(_started(way)) for name, way in ways.items()}
+        for turn in range(-warm_up, turns):
+            for name, pipe in pipes.items():
+                _take_turn(pipe, timings[name], is_timed=turn >= 0)
+    return timings
+
+
+@contextmanager
+def _started(way: Way) -> Iterator[Connection]:
+    """Context with a process that has built what `way` needs."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(way, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
         assert ours.recv() == "ready"
-    for turn in range(-warm_up, turns):
-        for name, (_, pipe) in workers.items():
-            pipe.send("go")
-            wall, cpu, value, memory_gb = pipe.recv()
-            timing = timings[name]
-            timing.values.append(value)
-            timing.memory_gb = memory_gb
-            if turn >= 0:
-                timing.wall.append(wall)
-                timing.cpu.append(cpu)
-    for process, pipe in workers.values():
-        pipe.close()
+        yield ours
+    finally:
+        ours.close()
         process.join(10)
         process.kill()
-    return timings
+        process.join()
+
+
+def _take_turn(pipe: Connection, timing: Timing, *, is_timed: bool) -> None:
+    pipe.send("go")
+    wall, cpu, value, memory_gb = pipe.recv()
+    timing.values.append(value)
+    timing.memory_gb = max(timing.memory_gb, memory_gb)
+    if is_timed:
+        timing.wall.append(wall)
+        timing.cpu.append(cpu)
 
 
 def print_table(name: str, timings: dict[str, Timing], *, pieces: int = 1) -> None:

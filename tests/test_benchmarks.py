@@ -9,6 +9,8 @@ import torch
 
 from benchmarks import training_step
 from benchmarks.__main__ import BEGIN, END, PAGE, RESULTS, tables
+from benchmarks.turns import in_turns
+from tests.helpers.ways import counting
 
 
 def test_the_page_shows_the_results() -> None:
@@ -29,3 +31,15 @@ def test_both_ways_get_the_same_tokens_labels_and_images(name: str) -> None:
         assert torch.equal(batch.labels, theirs["labels"])
         if len(batch.pixel_values):
             assert torch.equal(batch.pixel_values, theirs["pixel_values"])
+
+
+@pytest.mark.parametrize(("alone", "processes", "calls"), [(False, 1, [1, 2, 3]), (True, 2, [1, 2, 1, 2])])
+def test_ways_take_turns_in_processes_of_their_own(alone: bool, processes: int, calls: list[int]) -> None:
+    found = in_turns({"a": counting, "b": counting}, turns=2, one_at_a_time=alone)
+    seen = {name: {process for process, _ in timing.values} for name, timing in found.items()}
+    assert [len(of_way) for of_way in seen.values()] == [processes, processes]
+    assert not seen["a"] & seen["b"]
+    for timing in found.values():
+        assert [call for _, call in timing.values] == calls
+        assert len(timing.wall) == len(timing.cpu) == 2
+        assert timing.memory_gb > 0

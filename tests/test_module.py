@@ -63,6 +63,15 @@ def test_accumulated_batches_are_one_big_batch(tmp_path: Path) -> None:
     assert twice_metrics["train/grad_norm"].item() == pytest.approx(once_metrics["train/grad_norm"].item(), rel=1e-4)
 
 
+def test_the_gradients_of_a_step_are_freed_before_the_next_forward_pass(tmp_path: Path) -> None:
+    module = make_module(states={"llm": "lora"})
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    held = []
+    module.model.register_forward_pre_hook(lambda *_: held.append(sum(p.grad is not None for p in trained)))
+    make_trainer(tmp_path, accumulate_grad_batches=2, max_steps=2).fit(module, loader([*HALVES, *HALVES]))
+    assert held == [0, len(trained), 0, len(trained)]
+
+
 def test_logged_loss_is_the_mean_over_tokens(tmp_path: Path) -> None:
     model = tiny_model()
     first, second = (mean_loss(model, half) for half in HALVES)

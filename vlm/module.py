@@ -111,6 +111,11 @@ class VLMModule(pl.LightningModule):
         for evaluator in self.evaluators.values():
             evaluator.before_training(self.context)
 
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Free the gradients of the last step; Lightning does so between the forward and the backward pass."""
+        if batch_index % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad()
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         output = self.objective(self.model, batch)
         self._ids += batch.ids

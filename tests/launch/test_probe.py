@@ -196,6 +196,15 @@ def test_a_file_without_a_prediction(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("asked", ["plan=true", "plan.json=p.json", "plan.memory_gb=24"])
+def test_a_plan_is_compared_with_a_run_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str], asked: str) -> None:
+    assert programs.train(*programs.QUICK, asked, "plan.against=f.json", f"run_dir={tmp_path / 'run'}") == 2
+    assert capfd.readouterr().err == (
+        "Error: plan.against=f.json compares a plan with a run, but with plan=true, plan.json or plan.memory_gb there "
+        "is no run; leave out plan.against, or start the run\n"
+    )
+
+
 def test_a_recipe_needs_a_plan_of_each_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["experiment=shapes_align_instruct", *programs.TINY, f"run_dir={tmp_path / 'run'}"]
     assert programs.train(*arguments, f"plan.against={tmp_path / 'plan.json'}") == 2

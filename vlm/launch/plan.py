@@ -36,7 +36,12 @@ def wanted(cfg: DictConfig) -> bool:
 
 
 def plan(cfg: DictConfig) -> None:
-    """Print the plan of a run, and write it where `plan.json` says."""
+    """Print the plan of a run, and write it where `plan.json` says. Raises ValueError with `plan.against`."""
+    if cfg.plan.against:
+        raise ValueError(
+            f"plan.against={cfg.plan.against} compares a plan with a run, but with plan=true, plan.json or "
+            "plan.memory_gb there is no run; leave out plan.against, or start the run"
+        )
     for key in OmegaConf.missing_keys(cfg):
         if key.startswith("data."):  # a plan needs no data: the source's refusal of these words is shown
             OmegaConf.update(cfg, key, "not given")

@@ -57,8 +57,8 @@ class Measured:
         steps: how many steps were timed.
         held_gb: weights, gradients and optimizer states.
         positions: tokens of a counted batch, with its padding.
-        forward_gb: the most that was allocated beside these before the backward pass. A step begins with the gradients
-            of the last one, which Lightning frees then.
+        forward_gb: the most that was allocated beside these before the backward pass; the gradients of the last step
+            are freed before.
         backward_gb: the same from there on. With depth, this peak and the one before grow by different amounts.
         update_gb: the same in the optimizer's update.
         peak_gb: peak memory of the GPU, or of the process without a GPU.

@@ -88,26 +88,27 @@ def _attend_from_last(
 class BlockAttention(torch.autograd.Function):
     """Causal attention within samples that end at `ends`. The probabilities are kept for the backward pass.
 
-    Each token attends to itself and to the `window` - 1 tokens before it; None is no limit.
+    Each token attends to itself and to the `window` - 1 tokens before it; None is no limit. The queries of a token for
+    the R heads of a key head are beside each other, so that those of a block are the rows of one matrix.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, ends: tuple[int, ...], window: int | None
     ) -> Tensor:
-        heads, width = query.shape[1], query.shape[3]
-        group = heads // key.shape[1]
-        output = query.new_empty(query.shape[0], query.shape[2], heads, width)  # B T H E
-        probabilities = []
-        query = query * scale
-        views = zip(*(_samples(each, ends) for each in (query, key, value, output.transpose(1, 2))), strict=True)
-        for q, k, v, out in views:  # S H L E, S G L E, S G L E, S H L E: S samples of length L
-            q, out = q.unflatten(1, (-1, group)), out.unflatten(1, (-1, group))  # S G R L E
-            for rows, columns in _blocks(q.shape[3], window):
-                scores = _product(q[..., rows, :], k[..., columns, :].mT)  # S G R n m
-                hidden = _hidden(rows.start - columns.start, *scores.shape[3:], window, scores.dtype)  # n m
-                p = torch.softmax(scores.add_(hidden), -1)  # S G R n m
-                out[..., rows, :] = _product(p, v[..., columns, :])
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])  # B T H E
+        query, out_view = (_by_key_head(each, key) for each in (query, output.transpose(1, 2)))  # B G T R E
+        query = torch.mul(query, scale, out=query.new_empty(query.shape))  # B G T R E
+        key, value = key.contiguous(), value.contiguous()  # B G T E
+        group, probabilities = query.shape[3], []
+        for q, k, v, out in zip(*(_samples(each, ends) for each in (query, key, value, out_view)), strict=True):
+            q, k, v = q.flatten(0, 2).flatten(1, 2), k.flatten(0, 2), v.flatten(0, 2)  # M LR E, M L E, M L E
+            for rows, columns in _blocks(k.shape[1], window):
+                scores = torch.bmm(q[:, _of_group(rows, group)], k[:, columns].mT)  # M nR m
+                _hide(scores.unflatten(1, (-1, group)), rows, columns, window)
+                p = torch.softmax(scores, -1)  # M nR m
+                part = out[:, :, :, rows]  # B G S n R E
+                part.copy_(torch.bmm(p, v[:, columns]).view(part.shape))
                 probabilities.append(p)
         ctx.save_for_backward(query, key, value, *probabilities)
         ctx.scale, ctx.ends, ctx.window = scale, ends, window
@@ -116,31 +117,42 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *probabilities = ctx.saved_tensors
-        group = query.shape[1] // key.shape[1]
-        grads = [torch.zeros_like(each) for each in (query, key, value)]
-        given = grad_output.to(query.dtype).transpose(1, 2)  # B H T E
-        views = zip(*(_samples(each, ctx.ends) for each in (query, key, value, given, *grads)), strict=True)
-        blocks = iter(probabilities)
-        for q, k, v, do, dq, dk, dv in views:
-            q, do, dq = (each.unflatten(1, (-1, group)) for each in (q, do, dq))  # S G R L E
-            for rows, columns in _blocks(q.shape[3], ctx.window):
-                p, do_rows = next(blocks), do[..., rows, :]
-                dv[..., columns, :] += _product_over_rows(p, do_rows)
-                dp = _product(do_rows, v[..., columns, :].mT)  # S G R n m
-                ds = torch._softmax_backward_data(dp, p, -1, dp.dtype)  # S G R n m
-                dq[..., rows, :] = _product(ds, k[..., columns, :])
-                dk[..., columns, :] += _product_over_rows(ds, q[..., rows, :])
-        grads[0] *= ctx.scale
-        return *grads, None, None, None
+        given = _by_key_head(grad_output.to(query.dtype).transpose(1, 2), key).contiguous()  # B G T R E
+        grad_query = torch.empty_like(grad_output, dtype=query.dtype).transpose(1, 2)  # B H T E
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)  # B G T E
+        each = (query, given, key, value, grad_key, grad_value, _by_key_head(grad_query, key))
+        group, blocks = query.shape[3], iter(probabilities)
+        for q, do, k, v, dk, dv, dq in zip(*(_samples(tensor, ctx.ends) for tensor in each), strict=True):
+            q, do = (tensor.flatten(0, 2).flatten(1, 2) for tensor in (q, do))  # M LR E
+            k, v, dk, dv = (tensor.flatten(0, 2) for tensor in (k, v, dk, dv))  # M L E
+            for rows, columns in _blocks(k.shape[1], ctx.window):
+                p, queries, part = next(blocks), _of_group(rows, group), dq[:, :, :, rows]
+                do_rows = do[:, queries]  # M nR E
+                dv[:, columns] += torch.bmm(p.mT, do_rows)
+                dp = torch.bmm(do_rows, v[:, columns].mT)  # M nR m
+                ds = torch._softmax_backward_data(dp, p, -1, dp.dtype)  # M nR m
+                part.copy_(torch.bmm(ds, k[:, columns]).view(part.shape))
+                dk[:, columns] += torch.bmm(ds.mT, q[:, queries])
+        grad_query *= ctx.scale
+        return grad_query, grad_key, grad_value, None, None, None
 
 
-def _samples(tensor: Float[Tensor, "b h t e"], ends: tuple[int, ...]) -> Iterator[Tensor]:
-    """Views of the samples along T, or one view of all if they are equally long."""
+def _by_key_head(tensor: Float[Tensor, "b h t e"], key: Float[Tensor, "b g t e"]) -> Float[Tensor, "b g t r e"]:
+    return tensor.unflatten(1, (key.shape[1], -1)).transpose(2, 3)
+
+
+def _of_group(rows: slice, group: int) -> slice:
+    """The rows of R query heads each."""
+    return slice(rows.start * group, rows.stop * group)
+
+
+def _samples(tensor: Float[Tensor, "b g t *e"], ends: tuple[int, ...]) -> Iterator[Tensor]:
+    """Views [B,G,S,L,·] of the samples, each alone, or all together if they are equally long."""
     lengths = [end - start for start, end in itertools.pairwise((0, *ends))]
-    if len(set(lengths)) == 1 and len(tensor) == 1:
-        yield tensor[0].unflatten(1, (len(ends), -1)).transpose(0, 1)  # S H L E
+    if len(set(lengths)) == 1:
+        yield tensor.unflatten(2, (len(ends), -1))
     else:
-        yield from tensor.split(lengths, dim=2)  # each B H L E
+        yield from (part[:, :, None] for part in tensor.split(lengths, dim=2))
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -152,21 +164,17 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, end)
 
 
+def _hide(scores: Float[Tensor, "s n r m"], rows: slice, columns: slice, window: int | None) -> None:
+    """Set the scores of keys that come after the query, or are out of its window, to -inf."""
+    in_window = window is None or rows.stop - columns.start <= window  # of all queries
+    first = rows.start if in_window else columns.start  # the keys before are visible to all queries
+    hidden = _hidden(rows.start - first, rows.stop - rows.start, columns.stop - first, window, scores.dtype)
+    scores[..., first - columns.start :].add_(hidden[:, None])
+
+
 @lru_cache(maxsize=64)  # all layers need the same ones
 def _hidden(shift: int, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """-inf at the keys that come after a query, or are out of its window, else 0; the first query is key `shift`."""
     distance = shift + torch.arange(num_queries)[:, None] - torch.arange(num_keys)  # n m
     visible = (distance >= 0) & (distance < (window or shift + num_queries))
     return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
-
-
-def _product(a: Float[Tensor, "s g r n x"], b: Float[Tensor, "s g x y"]) -> Float[Tensor, "s g r n y"]:
-    """The products for the R query heads of each key head."""
-    joined = torch.bmm(a.reshape(-1, a.shape[2] * a.shape[3], a.shape[4]), b.reshape(-1, *b.shape[2:]))
-    return joined.view(*a.shape[:4], -1)
-
-
-def _product_over_rows(a: Float[Tensor, "s g r n x"], b: Float[Tensor, "s g r n y"]) -> Float[Tensor, "s g x y"]:
-    """The sum over R and n of the outer products."""
-    left, right = (each.reshape(-1, each.shape[2] * each.shape[3], each.shape[4]) for each in (a, b))
-    return torch.bmm(left.mT, right).unflatten(0, a.shape[:2])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from vlm.llms import attention
 from vlm.llms.base import LanguageModel
+from vlm.llms.cache import BufferedCache
 
 
 class CausalLM(LanguageModel):
@@ -66,6 +67,13 @@ class CausalLM(LanguageModel):
             options["sample_starts"] = (position_ids[0] == 0).nonzero()[:, 0]
         with self.select_logits(logits_mask), self.recomputing(torch.is_grad_enabled()):
             return self.model(inputs_embeds=embeds, use_cache=False, **options).logits  # M V
+
+    @torch.no_grad()
+    def generate(self, embeds: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"], **options: Any) -> Int[Tensor, "b s"]:
+        chosen = self.generation == "checkpoint" or {"use_cache", "cache_implementation"} & options.keys()
+        if self.attention == attention.NAME and self.can_continue and not chosen:
+            options.setdefault("past_key_values", BufferedCache(config=self.model.config))
+        return super().generate(embeds, mask, **options)  # B S
 
     @property
     def can_continue(self) -> bool:
