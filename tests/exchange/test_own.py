@@ -51,10 +51,14 @@ def test_a_folder_with_its_own_code_answers_as_the_run_does(
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
 
 
-def test_the_code_imports_nothing_of_this_package_and_no_file_of_another_run(tmp_path: Path) -> None:
-    run, out = run_of(tmp_path, *FORMS["mlp"]), tmp_path / "own"
+def test_the_code_imports_nothing_of_this_package_and_the_weights_are_written_once(tmp_path: Path) -> None:
+    run, out = run_of(tmp_path, *FORMS["mlp"], "llm.config.tie_word_embeddings=true"), tmp_path / "own"
     with one_process():
-        assert export(run, f"out={out}", "samples=1") == 0
+        assert export(run, f"out={out}", "samples=1", "dtype=bfloat16") == 0
+    tensors = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "language_model.model.embed_tokens.weight" in tensors
+    assert "language_model.lm_head.weight" not in tensors  # tied, so written once
     code = {path.name: path.read_text() for path in out.glob("*.py")}
     assert {"modeling_vlm.py", "vlm_connectors_mlp.py", "vlm_encoders_timm.py"} <= code.keys()
     assert "vlm_encoders_hf.py" not in code

@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaProcessor
 
 from vlm.encoders.hf import HFEncoder
@@ -77,13 +78,23 @@ def save(model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id
     state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state |= {f"connector.{name}": tensor for name, tensor in connector.state_dict().items()}
     state |= {f"language_model.{name}": tensor for name, tensor in without_adapter(llm.model).items()}
-    typed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    typed = _cast(state, dtype)
     for part, module in (("encoder", encoder), ("connector", connector)):
         computed = {f"{part}.{name}": buffer for name, buffer in module.named_buffers()}
         typed |= {name: buffer.clone() for name, buffer in computed.items() if name not in typed}
-    save_torch_state_dict(typed, folder)
+    head = next(name for name, module in llm.model.named_modules() if module is llm.model.get_output_embeddings())
+    save_torch_state_dict(typed, folder, shared_tensors_to_discard=[f"language_model.{head}.weight"])
     _write_code(type(encoder), type(connector), folder)
     return []
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors with their floats in `dtype`; what is tied stays one tensor, which is written once."""
+    found: dict[tuple[int, torch.Size], Tensor] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            found.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
+    return {name: found.get((tensor.data_ptr(), tensor.shape), tensor) for name, tensor in state.items()}
 
 
 def _encoder_options(encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
