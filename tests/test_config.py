@@ -155,7 +155,10 @@ def test_an_experiment_beats_the_stage_debug_both_and_the_command_line_all() -> 
             "stage.llm={last_n:two}",
             ["stage.llm.last_n='two' must be a whole number from 1 to 1,000"],
         ),
-        ("stage.connector=lora", ["stage.connector='lora' is not a state of the connector; choose frozen or full"]),
+        (
+            "stage.connector=lora",
+            ["stage.connector='lora' is not a state of the connector; choose frozen, full or {only: [<module>]}"],
+        ),
         ("stage.connector=frozen", ["every part is frozen, so the stage trains nothing"]),
         ("trainer.precision=bf16-true", ["trainer.precision=bf16-true is not supported; choose one of auto, 32-true"]),
         ("+trainer.max_epochs=1", ["trainer.max_epochs is not supported", "set trainer.max_steps"]),

@@ -19,6 +19,7 @@ NEEDED = {
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
     ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
+    ("experiment", "minigpt4_7b"): [*FILES, "connector.init_from=x"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],
