@@ -57,8 +57,8 @@ class Measured:
         steps: how many steps were timed.
         held_gb: weights, gradients and optimizer states.
         positions: tokens of a counted batch, with its padding.
-        forward_gb: the most that was allocated beside these before the backward pass; the gradients of the last step
-            are freed before.
+        forward_gb: the most that was allocated beside these in the forward pass, where there are no gradients; this may
+            be negative.
         backward_gb: the same from there on. With depth, this peak and the one before grow by different amounts.
         update_gb: the same in the optimizer's update.
         peak_gb: peak memory of the GPU, or of the process without a GPU.
@@ -141,7 +141,8 @@ class Recorder(pl.Callback):
             tensors = (value for value in vars(batch).values() if isinstance(value, Tensor))
             self._batch_bytes = max(self._batch_bytes, sum(tensor.nbytes for tensor in tensors))
             if trainer.global_step != self._step:
-                self._step, self.live.peak, self.positions = trainer.global_step, self.live.now, 0
+                freed = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)  # before the forward pass
+                self._step, self.live.peak, self.positions = trainer.global_step, self.live.now - freed, 0
             self.positions = max(self.positions, batch.attention_mask.numel())
             self.live.__enter__()
             self._is_counting = True
