@@ -15,7 +15,7 @@ SAMPLE = 1024  # values per tensor in a fingerprint
 IGNORED_KEYS = {
     *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
     *("transformers_version", "architectures", "dtype", "use_cache", "quantization_config"),
-    *("image_size", "layer", "mean", "std", "interpolation", "resize"),
+    *("image_size", "layer", "mean", "std", "interpolation", "resize", "tiles"),
 }
 
 

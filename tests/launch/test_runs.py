@@ -514,7 +514,8 @@ def test_a_stage_may_change_the_template_and_the_resize_if_it_says_so(tmp_path: 
 
     plain = ["llm.chat_template=caption", "encoder.resize=crop"]
     assert train(*QUICK, *plain, f"run_dir={first}") == 0
-    changed = ["llm.chat_template=chatml", "encoder.resize=pad"]
+    tiles = ["encoder.tiles.grids=[[1,2],[2,2]]", "encoder.tiles.unpad=true", "data.max_length=2048"]
+    changed = ["llm.chat_template=chatml", "encoder.resize=pad", *tiles]
     assert train(*QUICK, changed[1], f"run_dir={second}", f"ckpt={first}") == 2
     assert told() == (
         f"Error: ckpt={first} was trained with llm.chat_template=caption, here it is chatml; set "
@@ -522,9 +523,14 @@ def test_a_stage_may_change_the_template_and_the_resize_if_it_says_so(tmp_path: 
         "line or in the recipe's stage"
     )
     assert train(*QUICK, *changed, f"run_dir={second}", f"ckpt={first}") == 0
-    expected = {"llm.chat_template": ["caption", "chatml"], "encoder.resize": ["crop", "pad"]}
+    expected = {
+        "llm.chat_template": ["caption", "chatml"],
+        "encoder.resize": ["crop", "pad"],
+        "encoder.tiles.grids": [[], [[1, 2], [2, 2]]],
+        "encoder.tiles.unpad": [False, True],
+    }
     assert changes(second) == [{}, expected]
     assert train(f"resume={second}", "trainer.max_steps=3", "resume.allow=[trainer.max_steps]") == 0
     assert changes(second) == [{}, expected]
-    assert train(*QUICK, "encoder.resize=pad", f"run_dir={third}", f"ckpt={second}") == 0
+    assert train(*QUICK, "encoder.resize=pad", *tiles, f"run_dir={third}", f"ckpt={second}") == 0
     assert changes(third) == [{}, expected, {}]
