@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,30 @@ def test_options_that_it_refuses(run: Path, tmp_path: Path, told: Any, capfd: py
         assert export(*arguments) == 2
         assert told() == f"Error: {message}"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora": {"r": 2, "tokens": "after_image"}},
+            "was trained with stage.lora.tokens=after_image, and an exported LoRA acts on all tokens; train with "
+            "stage.lora.tokens=all",
+        ),
+        (
+            {"quantization": "nf4"},
+            "was trained with an LLM in nf4, whose weights no export writes; train with llm.quantization=none",
+        ),
+    ],
+)
+def test_what_no_export_holds(run: Path, tmp_path: Path, told: Any, changes: dict[str, Any], message: str) -> None:
+    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    before = {*tmp_path.rglob("*")}
+    assert export(tmp_path, f"out={tmp_path / 'out'}") == 2
+    assert told() == f"Error: ckpt={tmp_path} {message}"
+    assert {*tmp_path.rglob("*")} == before
 
 
 def test_a_run_that_does_not_fit(run: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]) -> None:

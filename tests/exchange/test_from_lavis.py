@@ -29,7 +29,7 @@ def lavis(name: str) -> str:
     return name.replace("language_projection.", "opt_proj.")
 
 
-@pytest.mark.parametrize("stage", ["first", "second"])
+@pytest.mark.parametrize("stage", [pytest.param("first", marks=pytest.mark.slow), "second"])
 def test_the_qformer_computes_as_transformers_does(tmp_path: Path, stage: str) -> None:
     reference = captioner(tmp_path / "theirs")
     parts = ("qformer.", "query_tokens", "vision_model.post_layernorm.", "language_projection.")

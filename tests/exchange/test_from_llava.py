@@ -101,7 +101,7 @@ def test_there_and_back_each_tensor_of_the_artifact_is_the_same(tmp_path: Path) 
     assert evaluate(f"ckpt={tmp_path / 'back'}", *options, f"out={tmp_path / 'eval'}") == 0
 
 
-@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+@pytest.mark.parametrize("kind", [pytest.param("bin", marks=pytest.mark.slow), "safetensors"])
 def test_the_projector_of_the_authors(tmp_path: Path, kind: str, told: Any) -> None:
     """The published names and layout: model.mm_projector.0 and .2, a GELU between them, in float16."""
     run, file = tmp_path / "run", tmp_path / f"mm_projector.{kind}"

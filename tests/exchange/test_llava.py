@@ -32,7 +32,7 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(tmp_path_factory.mktemp(request.param), *FORMS[request.param])
 
@@ -100,6 +100,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_of(tmp_path_factory.mktemp("lora"), *FORMS["clip"], *options)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_or_kept(adapted: Path) -> None:
     image, base = noise(80, 60, 1), vlm.load(adapted, device="cpu", dtype="float32")
     expected = base.answer(image, QUESTION, max_new_tokens=12)
@@ -116,6 +117,7 @@ def test_an_adapter_is_merged_or_kept(adapted: Path) -> None:
     assert not (merged / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16(adapted: Path) -> None:
     out = adapted.parent / "half"
     with one_process():

@@ -26,7 +26,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("qformer", "lora")]
+
+
+@pytest.mark.parametrize("form", ["mlp", *SLOW])
 def test_a_folder_with_its_own_code_answers_as_the_run_does(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

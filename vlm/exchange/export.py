@@ -66,6 +66,12 @@ def export(
             f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, whose weights no export writes; train "
             "with llm.quantization=none"
         )
+    tokens = (manifest["lora"] or {}).get("tokens", "all")
+    if tokens != "all":
+        raise ValueError(
+            f"ckpt={ckpt} was trained with stage.lora.tokens={tokens}, and an exported LoRA acts on all tokens; train "
+            "with stage.lora.tokens=all"
+        )
     if lora == "keep" and not manifest["lora"]:
         raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
     disable_progress_bar()
