@@ -198,6 +198,18 @@ def test_another_part_is_refused_with_both_values(tmp_path: Path) -> None:
     assert torch.equal(outputs(model), before), "a refused artifact changes nothing"
 
 
+def test_of_a_new_part_all_is_saved_though_one_module_is_trained(tmp_path: Path) -> None:
+    """Its frozen modules may come from a file that is gone when the artifact is loaded."""
+    model = tiny_model()
+    set_trainable(model, {**STATES, "connector": {"only": ["norm"]}}, {})
+    after = train(model, seed=1)
+    write(tmp_path, model, manifest_of(model), inherited=[])
+    assert stored(tmp_path) == CONNECTOR
+    other = tiny_model(seed=9)
+    artifact.load(tmp_path, model=other, manifest=manifest_of(other))
+    assert torch.equal(outputs(other), after)
+
+
 CHANGES = [
     ("chat_template", "llm.chat_template", "chatml", "llama3"),
     ("parts.encoder.transform.resize", "encoder.resize", "squash", "pad"),

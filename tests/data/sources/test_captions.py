@@ -60,6 +60,20 @@ def test_coco_trains_on_every_caption_and_validates_every_image_once(coco: Path,
     assert "references" not in train[0].meta
 
 
+def test_each_caption_has_one_of_several_prompts(coco: Path, images: Path) -> None:
+    prompts = ["What?", "<image> Which?", ""]
+    made = {"annotations": coco, "images": images, "val_fraction": 0.0}
+    found = samples(Captions(split="train", prompt=prompts, **made))
+    asked = {sample.id: [item.get("text", "<image>") for item in sample.messages[0]["content"]] for sample in found}
+    assert {tuple(pieces) for pieces in asked.values()} == {("<image>", "What?"), ("<image>", " Which?"), ("<image>",)}
+    again = samples(Captions(split="val", prompt=prompts, **made))
+    assert all([item.get("text", "<image>") for item in s.messages[0]["content"]] == asked[s.id] for s in again)
+    with pytest.raises(
+        ValueError, match=r'^data\.prompt=\[\] has no prompt; write at least one, or data\.prompt="" for none$'
+    ):
+        Captions(split="train", prompt=[], **made)
+
+
 def test_jsonl_csv_and_json_list_say_the_same(images: Path, tmp_path: Path) -> None:
     rows = [("0.png", 'A "red" dot, small'), ("1.png", "青い点。\u2028次"), ("0.png", "Again")]
     records = [{"image": image, "caption": caption} for image, caption in rows]
