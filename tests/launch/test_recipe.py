@@ -367,7 +367,7 @@ STAGES = "[{stage:align},{stage:instruct,%s}]"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["experiment=foo"], ["experiment=foo", "choose one of blip2_opt_2_7b, "]),
+        (["experiment=foo"], ["experiment=foo", "choose one of blip2_flan_t5_xl, "]),
         (["recipe=[]"], ["recipe=[] has no stages"]),
         (["recipe={stages:[]}"], ["recipe.stages=[] must be a list of stages"]),
         (["recipe={stages:[{data:shapes}]}"], ["must be a list of stages; write [{stage: align}, {stage: instruct}]"]),

@@ -24,7 +24,9 @@ from vlm.text.templates import IMAGE_PLACEHOLDER, TEMPLATES
 
 END_MARK = {
     "plain": "<eos>",
+    "blip2": "\n",
     "caption": "\n",
+    "instructblip": "<eos>",
     "chatml": "<|im_end|>",
     "smollm2": "<|im_end|>",
     "qwen3": "<|im_end|>",
@@ -40,6 +42,7 @@ END_MARK = {
 }
 TRIMS = {"gemma", "llama2", "llama3", "llama3_2", "mistral"}  # what stands around an answer
 SPACE_FIRST = {
+    "instructblip",
     "llama2",
     "vicuna_v1",
     "minigpt4",
@@ -194,7 +197,7 @@ def test_labels_of_random_conversations(kind, template, request):
     @example(subjects[1], [say("user", "Hi"), say("assistant", "\n\nok")])
     @example(subjects[0], [say("user", "Hi"), say("assistant", ""), say("user", ""), say("assistant", " ok ")])
     def check(subject, messages):
-        if template == "caption":  # it writes nothing between a question and the answers around it
+        if template in ("caption", "instructblip"):  # they write nothing between an empty question and its neighbors
             messages = [say("user", *texts_of(m), "?") if m["role"] == "user" else m for m in messages]
         check_labels(subject, template, messages)
 

@@ -76,9 +76,9 @@ def test_an_image_in_a_dropped_answer_is_missed_by_the_prompt(bytes_only):
 
 
 def test_unknown_or_missing_template(bytes_only):
-    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of caption, chatml, gemma,"):
+    with pytest.raises(ValueError, match=r"chat_template=gema is unknown; choose one of blip2, caption, chatml, "):
         encoder(bytes_only, "gema")
-    with pytest.raises(ValueError, match=r"no chat template of its own; set llm\.chat_template= to one of caption"):
+    with pytest.raises(ValueError, match=r"no chat template of its own; set llm\.chat_template= to one of blip2"):
         encoder(bytes_only, None)
 
 

@@ -7,6 +7,8 @@ T text tokens, S length of queries and text together; either may be absent.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlm.connectors.bert_tokenizer import Instructions
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, start_from_blip2
-from vlm.ranges import Depth, Heads, Name, Width
+from vlm.hub import download_checkpoint, local_checkpoint
+from vlm.ranges import Depth, Heads, Name, RatioBelowOne, Width
 
 MAX_TEXT_LENGTH = 512  # as BERT
 CROSS_LOGITS_STD = 0.3  # at the start, about BERT's; sharper random attention learns slower
@@ -37,7 +41,8 @@ class QFormer(nn.Module):
                states = norm(states + feed(states)), with separate feed-forward layers for queries and text
 
     The text path of BLIP-2's first stage is built with `text`: `hidden_states` then takes images, texts or both. The
-    projection needs a much higher learning rate than the transformer; see conf/connector/qformer.yaml.
+    projection needs a much higher learning rate than the transformer; see conf/connector/qformer.yaml. Without an LLM
+    (`llm_width` None), as in the first stage, there is no projection.
 
     Without `norm` and `position` it equals Transformers' Blip2QFormerModel and its language projection.
 
@@ -45,7 +50,8 @@ class QFormer(nn.Module):
     + W·D + D, and 2·Dv for `norm`, P·Dv for `position`, L·(8·W² + 7·W) + (30,523 + 512)·W for `text`.
 
     Args:
-        vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them.
+        vision_width, llm_width, grid, output_rms: of the encoder and the LLM; the builder passes them. The last three
+            are not used without an LLM and without `position`.
         num_queries: visual tokens per image (K).
         depth, width, num_heads: of the transformer; the feed-forward layers have width 4·W.
         cross_attention_every: every n-th block, from the first, has cross-attention.
@@ -53,21 +59,33 @@ class QFormer(nn.Module):
         position: add a learned position embedding per patch to the keys, not to the values, as in DETR (arXiv
             2005.12872): the features of a ConvNet hold little of the position.
         text: build the text path.
+        instruction: let the queries and the text of the question that an image comes with attend to each other
+            (InstructBLIP, arXiv 2305.06500).
+        tokenizer: folder or hub id of a BERT, whose tokenizer splits that text.
+        dropout: of the embeddings, the attention weights and the output of each layer, as in BERT.
         init: random weights, or those of a BERT (arXiv 1810.04805; without cross-attention) or a BLIP-2.
-        init_from: local folder of that checkpoint of Transformers (safetensors).
+        init_from: folder or hub id of that checkpoint of Transformers (safetensors).
+        package: a Python package that contains checkpoint and tokenizer; if it is installed, no network is needed.
         init_projection: also load the BLIP-2's projection, which fits only the LLM that it was trained with.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
     fusion: ClassVar[str] = "tokens"
+    takes_kept_tokens: ClassVar[bool] = True  # without `position`
+    # What a next stage may change: how the weights started and are computed; and whether it keeps the text path.
+    not_compared: ClassVar[tuple[str, ...]] = (
+        *("dropout", "instruction", "tokenizer", "init", "init_from", "package", "init_projection"),
+        "gradient_checkpointing",
+    )
+    can_be_dropped: ClassVar[Mapping[str, str]] = {"text": r"words\.|word_positions\.|blocks\.\d+\.text_feed\."}
 
     def __init__(
         self,
         *,
         vision_width: int,
-        llm_width: int,
+        llm_width: int | None,
         grid: tuple[int, int],
-        output_rms: float,
+        output_rms: float | None,
         num_queries: Width = 32,
         depth: Depth = 12,
         width: Width = 768,
@@ -76,8 +94,12 @@ class QFormer(nn.Module):
         norm: bool = True,
         position: bool = True,
         text: bool = False,
+        instruction: bool = False,
+        tokenizer: Name = "google-bert/bert-base-uncased",
+        dropout: RatioBelowOne = 0.0,
         init: Literal["random", "bert", "blip2"] = "random",
         init_from: Name | None = None,
+        package: Name | None = None,
         init_projection: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -98,6 +120,9 @@ class QFormer(nn.Module):
             )
         if init_projection and init != "blip2":
             raise ValueError(f"connector.init={init} has no projection; set connector.init_projection=false")
+        if instruction and not text:
+            raise ValueError("connector.instruction=true needs the text path; set connector.text=true")
+        self.instructions = Instructions(tokenizer, package) if instruction else None
         self.num_tokens = num_queries
         self.gradient_checkpointing = gradient_checkpointing
         self.feature_norm = nn.LayerNorm(vision_width, eps=FEATURE_NORM_EPS) if norm else nn.Identity()
@@ -106,30 +131,49 @@ class QFormer(nn.Module):
         self.words = nn.Embedding(TEXT_VOCABULARY, width) if text else None
         self.word_positions = nn.Embedding(MAX_TEXT_LENGTH, width) if text else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             _Block(
                 width=width,
                 num_heads=num_heads,
                 vision_width=None if index % cross_attention_every else vision_width,
                 text=text,
+                dropout=dropout,
             )
             for index in range(depth)
         )
-        self.project = nn.Linear(width, llm_width)
+        self.project = None if llm_width is None else nn.Linear(width, llm_width)
         self._init_weights()
-        if init == "bert":
-            start_from_bert(self.state_dict(), str(init_from), num_heads=num_heads)
-        elif init == "blip2":
-            if self.position is not None:
-                nn.init.zeros_(self.position)  # keeps the output of the checkpoint
-            start_from_blip2(self.state_dict(), str(init_from), num_heads=num_heads, projection=init_projection)
+        folder = self._checkpoint(init, init_from, package)
+        if init == "blip2" and self.position is not None:
+            nn.init.zeros_(self.position)  # keeps the output of the checkpoint
+        if folder is not None and init == "bert":
+            start_from_bert(self.state_dict(), folder, num_heads=num_heads)
+        elif folder is not None:
+            start_from_blip2(self.state_dict(), folder, num_heads=num_heads, projection=init_projection)
         if init != "blip2" and self.position is not None:
             self._init_local_attention(self.position)
-        if not init_projection:
-            self._match_scale(output_rms)
+        if not init_projection and self.project is not None and output_rms is not None:
+            self._match_scale(self.project, output_rms)
 
-    def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
-        return self.project(self.hidden_states(features))  # N K D
+    def forward(
+        self,
+        features: Float[Tensor, "n p dv"],
+        ids: Int[Tensor, "n t"] | None = None,
+        mask: Bool[Tensor, "n t"] | None = None,
+    ) -> Float[Tensor, "n k d"]:
+        """The visual tokens, also from the instructions `ids`, right-padded where `mask` is False, if there are any."""
+        assert self.project is not None
+        if self.instructions is not None and ids is None:  # no image in the batch: keeps all parameters in the graph
+            ids = torch.zeros(len(features), 1, dtype=torch.long, device=features.device)  # N 1
+            mask = ids == 0  # N 1
+        if ids is None or mask is None:
+            return self.project(self.hidden_states(features))  # N K D
+        seen = F.pad(mask, (self.num_tokens, 0), value=True)  # N S
+        states = self.hidden_states(features, ids, seen[:, None].expand(-1, seen.shape[1], -1))  # N S W
+        queries, text = states[:, : self.num_tokens], states[:, self.num_tokens :]  # N K W, N T W
+        unused = 0 * text.sum()  # keeps the text's last layers in the graph, as DDP needs
+        return self.project(queries) + unused  # N K D
 
     def hidden_states(
         self,
@@ -148,7 +192,7 @@ class QFormer(nn.Module):
             num_queries = self.num_tokens
         if ids is not None:
             inputs.append(self._embed(ids))  # N T W
-        states = self.norm(torch.cat(inputs, dim=1))  # N S W
+        states = self.dropout(self.norm(torch.cat(inputs, dim=1)))  # N S W
         for block in self.blocks:
             arguments = (states, num_queries, features, self.position, mask)
             if self.gradient_checkpointing and self.training:
@@ -165,6 +209,15 @@ class QFormer(nn.Module):
                 f"the text has {ids.shape[1]} tokens, but the Q-Former takes at most {MAX_TEXT_LENGTH}; truncate it"
             )
         return self.words(ids) + self.word_positions.weight[: ids.shape[1]]  # N T W
+
+    def _checkpoint(self, init: str, init_from: str | None, package: str | None) -> str | None:
+        """The folder of the weights to start from; None if there is none, or if it is not here and sizes suffice."""
+        if init == "random" or init_from is None:
+            return None
+        folder = local_checkpoint(init_from, package)
+        if folder is None and not self.queries.is_meta:
+            folder = download_checkpoint(init_from, package, option="connector.init_from")
+        return folder
 
     def _init_weights(self) -> None:
         """Initialize so that the visual tokens depend on the image from the start.
@@ -202,23 +255,24 @@ class QFormer(nn.Module):
             target = LOCAL_ATTENTION * math.sqrt(index + 1) * cross.key(position[patches])  # K W
             cross.query.weight += (inverse @ target).T
 
-    def _match_scale(self, output_rms: float) -> None:
+    def _match_scale(self, project: nn.Linear, output_rms: float) -> None:
         """Initialize the projection for visual tokens of `output_rms`; the output of a norm has E[x²] = γ² + β²."""
         last: Any = self.blocks[-1].get_submodule("query_feed.norm")
-        nn.init.normal_(self.project.weight)
+        nn.init.normal_(project.weight)
         with torch.no_grad():
-            self.project.weight *= output_rms * (last.weight.square() + last.bias.square()).sum().rsqrt()
+            project.weight *= output_rms * (last.weight.square() + last.bias.square()).sum().rsqrt()
 
 
 class _Block(nn.Module):
     """A post-norm transformer layer; without cross-attention if `vision_width` is None."""
 
-    def __init__(self, *, width: int, num_heads: int, vision_width: int | None, text: bool) -> None:
+    def __init__(self, *, width: int, num_heads: int, vision_width: int | None, text: bool, dropout: float) -> None:
         super().__init__()
-        self.attention = _Attention(width, source_width=width, num_heads=num_heads)
-        self.cross = None if vision_width is None else _Attention(width, source_width=vision_width, num_heads=num_heads)
-        self.query_feed = _FeedForward(width)
-        self.text_feed = _FeedForward(width) if text else None
+        attention: Any = partial(_Attention, width, num_heads=num_heads, dropout=dropout)
+        self.attention = attention(source_width=width)
+        self.cross = None if vision_width is None else attention(source_width=vision_width)
+        self.query_feed = _FeedForward(width, dropout=dropout)
+        self.text_feed = _FeedForward(width, dropout=dropout) if text else None
 
     def forward(
         self,
@@ -242,9 +296,9 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, *, source_width: int, num_heads: int) -> None:
+    def __init__(self, width: int, *, source_width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)
         self.value = nn.Linear(source_width, width)
@@ -260,16 +314,18 @@ class _Attention(nn.Module):
             for each in (self.query(states), self.key(located), self.value(source))
         )
         mask = None if mask is None else mask[:, None]  # N 1 S S
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # N heads S W/heads
-        return self.norm(states + self.out(attended.transpose(1, 2).flatten(2)))  # N S W
+        dropout = self.dropout.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.norm(states + self.dropout(self.out(attended.transpose(1, 2).flatten(2))))  # N S W
 
 
 class _FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, dropout: float) -> None:
         super().__init__()
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.norm(states + self.down(F.gelu(self.up(states))))  # N S W
+        return self.norm(states + self.dropout(self.down(F.gelu(self.up(states)))))  # N S W

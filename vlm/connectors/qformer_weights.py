@@ -52,6 +52,13 @@ BERT = {
     "blocks.*.text_feed.down": "encoder.layer.*.output.dense",
     "blocks.*.text_feed.norm": "encoder.layer.*.output.LayerNorm",
 }
+BERT_HEAD = {
+    "transform.weight": "cls.predictions.transform.dense.weight",
+    "transform.bias": "cls.predictions.transform.dense.bias",
+    "norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "word_bias": "cls.predictions.bias",
+}
 REMEDIES = {  # part of the name of a tensor that does not fit -> what to set; the first match counts
     "project": "set connector.init_projection=false",
     "text_feed": "set connector.text=false or choose a checkpoint with its text path",
@@ -113,6 +120,14 @@ def start_from_bert(state: Mapping[str, Tensor], folder: str, *, num_heads: int)
         if name == "word_positions.weight":
             tensor = tensor + checkpoint.read(f"{root}embeddings.token_type_embeddings.weight")[0]
         _copy(state[name], tensor)
+
+
+def start_head_from_bert(state: Mapping[str, Tensor], folder: str) -> None:
+    """Copy the head that predicts words, without its tied word embeddings; a BERT without this head changes nothing."""
+    checkpoint = _Checkpoint(folder)
+    names = {name: stored for name, stored in BERT_HEAD.items() if stored in checkpoint.shapes}
+    for name, stored in names.items():
+        _copy(state[name], checkpoint.read(stored))
 
 
 def _names(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlm.schema import IGNORE, Batch, Sample, VisualSpec
 from vlm.text.row import Encoded
@@ -26,6 +27,7 @@ class Row:
     pixel_values: list[Tensor]  # each [3, H, W], of an image or a tile
     layouts: list[tuple[int, ...]]  # of each image, the number of tiles in each row of tiles
     kept_patches: list[tuple[int, int]] = field(default_factory=list)  # of each image, with `VisualSpec.kept_patches`
+    instructions: list[list[int]] = field(default_factory=list)  # of each image or tile, if the connector reads them
 
 
 def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
@@ -34,7 +36,15 @@ def make_row(sample: Sample, encoded: Encoded, spec: VisualSpec) -> Row:
     tiles = [tile for pixels in made for tile in (pixels if pixels.ndim == 4 else [pixels])]
     layouts = [tuple(spec.tile_rows(size)) if spec.tile_rows else (1,) for size in sample.sizes]
     kept = [spec.kept_patches(size) for size in sample.sizes] if spec.kept_patches else []
-    return Row([replace(sample, images=[])], [encoded], tiles, layouts, kept)
+    instructions = []
+    if spec.instruction is not None:
+        for message in sample.messages:
+            images = sum(item["type"] == "image" for item in message["content"])
+            if images:
+                text = "".join(item.get("text", "") for item in message["content"])
+                instructions += [spec.instruction(text)] * images
+        instructions = [ids for ids, layout in zip(instructions, layouts, strict=True) for _ in range(sum(layout))]
+    return Row([replace(sample, images=[])], [encoded], tiles, layouts, kept, instructions)
 
 
 def join(rows: Sequence[Row]) -> Row:
@@ -45,6 +55,7 @@ def join(rows: Sequence[Row]) -> Row:
         pixel_values=list(chain.from_iterable(row.pixel_values for row in rows)),
         layouts=list(chain.from_iterable(row.layouts for row in rows)),
         kept_patches=list(chain.from_iterable(row.kept_patches for row in rows)),
+        instructions=list(chain.from_iterable(row.instructions for row in rows)),
     )
 
 
@@ -83,6 +94,8 @@ def collate(
         if images
         else torch.zeros(0, *spec.image_size, 3)
     )  # N H W 3, the memory layout of what `Transform` returns
+    instructions = list(chain.from_iterable(row.instructions for row in rows))
+    lengths = torch.tensor([len(ids) for ids in instructions])  # N
     return Batch(
         pixel_values=channels_last.permute(0, 3, 1, 2),
         input_ids=padded("input_ids", pad_id),
@@ -103,6 +116,8 @@ def collate(
         if share_images
         else None,
         image_keys=tuple(map(image_key, distinct.values())) if with_keys else None,
+        instruction_ids=pad_sequence(list(map(torch.tensor, instructions)), True) if instructions else None,
+        instruction_mask=torch.arange(int(lengths.max())) < lengths[:, None] if instructions else None,
     )
 
 

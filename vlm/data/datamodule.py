@@ -53,6 +53,7 @@ class VLMDataModule(pl.LightningDataModule):
         num_workers: processes that read and transform samples; 0 reads in the training process.
         max_length: maximum tokens of a row, visual tokens included.
         train_on, system_prompt, too_long: see `TextEncoder`.
+        plain_answers: write answers in lower case without punctuation, as BLIP trains on captions.
         num_val_samples: number of samples that each validation reads (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_ratio: with `skip`, the ratio of bad samples above which the run stops; above 0 it allows at least one.
@@ -89,6 +90,7 @@ class VLMDataModule(pl.LightningDataModule):
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
         too_long: TooLong = "drop",
+        plain_answers: bool = False,
         num_val_samples: Samples | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_ratio: Ratio = 0.01,
@@ -134,7 +136,7 @@ class VLMDataModule(pl.LightningDataModule):
                 f"data.system_prompt={quoted(system_prompt)} has <image>, but a system prompt has no image; write "
                 r"\<image> for the word, or leave it out"
             )
-        self.train_on, self.too_long = train_on, too_long
+        self.train_on, self.too_long, self.plain_answers = train_on, too_long, plain_answers
         self.system_prompt = None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>")
         self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed, self.epochs = num_val_samples, seed, epochs
@@ -168,7 +170,14 @@ class VLMDataModule(pl.LightningDataModule):
             system_prompt=self.system_prompt,
             too_long=self.too_long,
         )
-        self.reader = SampleReader(text=self.text, spec=spec, reading=self.reading, max_answers=max_answers, form=form)
+        self.reader = SampleReader(
+            text=self.text,
+            spec=spec,
+            reading=self.reading,
+            max_answers=max_answers,
+            form=form,
+            plain_answers=self.plain_answers,
+        )
         self._rows = {split: self._rows_of(split, source) for split, source in self.splits.items()}
 
     def counts(self) -> dict[str, int]:

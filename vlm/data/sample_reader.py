@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from PIL.Image import Image
@@ -9,10 +10,12 @@ from PIL.Image import Image
 from vlm.data.collate import Row, make_row
 from vlm.data.reading import Reading, applied
 from vlm.quote import one_line
-from vlm.schema import BadSample, Form, Sample, Source, VisualSpec
+from vlm.schema import BadSample, Content, Form, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
 from vlm.text.turns import check_placeholders
+
+MAX_PLAIN_WORDS = 50  # as LAVIS, with the characters that it removes
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class SampleReader:
     """Turns samples of a source into rows. Every defect of a sample raises a BadSample with the sample's id.
 
     A text that the chat template refuses is a defect too; the preflight reports a template that refuses all samples.
-    `max_answers` is the number of answers that the LLM can learn per row (None: any number).
+    `max_answers` is the number of answers that the LLM can learn per row (None: any number). With `plain_answers`,
+    answers are written as BLIP trains on captions.
     """
 
     text: TextEncoder
@@ -28,18 +32,32 @@ class SampleReader:
     reading: Reading = field(default_factory=Reading)
     max_answers: int | None = None
     form: Form = "conversation"
+    plain_answers: bool = False
 
     def sample(self, source: Source, index: int) -> Sample:
         """Sample `index` of the source, read and checked."""
         sample = read(source, index, reading=self.reading)
         self.check(sample)
-        return sample
+        return self._written(sample)
 
     def outline(self, source: Source, index: int) -> Sample:
         """Sample `index` without its images; its text is checked."""
         sample = read(source, index, reading=self.reading, outline=True)
         self._check_text(sample)
-        return sample
+        return self._written(sample)
+
+    def _written(self, sample: Sample) -> Sample:
+        if not self.plain_answers:
+            return sample
+        return replace(
+            sample,
+            messages=[
+                {**message, "content": [plain(item) for item in message["content"]]}
+                if message["role"] == "assistant"
+                else message
+                for message in sample.messages
+            ],
+        )
 
     def check(self, sample: Sample) -> None:
         """Raise BadSample for images that are not 8-bit RGB, for more or fewer images than placeholders, and for text
@@ -73,6 +91,8 @@ class SampleReader:
         """The tokens of a checked sample or outline, in the form that the objective needs. Raises BadSample."""
         if self.form == "prompt":
             return self.text.encode_prompt(sample)
+        if self.form == "pair":
+            return self.text.encode_pair(sample)
         encoded = self.text.encode(sample)
         answers = len(self.text.supervised(encoded)) if self.max_answers is not None else 0
         if self.max_answers is not None and answers > self.max_answers:
@@ -90,6 +110,12 @@ class SampleReader:
                 return make_row(sample, encoded, self.spec)
             except ValueError as error:
                 raise BadSample(f"sample '{sample.id}': {error}", "unreadable_image") from error
+
+
+def plain(item: Content) -> Content:
+    """A text as BLIP trains on it: lower case, no punctuation but commas, hyphens and apostrophes, 50 words at most."""
+    words = re.sub(r"[.!\"()*#:;~]", " ", item.get("text", "").lower()).split()
+    return item if item["type"] == "image" else {**item, "text": " ".join(words[:MAX_PLAIN_WORDS])}
 
 
 def read(source: Source, index: int, *, reading: Reading, outline: bool = False) -> Sample:

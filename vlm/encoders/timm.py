@@ -36,7 +36,7 @@ TIMM_LOG = logging.getLogger("timm.models._builder")
 
 
 class TimmEncoder(nn.Module):
-    """pixel_values [N,3,H,W] -> features [N,P,Dv], without class tokens, head and unused layers.
+    """pixel_values [N,3,H,W] -> features [N,P,Dv], without head and unused layers, and mostly without class tokens.
 
         pixel_values ──► forward_intermediates ──► feature map [N,C,R,S] of each layer ──► concatenate ──► features
 
@@ -52,10 +52,14 @@ class TimmEncoder(nn.Module):
         image_size: side in pixels; None is the size of the pretrained model. Position embeddings are interpolated.
         layer: index of the block (ViT) or stage (ConvNet), from 0; -1 is the last. A list concatenates several on the
             feature axis, on the coarsest of their grids.
+        keep_tokens: put the class and register tokens of a ViT before the patches, as BLIP-2 does (arXiv 2301.12597).
         mean, std, interpolation: None is as in pretraining.
         resize: how an image of another shape is fitted, as in Transform.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
         model_args: more arguments of `timm.create_model`.
+
+    Attributes:
+        num_kept_tokens: tokens before the patches.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class TimmEncoder(nn.Module):
         package: Name | None = None,
         image_size: ImageSize | None = None,
         layer: Layers = -1,
+        keep_tokens: bool = False,
         mean: Mean | None = None,
         std: Std | None = None,
         interpolation: Interpolation | None = None,
@@ -99,6 +104,10 @@ class TimmEncoder(nn.Module):
         if image_size is not None:  # SigLIP's default size, 384, is not checked: its patches of 14 cover 378 pixels
             _check_patches(skeleton, self.image_size)
         self._layers = resolve_layers(layer, first=0, last=len(skeleton.feature_info) - 1)
+        self.num_kept_tokens: int = getattr(skeleton, "num_prefix_tokens", 0) if keep_tokens else 0
+        if keep_tokens and (not self.num_kept_tokens or len(self._layers) > 1):
+            why = f"{name} has no class token" if not self.num_kept_tokens else f"encoder.layer={layer} joins layers"
+            raise ValueError(f"encoder.keep_tokens=true, but {why}; set encoder.keep_tokens=false")
         try:
             self.grid, self.width = _measure(skeleton, self._layers, self.image_size)
         except (RuntimeError, AssertionError) as error:  # the image is too small for a layer
@@ -161,6 +170,12 @@ class TimmEncoder(nn.Module):
         pixel_values = pixel_values.to(
             next(self.model.parameters()).dtype, memory_format=torch.channels_last
         )  # N 3 H W
+        if self.num_kept_tokens:
+            found = self.model.forward_intermediates(
+                pixel_values, indices=self._layers, intermediates_only=True, return_prefix_tokens=True
+            )
+            patches, tokens = found[0]  # N C R S, N · Dv
+            return torch.cat([tokens, patches.flatten(2).transpose(1, 2)], dim=1)  # N P Dv
         maps = _feature_maps(self.model, self._layers, pixel_values)  # each N C R S
         rows = self.grid[0]
         maps = [F.pixel_unshuffle(each, each.shape[2] // rows) for each in maps]  # each N · R S, on the coarsest grid

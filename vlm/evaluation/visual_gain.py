@@ -15,6 +15,7 @@ from vlm.data.datamodule import VLMDataModule
 from vlm.evaluation.base import Context, Evaluator, Means, total
 from vlm.schema import Batch, LossOutput
 
+OF_IMAGES = ("instruction_ids", "instruction_mask")  # tensors of a batch with a row for each image
 CONDITIONS = ("correct", "shuffled", "blank")
 
 
@@ -154,6 +155,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)}
     with_images = torch.isin(owner, chosen)
     pixel_values = tensors.pop("pixel_values")[with_images]
+    of_images = {name: tensors.pop(name)[with_images] for name in OF_IMAGES if name in tensors}
     selected = {name: tensor[chosen] for name, tensor in tensors.items()}
     numbers, renumbered = selected["sample_index"].unique(return_inverse=True)  # sorted; -1 is padding
     padded = int((numbers < 0).any())
@@ -161,6 +163,7 @@ def select(batch: Batch, rows: Sequence[int]) -> Batch:
     return replace(
         batch,
         **{**selected, "sample_index": renumbered - padded},
+        **of_images,
         pixel_values=pixel_values,
         image_keys=batch.image_keys and tuple(compress(batch.image_keys, with_images.tolist())),
         layouts=[batch.layouts[row] for row in rows],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlm.identity import identity
@@ -94,6 +94,13 @@ class Model(nn.Module, ABC):
     def num_visual_tokens(self) -> int:
         """Visual tokens per image, or per tile, wherever they enter the model."""
         return self.visual_spec().num_tokens
+
+    def features(self, batch: Batch) -> Float[Tensor, "u p dv"]:
+        """The features of `pixel_values` by `feature_part`, from the feature cache if there is one."""
+        assert self.feature_part is not None
+        if self.feature_cache is None or batch.image_keys is None:
+            return getattr(self, self.feature_part)(batch.pixel_values)  # U P Dv
+        return self.feature_cache(batch.pixel_values, batch.image_keys)  # U P Dv
 
     def blocks(self, part: str) -> list[nn.Module]:
         """The blocks of a part in the order of computation; empty if it has no blocks."""
@@ -195,6 +202,42 @@ class AnswersText(Protocol):
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Context in which the LLM computes without its adapter."""
+        ...
+
+
+class EmbedsPairs(Protocol):
+    """Embeds images and texts in one space. A row has one image and one text."""
+
+    def features(self, batch: Batch) -> Float[Tensor, "n p dv"]:
+        """The features of the images."""
+        ...
+
+    def embed_images(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k e"]:
+        """Unit vectors, several per image."""
+        ...
+
+    def embed_texts(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b e"]:
+        """Unit vectors of texts, right-padded where `mask` is False."""
+        ...
+
+
+class MatchesPairs(Protocol):
+    """Tells whether an image and a text belong together."""
+
+    def match(
+        self, features: Float[Tensor, "b p dv"], ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b 2"]:
+        """Logits of "no" and "yes" for each row."""
+        ...
+
+
+class DescribesImages(Protocol):
+    """Predicts the text of an image."""
+
+    def describe(
+        self, features: Float[Tensor, "b p dv"], batch: Batch
+    ) -> tuple[Float[Tensor, "b k e"], Float[Tensor, "m v"]]:
+        """The embeddings of the images, and logits at the positions before supervised tokens, in one pass."""
         ...
 
 

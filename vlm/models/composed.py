@@ -84,8 +84,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     def forward(self, batch: Batch) -> Float[Tensor, "m v"]:
         batch = self.without_padding(batch)
-        features = batch.of_each_image(self.features(batch))  # N P Dv
-        visual = self.packed(self.connector(features), batch)  # N K D, or S D
+        visual = self.packed(self.visual(batch), batch)  # N K D, or S D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
@@ -96,8 +95,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         shared = batch.num_shared_tokens
         if not shared or self.connector.fusion != "tokens" or not self.llm.can_continue:
             return self(batch)
-        visual = batch.of_each_image(self.connector(self.features(batch)))  # N K D
-        visual = self.packed(visual, batch)  # N K D, or S D
+        visual = self.packed(self.visual(batch), batch)  # N K D, or S D
         embeds = scatter_visual_tokens(visual, self.llm.embed(batch.input_ids), batch)  # B T D
         after = slice(shared, None)
         self.llm.adapt_to(batch)
@@ -107,18 +105,18 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @torch.no_grad()
     def generate(self, batch: Batch, *, stop_ids: list[int], **options: Any) -> Int[Tensor, "b s"]:
-        features = batch.of_each_image(self.features(batch))  # N P Dv
-        visual = self.packed(self.connector(features), batch)  # N K D, or S D
+        visual = self.packed(self.visual(batch), batch)  # N K D, or S D
         embeds = self.llm.embed(batch.input_ids)  # B T D
         self.llm.adapt_to(batch)
         with self.fused(visual, embeds, batch) as embeds:  # B T D
             return self.llm.generate(embeds, batch.attention_mask, stop_ids=stop_ids, **options)  # B S
 
-    def features(self, batch: Batch) -> Float[Tensor, "u p dv"]:
-        """The features of `pixel_values`, from the feature cache if there is one."""
-        if self.feature_cache is None or batch.image_keys is None:
-            return self.encoder(batch.pixel_values)  # U P Dv
-        return self.feature_cache(batch.pixel_values, batch.image_keys)  # U P Dv
+    def visual(self, batch: Batch) -> Float[Tensor, "n k d"]:
+        """The visual tokens of each image; a connector that reads instructions gets that of the image too."""
+        features = self.features(batch)  # U P Dv
+        if batch.instruction_ids is None:
+            return batch.of_each_image(self.connector(features))  # N K D
+        return self.connector(batch.of_each_image(features), batch.instruction_ids, batch.instruction_mask)  # N K D
 
     def packed(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Float[Tensor, "*visual d"]:
         """The visual tokens as they enter the LLM: with `tiles.unpad`, S tokens of all images, else unchanged."""
@@ -172,7 +170,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
         Training is slow if they differ much.
         """
-        visual = self.connector(self.features(batch))  # N K D
+        visual = self.visual(batch)  # N K D
         if len(visual) == 0:
             return {}
         rms = visual.float().square().mean().sqrt()
@@ -205,6 +203,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             num_tokens=self.connector.num_tokens if self.connector.fusion == "tokens" else 0,
             image_size=self.encoder.image_size,
             transform=transform,
+            instruction=getattr(self.connector, "instructions", None),
         )
         if not self.tiles.grids:
             return spec
@@ -232,7 +231,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:
-        encoder, tiles = _split_tiles(cfg["encoder"])
+        encoder, tiles = split_tiles(cfg["encoder"])
         bind("encoder", encoder)
         connector: Any = bind("connector", cfg["connector"], derived=dict.fromkeys(SIZES)).func
         llm: Any = bind("llm", cfg["llm"], derived={"dtype": "float32"}).func
@@ -242,7 +241,8 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
                 f"connector {connector.__name__} does not take {lacking[0]}; the constructor of a connector takes "
                 f"{', '.join(SIZES)} (docs/extend.md)"
             )
-        _check_contract("connector", connector, ("fusion",))
+        check_contract("connector", connector, ("fusion",))
+        check_kept_tokens(encoder, cfg["connector"], connector)
         if tiles.grids and connector.fusion != "tokens":
             raise ValueError(
                 f"connector {connector.__name__} does not support tiles, but encoder.tiles.grids="
@@ -276,14 +276,14 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         llm_in_bf16 = bf16 and cfg["stage"]["llm"] in ("frozen", "lora")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_WEIGHTS_SEED)
-            options, tiles = _split_tiles(cfg["encoder"])
+            options, tiles = split_tiles(cfg["encoder"])
             encoder: Any = bind("encoder", options)().requires_grad_(False)
-            _check_contract("encoder", encoder, ("width", "grid", "image_size", "transform", "blocks"))
+            check_contract("encoder", encoder, OF_ENCODER)
             sizes = {"vision_width": encoder.width, "grid": tuple(encoder.grid)}
             with torch.device("meta"):  # raises before the LLM is loaded if it does not fit
                 connector: Any = bind("connector", cfg["connector"], {**sizes, "llm_width": 64, "output_rms": 1.0})()
             layer_methods = ("attach", "attending_to") if connector.fusion == "layers" else ()
-            _check_contract("connector", connector, ("num_tokens", *layer_methods))
+            check_contract("connector", connector, ("num_tokens", *layer_methods))
             llm: Any = bind("llm", cfg["llm"], {"dtype": "bfloat16" if llm_in_bf16 else "float32"})().requires_grad_(
                 False
             )
@@ -301,9 +301,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         """As `Model.identity`, with the layer, transform and tiles of the encoder."""
         identity = super().identity(cfg)
         identity["parts"]["encoder"] = {
-            **{key: cfg["encoder"].get(key) for key in ("_target_", "layer")},
-            "image_size": list(self.encoder.image_size),
-            "transform": asdict(self.encoder.transform),
+            **identity_of_encoder(self.encoder, cfg["encoder"]),
             "tiles": asdict(self.tiles),
         }
         return identity
@@ -336,6 +334,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         return "a byte tokenizer"
 
 
+OF_ENCODER = ("width", "grid", "image_size", "transform", "blocks")
 FROM_OPTIONS = (
     "tiles",
     "chat_template",
@@ -369,7 +368,29 @@ def _check_adapted_tokens(cfg: Mapping[str, Any], llm: Any, connector: Any) -> N
         )
 
 
-def _check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
+def identity_of_encoder(encoder: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artifact stores of how an encoder is used."""
+    return {
+        **{key: options.get(key) for key in ("_target_", "layer")},
+        "image_size": list(encoder.image_size),
+        "transform": asdict(encoder.transform),
+    }
+
+
+def check_kept_tokens(encoder: Mapping[str, Any], options: Mapping[str, Any], connector: Any) -> None:
+    """Raise ValueError if the encoder keeps class tokens and the connector needs each feature's place in the grid."""
+    if not encoder.get("keep_tokens"):
+        return
+    needs_grid = not getattr(connector, "takes_kept_tokens", False)
+    if needs_grid or options.get("position", True):
+        remedy = "choose connector=qformer connector.position=false" if needs_grid else "set connector.position=false"
+        raise ValueError(
+            f"encoder.keep_tokens=true gives features that are no patches, and connector {connector.__name__} needs "
+            f"the place of each; {remedy}, or encoder.keep_tokens=false"
+        )
+
+
+def check_contract(part: str, found: Any, names: tuple[str, ...]) -> None:
     """Raise ValueError if a part lacks an attribute that this model uses."""
     if lacking := [name for name in names if not hasattr(found, name)]:
         kind = found if isinstance(found, type) else type(found)
@@ -393,7 +414,7 @@ def scatter_visual_tokens(
     return embeds.masked_scatter(batch.image_mask[..., None], visual.to(embeds.dtype))
 
 
-def _split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
+def split_tiles(options: Mapping[str, Any]) -> tuple[dict[str, Any], Tiles]:
     """The options of the encoder without `tiles`, and its tiles."""
     encoder = dict(options)
     return encoder, bind_class("encoder.tiles", Tiles, encoder.pop("tiles", {}))()

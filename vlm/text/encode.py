@@ -36,7 +36,7 @@ from vlm.text.spans import (
 )
 from vlm.text.templates import ENDS, IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, breaker, opens_with_space, private_tokenizer, splits_cleanly
-from vlm.text.turns import as_list, as_string, check_turns, texts_of
+from vlm.text.turns import as_list, as_string, check_turns, count, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,6 +144,40 @@ class TextEncoder:
             raise BadSample(f"sample '{sample.id}': {error}; {REPAIR}") from error
         row = replace(row, labels=[IGNORE] * len(row.labels))
         check_length(sample.id, row, self.max_length)
+        return row
+
+    def encode_pair(self, sample: Sample) -> Encoded:
+        """The last answer alone, between the tokenizer's own first and last token; all its tokens are supervised.
+
+        A longer text than `max_length` is truncated before its last token if `too_long` says so. The sample needs its
+        images only where they are tiled. Raises BadSample as `encode` does, and unless there is one image.
+        """
+        check_turns(sample.id, sample.messages, last="assistant")
+        if sample.num_images != 1:
+            raise BadSample(
+                f"sample '{sample.id}' has {count(sample.num_images, 'image')} and must have 1, because the objective "
+                "takes pairs of an image and a text; choose data of captions",
+                "placeholder_mismatch",
+            )
+        texts = texts_of(sample.id, sample.messages, sample.num_images)
+        if not (text := texts[-1].replace(IMAGE_PLACEHOLDER, "").strip()):
+            raise BadSample(f"sample '{sample.id}' has an empty text; remove it", "empty_text")
+        tokenizer = self.tokenizer
+        first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        inner = self._private.encode(self._break_special_tokens(text), add_special_tokens=False).ids
+        kept = whole = [token for token in (first, *inner, last) if token not in (None, self._break_id)]
+        if len(whole) > self.max_length and self.too_long != "drop":
+            kept = [*whole[: self.max_length - 1], whole[-1]]
+        row = Encoded(
+            input_ids=kept,
+            image_mask=[False] * len(kept),
+            images_before=[1] * len(kept),
+            labels=kept,
+            text=text,
+            num_cut=len(whole) - len(kept),
+        )
+        check_length(sample.id, row, self.max_length, may_cut=True)
         return row
 
     def answered(self, sample: Sample) -> Sample:

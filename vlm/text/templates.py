@@ -45,6 +45,21 @@ _CAPTION = (
     "{%- endfor -%}"
 )
 
+# BLIP-2's second stage with a decoder-only LLM: the image before the bos token, and a caption that ends with a newline.
+_BLIP2 = (
+    "{%- for message in messages -%}"
+    "{{- render(message['content']) + ('\\n' if message['role'] == 'assistant' else bos_token or '') -}}"
+    "{%- endfor -%}"
+)
+
+# InstructBLIP: the question and the answer after it, without roles.
+_INSTRUCTBLIP = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{{- render(message['content']) + (eos_token if message['role'] == 'assistant' else ' ') -}}"
+    "{%- endfor -%}"
+)
+
 # MiniGPT-4's second stage. It writes <Img> and </Img> around an image, which here belong to the prompt.
 _MINIGPT4 = (
     "{{- bos_token or '' -}}"
@@ -185,7 +200,9 @@ _T5 = (
 
 _BODIES = {
     "plain": _PLAIN,
+    "blip2": _BLIP2,
     "caption": _CAPTION,
+    "instructblip": _INSTRUCTBLIP,
     "chatml": _CHATML,
     "smollm2": _SMOLLM2,
     "qwen3": _QWEN3,
@@ -206,7 +223,7 @@ TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
 PLAIN_TEXTS = frozenset({"plain", "caption", "vicuna_v1", "minigpt4"})
 
 # The ends of turns that are plain text. The others are special tokens.
-ENDS = {"caption": "\n", "minigpt4": "###"}
+ENDS = {"blip2": "\n", "caption": "\n", "minigpt4": "###"}
 
 # Variables for a tokenizer's own template: Qwen3's and others then write no thought, and those of Llama 3.1 and 3.2
 # write their default date, not today's.

@@ -253,9 +253,10 @@ def load(
     """Load a run's trained tensors into `model`, described by `manifest`, and return the run's manifest.
 
     A LoRA adapter is added if the run has one. The tensors of the run's objective are loaded into `objective` if it has
-    the same class. Raises ValueError for the first field in which the manifests differ, for tensors that do not fit,
-    and if the artifact is not of the run `run_id`. A field of `model.changeable` may differ if its option is among the
-    options that the user has `given`. A Damaged artifact leaves the model unchanged.
+    the same class. From a run of another class of model, the parts that both have are compared and loaded. Raises
+    ValueError for the first field in which the manifests differ, for tensors that do not fit, and if the artifact is
+    not of the run `run_id`. A field of `model.changeable` may differ if its option is among the options that the user
+    has `given`. A Damaged artifact leaves the model unchanged.
     """
     saved = read_manifest(run)
     if None not in (run_id, found := (saved.get("run") or {}).get("id")) and found != run_id:
@@ -263,10 +264,11 @@ def load(
             f"ckpt={run} has the artifact of another run: manifest.json is of run {found!r:.40} and config.yaml of run "
             f"{run_id!r:.40}; take both from one run"
         )
+    is_other = _is_other_model(saved, manifest)
     # Compared before the fingerprint, which quantization changes.
-    if (before := saved["quantization"]) != (now := manifest["quantization"]):
+    if not is_other and (before := saved["quantization"]) != (now := manifest["quantization"]):
         raise ValueError(_differs(run, "llm.quantization", before, now))
-    for field, (before, now) in _differences(saved, manifest).items():
+    for field, (before, now) in _differences(saved, manifest, model).items():
         option = _option(field, model)
         if option is None:
             raise ValueError(_differs(run, field, before, now))
@@ -275,7 +277,19 @@ def load(
                 f"ckpt={run} was trained with {option}={before}, here it is {now}; set {option}={before}, or, if this "
                 f"stage is to change it, give {option}={now} on the command line or in the recipe's stage"
             )
-    tensors = _verified_tensors(run, saved)
+    dropped = _dropped(saved, manifest, model).values()
+    tensors = {
+        name: tensor
+        for name, tensor in _verified_tensors(run, saved).items()
+        if not any(re.match(pattern, name) for pattern in dropped)
+    }
+    if is_other:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in model.parts}
+        if not tensors:
+            raise ValueError(
+                f"ckpt={run} has no trained weights of the {' or '.join(model.parts)}, the parts of "
+                f"{type(model).__name__}; start from another run, or without ckpt="
+            )
     if saved["lora"] and (part := model.lora_part()) and not lora_names(getattr(model, part)):
         _add_adapter(run, part, getattr(model, part), saved["lora"], tensors)
     parameters = dict(model.named_parameters())
@@ -301,7 +315,7 @@ def changes(saved: Mapping[str, Any], manifest: Mapping[str, Any], model: Model)
     """The options of `model.changeable` that a stage changes, each with both values: those of the run that it starts
     from, with the manifest `saved`, and its own.
     """
-    differing = _differences(saved, manifest)
+    differing = _differences(saved, manifest, model)
     return {option: [*values] for field, values in differing.items() if (option := _option(field, model))}
 
 
@@ -313,6 +327,22 @@ def _option(field: str, model: Model) -> str | None:
         if field == own or field.startswith(f"{own}.")
     )
     return next(found, None)
+
+
+def _is_other_model(saved: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
+    """Whether a run has another class of model; earlier versions had one class and did not name it."""
+    now = manifest["parts"].get("model", {}).get("_target_")
+    return bool(saved["parts"].get("model", {}).get("_target_", now) != now)
+
+
+def _dropped(saved: Mapping[str, Any], manifest: Mapping[str, Any], model: Model) -> dict[tuple[str, str], str]:
+    """What a run has and this model leaves out: (part, option) -> a pattern of the names of its tensors."""
+    return {
+        (part, option): rf"{part}\.({pattern})"
+        for part, options in manifest["parts"].items()
+        for option, pattern in getattr(getattr(model, part, None), "can_be_dropped", {}).items()
+        if saved["parts"].get(part, {}).get(option) and not options.get(option)
+    }
 
 
 def _verified_tensors(run: str | Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -385,15 +415,27 @@ def _comparable(manifest: Mapping[str, Any], default_options: Mapping[str, Any])
     return json.loads(_json([readable, fingerprints]))
 
 
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two manifests differ, in full, each with both values."""
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], model: Model) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two manifests differ and may not, in full, each with both values."""
     default_options = {
         part: defaults(part, options["_target_"])
         for part, options in current["parts"].items()
         if part not in current["bases"] and "_target_" in options
     }
+    free = {f"parts.{part}.{option}" for part, option in _dropped(saved, current, model)}
+    for part in current["parts"]:
+        free |= {f"parts.{part}.{option}" for option in getattr(getattr(model, part, None), "not_compared", ())}
+    if _is_other_model(saved, current):
+        free |= {"chat_template", "num_image_tokens"}
+        saved, current = (  # what belongs to the model itself is not compared
+            {**each, "parts": {part: options for part, options in each["parts"].items() if part != "model"}}
+            for each in (saved, current)
+        )
     both = zip(_comparable(saved, default_options), _comparable(current, default_options), strict=True)
-    return {field: values for old, new in both for key in old for field, values in _compare(key, old[key], new[key])}
+    differing = {
+        field: values for old, new in both for key in old for field, values in _compare(key, old[key], new[key])
+    }
+    return {field: values for field, values in differing.items() if field not in free}
 
 
 def _compare(field: str, saved: Any, current: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:

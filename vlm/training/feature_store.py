@@ -57,7 +57,8 @@ class FeatureStore:
 
     def __init__(self, *, folder: Path, encoder: Any) -> None:
         self.folder, self.encoder = folder, encoder
-        self.shape = (encoder.grid[0] * encoder.grid[1], encoder.width)  # P Dv
+        num_patches = encoder.grid[0] * encoder.grid[1] + getattr(encoder, "num_kept_tokens", 0)
+        self.shape = (num_patches, encoder.width)  # P Dv
         self.image_bytes = 2 * self.shape[0] * self.shape[1]
         self.num_encoded, self.max_unflushed = 0, UNFLUSHED
         self._places: dict[bytes, tuple[Path, int]] = {}  # of the features of a key: the file, and their number in it
