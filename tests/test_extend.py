@@ -73,7 +73,8 @@ def test_the_commands_in_their_order(folder: Path) -> None:
         for run in ("runs/pairs", "runs/next")
     )
     assert abs(learned - 2.0) > 0.01
-    assert 0 < abs(inherited - learned) < 0.05 < abs(learned - 2.0) + 0.05, "the next run starts from it"
+    most = 4 * 0.03  # of AdamW in four steps
+    assert 0 < abs(inherited - learned) < most < abs(inherited - 2.0), "the next run starts from it"
     assert json.loads((folder / "runs/next/metrics.json").read_text())["status"] == "finished"
     checkpoint = torch.load(folder / "runs/next/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 4

@@ -114,12 +114,15 @@ def test_every_option_with_every_value() -> None:
     assert {key.rpartition(".")[2] for key, value in accepted if value == 0 and type(value) is int} == ZERO
 
 
-MINUS_ONE = {"layer", "devices", "version", "max"}  # the last layer, all devices; of a logger; of forgetting
+# The last layer, all devices; of a logger; of forgetting; a cosine.
+MINUS_ONE = {"layer", "devices", "version", "max", "min_similarity"}
 ZERO = {
     *("layer", "drop_tokens", "pad_token_id", "decoder_start_token_id", "version", "seed", "num_workers", "show"),
     *(
         "max_bad_ratio",
         "text_replay",
+        "keep_single_image",
+        "min_similarity",
         "val_fraction",
         "max",
         "encoder",

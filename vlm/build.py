@@ -148,7 +148,7 @@ def build_trainer(cfg: Mapping[str, Any], run_dir: Path, *, max_steps: int = NUM
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # importing it sets INFO, which prints much
     options = {**cfg["trainer"], "precision": precision(cfg)}
-    if options["max_steps"] == "auto":
+    if options.get("max_steps") == "auto":
         options["max_steps"] = max_steps
     derived = {
         "callbacks": [make() for make in bind_callbacks(cfg, of_the_run).values()],

@@ -65,7 +65,7 @@ def metrics(model: Scores, texts: list[list[str]], *, batches: int = 2, **option
     for sample, words in zip(batch.samples, texts, strict=True):
         answer = {"role": "assistant", "content": [{"type": "text", "text": words[0]}]}
         references = {"references": json.dumps(words)} if len(words) > 1 else {}
-        samples.append(replace(sample, messages=[*sample.messages, answer], meta=references))
+        samples.append(replace(sample, messages=[*sample.messages[:-1], answer], meta=references))
     context = Context(
         model=model,
         objective=None,

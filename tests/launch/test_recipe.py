@@ -329,7 +329,9 @@ def test_a_stage_whose_time_is_up_goes_on(tmp_path: Path, commands, told, monkey
 def test_the_command_line_is_stronger_than_what_all_stages_are_measured_with(commands, tmp_path: Path) -> None:
     seen = commands(lambda command: 0 if command[1].endswith("train.py") else 7)
     mine = ["data.annotations=mine.json", "data.images=mine", f"run_dir={tmp_path / 'root'}"]
-    assert train("experiment=llava15_7b", *mine) == 7
+    theirs = "data:instruct,data.annotations:theirs.json,data.images:theirs"
+    recipe = f"recipe={{stages:[{{stage:align,{theirs}}}],eval:{{{theirs}}}}}"
+    assert train(*TINY, recipe, "data=instruct", *mine) == 7
     paths = [line for line in seen[0] if line.startswith(("data.annotations=", "data.images="))]
     assert dict(line.split("=") for line in paths) == dict(line.split("=") for line in mine[:2])
     assert seen[1][0] == "eval.py"

@@ -207,7 +207,6 @@ def test_evaluation_needs_a_run(told) -> None:
         ("encoder.model_args.depth=1", "bases.encoder.config.model_args.depth = 2, here it is 1", []),
         ("encoder.image_size=32", "parts.encoder.image_size = [64, 64], here it is [32, 32]", []),
         ("connector=linear", "parts.connector", ["vlm.connectors.linear.Linear", "vlm.connectors.mlp.MLP"]),
-        ("llm.chat_template=plain", "chat_template", ["chatml", "plain"]),
     ],
 )
 def test_a_checkpoint_of_other_parts(aligned, tmp_path: Path, change: str, field: str, values: list, told) -> None:

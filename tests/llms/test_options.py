@@ -124,7 +124,7 @@ def test_the_adapter_of_llama_3_has_its_known_size() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("+stage.lora.rank=4", ["there is no option stage.lora.rank", "r, target_modules, use_dora"]),
+        ("+stage.lora.rank=4", ["there is no option stage.lora.rank", "r, target_modules, tokens, use_dora"]),
         ("stage.lora.use_dora=maybe", ["stage.lora.use_dora='maybe' must be true or false"]),
         ("stage.lora.r=1.5", ["stage.lora.r=1.5 must be a whole number"]),
     ],

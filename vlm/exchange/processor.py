@@ -42,7 +42,7 @@ _MESSAGES = (
 )
 
 # After it: the generation prompt without its last spaces, and a space before each text between images.
-_CUT = "{{- rendered.rstrip(' ') if add_generation_prompt else rendered -}}"
+_CUT = "{{- rendered[:-SPACES] if add_generation_prompt else rendered -}}"
 _SEPARATED = (
     "{%- if bos_token and rendered.startswith(bos_token) -%}"
     "{{- bos_token -}}{%- set rendered = rendered[bos_token | length:] -%}"
@@ -96,8 +96,8 @@ def export_template(text: TextEncoder, *, own: bool) -> str:
     if own:
         before += "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in OWN_OPTIONS.items())
     whole = before + text.template.replace(IMAGE_PLACEHOLDER, IMAGE_TOKEN)
-    if text.cuts_prompt:
-        whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_CUT}"
+    if spaces := text.num_cut_spaces:
+        whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_CUT.replace('SPACES', str(spaces))}"
     if text.separates_texts:
         whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_SEPARATED.replace('IMAGE', IMAGE_TOKEN)}"
     return whole

@@ -208,10 +208,10 @@ class TextEncoder:
         return self._plain_texts
 
     @property
-    def cuts_prompt(self) -> bool:
-        """Whether the generation prompt of the template ends with spaces, which a prompt leaves out."""
+    def num_cut_spaces(self) -> int:
+        """How many spaces end the generation prompt of the template; a prompt leaves them out."""
         rendered = self._render(["user"], ["a"], self._form, prompt=True)
-        return cut_spaces(rendered) != rendered
+        return len(rendered) - len(cut_spaces(rendered))
 
     @property
     def stop_ids(self) -> list[int]:

@@ -178,7 +178,10 @@ def test_rows_that_cannot_be_used(captions: Any, tmp_path: Path) -> None:
         ({"name": "x/y"}, r"but exactly one must be given; set"),
         ({"text_column": "caption"}, r"no column 'caption', only 'image', 'text', 'of'; set data\.image_column="),
         ({"val_split": "test", "split": "val"}, r"has no split 'test', only train; set data\.train_split= or"),
-        ({"split": "val"}, r"none of the 12 rows of 'train' falls into val with val_fraction 0\.0; set"),
+        (
+            {"split": "val", "val_fraction": 1e-6},
+            r"none of the 12 rows of 'train' falls into val with val_fraction 1e-06; set",
+        ),
     ],
 )
 def test_options_that_do_not_fit(captions: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
