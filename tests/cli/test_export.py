@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.exchange import export
+from tests.helpers.exchange import check_usage, export
 from tests.helpers.programs import LIVELY, QUICK, train
 
 
@@ -20,11 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, code in (([], 2), (["--help"], 0)):
-        assert export(*arguments) == code
-        said = capsys.readouterr()
-        assert said.out.startswith("Write a trained run as a folder that Transformers reads")
-        assert said.err == ""
+    check_usage(export, "Write a trained run as a folder that Transformers reads", capsys)
 
 
 def test_options_that_it_refuses(run: Path, tmp_path: Path, told: Any, capfd: pytest.CaptureFixture[str]) -> None:

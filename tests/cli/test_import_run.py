@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.exchange import import_
+from tests.helpers.exchange import check_usage, import_
 
 
 def test_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, code in (([], 2), (["--help"], 0)):
-        assert import_(*arguments) == code
-        said = capsys.readouterr()
-        assert said.out.startswith("Make a run directory, for ckpt=, of weights that another program has trained.")
-        assert said.err == ""
+    check_usage(import_, "Make a run directory, for ckpt=, of weights that another program has trained.", capsys)
 
 
 def test_what_it_refuses(tmp_path: Path, told: Any) -> None:

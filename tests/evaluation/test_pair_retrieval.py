@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from math import isclose
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.helpers.pairs import SEP, make_pairs
+from tests.helpers.pairs import SEP, context_of, make_pairs
 from vlm.connectors.bert_tokenizer import load_tokenizer
-from vlm.evaluation.base import Context
 from vlm.evaluation.pair_retrieval import PairRetrieval, ranks_of
 from vlm.schema import Batch, LossOutput
 from vlm.text.encode import TextEncoder
@@ -66,15 +63,7 @@ def metrics(model: Scores, texts: list[list[str]], *, batches: int = 2, **option
         answer = {"role": "assistant", "content": [{"type": "text", "text": words[0]}]}
         references = {"references": json.dumps(words)} if len(words) > 1 else {}
         samples.append(replace(sample, messages=[*sample.messages[:-1], answer], meta=references))
-    context = Context(
-        model=model,
-        objective=None,
-        data=SimpleNamespace(text=TEXT),
-        device=torch.device("cpu"),
-        sum_over_ranks=lambda values: [float(value) for value in values],
-        from_rank_zero=float,
-        autocast=nullcontext,
-    )
+    context = context_of(model, TEXT)
     evaluator = PairRetrieval(**{"batch_size": 5, **options})
     evaluator.start()
     size = len(texts) // batches

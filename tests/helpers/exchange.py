@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.helpers.programs import QUICK, train
+from tests.helpers.programs import LIVELY, QUICK, program, train
 from vlm.cli import export as export_program
 from vlm.cli import import_run
 from vlm.exchange import check, reload
@@ -25,8 +24,6 @@ HF = [
     *("encoder.mean=[0.4,0.5,0.6]", "encoder.std=[0.2,0.3,0.4]"),
 ]
 LLAVA = ["connector.norm=false", "connector.position=false"]
-# Of a random LLM whose answers depend on the image.
-LIVELY = ["llm.config.tie_word_embeddings=false", "+llm.config.initializer_range=0.3"]
 
 
 def tower(model_type: str, side: int = 64) -> str:
@@ -66,16 +63,13 @@ def import_(*arguments: Any) -> int:
     return program(import_run.main, "vlm-import", *arguments)
 
 
-def program(main: Callable[[], None], *arguments: Any) -> int:
-    """A program in this process; its exit code."""
-    before, sys.argv = sys.argv, [*map(str, arguments)]
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-    return 0
+def check_usage(program: Callable[..., int], first_line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without options a program fails, and with --help it ends well; both show how it is used, and nothing else."""
+    for arguments, code in (([], 2), (["--help"], 0)):
+        assert program(*arguments) == code
+        said = capsys.readouterr()
+        assert said.out.startswith(first_line)
+        assert said.err == ""
 
 
 @contextmanager

@@ -77,6 +77,19 @@ def share_of(start: int, stop: int) -> Batch:
     return replace(batch, samples=samples)
 
 
+def context_of(model: Any, text: TextEncoder) -> Context:
+    """What an evaluator of pairs sees in a run on one rank, on the CPU."""
+    return Context(
+        model=model,
+        objective=None,
+        data=SimpleNamespace(text=text),
+        device=torch.device("cpu"),
+        sum_over_ranks=lambda values: [float(value) for value in values],
+        from_rank_zero=float,
+        autocast=nullcontext,
+    )
+
+
 def learned(batch: Batch) -> dict[str, Any]:
     """The losses of a step and the gradients, over all ranks; and the retrieval among all pairs."""
     model, objective = shaken(tiny_pretraining()), RepresentationLearning()
@@ -92,15 +105,7 @@ def learned(batch: Batch) -> dict[str, Any]:
         for tensor in (*gradients.values(), *sums.values(), *counts.values()):
             dist.all_reduce(tensor)
     text = TextEncoder(tokenizer=model.tokenizer, num_image_tokens=0, max_length=8, chat_template="plain")
-    context = Context(
-        model=model,
-        objective=objective,
-        data=SimpleNamespace(text=text),
-        device=torch.device("cpu"),
-        sum_over_ranks=lambda values: [float(value) for value in values],
-        from_rank_zero=float,
-        autocast=nullcontext,
-    )
+    context = context_of(model, text)
     evaluator = PairRetrieval(num_reranked=4, batch_size=3)
     evaluator.start()
     with torch.no_grad():

@@ -116,8 +116,12 @@ def evaluate(*arguments: str) -> int:
 
 
 def artifact_program(*arguments: Any) -> int:
-    """The program; its exit code."""
-    before, sys.argv = sys.argv, ["vlm-artifact", *map(str, arguments)]
+    return program(main, "vlm-artifact", *arguments)
+
+
+def program(main: Callable[[], None], *arguments: Any) -> int:
+    """A program of the package, in this process; its exit code."""
+    before, sys.argv = sys.argv, [*map(str, arguments)]
     try:
         main()
     except SystemExit as end:

@@ -200,8 +200,8 @@ def test_a_file_without_a_prediction(tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_a_plan_is_compared_with_a_run_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str], asked: str) -> None:
     assert programs.train(*programs.QUICK, asked, "plan.against=f.json", f"run_dir={tmp_path / 'run'}") == 2
     assert capfd.readouterr().err == (
-        "Error: plan.against=f.json compares a plan with a run, but with plan=true, plan.json or plan.memory_gb there "
-        "is no run; leave out plan.against, or start the run\n"
+        "Error: plan.against=f.json compares a run with its plan, but plan=true, plan.json and plan.memory_gb start no "
+        "run; leave out plan.against, or leave out the others\n"
     )
 
 

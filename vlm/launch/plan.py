@@ -39,8 +39,8 @@ def plan(cfg: DictConfig) -> None:
     """Print the plan of a run, and write it where `plan.json` says. Raises ValueError with `plan.against`."""
     if cfg.plan.against:
         raise ValueError(
-            f"plan.against={cfg.plan.against} compares a plan with a run, but with plan=true, plan.json or "
-            "plan.memory_gb there is no run; leave out plan.against, or start the run"
+            f"plan.against={cfg.plan.against} compares a run with its plan, but plan=true, plan.json and "
+            "plan.memory_gb start no run; leave out plan.against, or leave out the others"
         )
     for key in OmegaConf.missing_keys(cfg):
         if key.startswith("data."):  # a plan needs no data: the source's refusal of these words is shown

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlm.schema import IGNORE, BadSample, Message, Sample
 from vlm.text import jinja
 from vlm.text.lengths import TooLong, check_length, kept_length
+from vlm.text.pairs import pair_row
 from vlm.text.row import Encoded
 from vlm.text.spans import (
     Skeleton,
@@ -36,7 +37,7 @@ from vlm.text.spans import (
 )
 from vlm.text.templates import ENDS, IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, breaker, opens_with_space, private_tokenizer, splits_cleanly
-from vlm.text.turns import as_list, as_string, check_turns, count, texts_of
+from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,38 +148,14 @@ class TextEncoder:
         return row
 
     def encode_pair(self, sample: Sample) -> Encoded:
-        """The last answer alone, between the tokenizer's own first and last token; all its tokens are supervised.
-
-        A longer text than `max_length` is truncated before its last token if `too_long` says so. The sample needs its
-        images only where they are tiled. Raises BadSample as `encode` does, and unless there is one image.
-        """
-        check_turns(sample.id, sample.messages, last="assistant")
-        if sample.num_images != 1:
-            raise BadSample(
-                f"sample '{sample.id}' has {count(sample.num_images, 'image')} and must have 1, because the objective "
-                "takes pairs of an image and a text; choose data of captions",
-                "placeholder_mismatch",
-            )
-        texts = texts_of(sample.id, sample.messages, sample.num_images)
-        if not (text := texts[-1].replace(IMAGE_PLACEHOLDER, "").strip()):
-            raise BadSample(f"sample '{sample.id}' has an empty text; remove it", "empty_text")
-        tokenizer = self.tokenizer
-        first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-        last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-        inner = self._private.encode(self._break_special_tokens(text), add_special_tokens=False).ids
-        kept = whole = [token for token in (first, *inner, last) if token not in (None, self._break_id)]
-        if len(whole) > self.max_length and self.too_long != "drop":
-            kept = [*whole[: self.max_length - 1], whole[-1]]
-        row = Encoded(
-            input_ids=kept,
-            image_mask=[False] * len(kept),
-            images_before=[1] * len(kept),
-            labels=kept,
-            text=text,
-            num_cut=len(whole) - len(kept),
+        """The last answer alone, as `pair_row` makes it. The sample needs its images only where they are tiled."""
+        return pair_row(
+            sample,
+            tokenizer=self.tokenizer,
+            ids_of=self._ids_of_text,
+            max_length=self.max_length,
+            may_cut=self.too_long != "drop",
         )
-        check_length(sample.id, row, self.max_length, may_cut=True)
-        return row
 
     def answered(self, sample: Sample) -> Sample:
         """The sample up to the last answer that is not cut completely; the whole sample unless it is truncated.
@@ -396,6 +373,11 @@ class TextEncoder:
             offsets += [(at + max(start - len(space), 0), at + end - len(space)) for start, end in tokens.offsets]
             at += len(part)
         return ids, offsets
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        """The ids of a text alone; the name of a special token in it is plain characters."""
+        ids = self._private.encode(self._break_special_tokens(text), add_special_tokens=False).ids
+        return [token for token in ids if token != self._break_id]
 
     def _ids_after_text(self, text: str) -> list[int]:
         """The ids of a text that follows another one."""
