@@ -36,6 +36,8 @@ from vlm.training.run import native_precision
 from vlm.training.sharding import check_strategy
 
 MANY = ("evaluators", "callbacks", "logger")  # groups with any number of options, each under a name
+BASES = (("encoder", "encoder", "pretrained"), ("llm", "llm", "pretrained"), ("tokenizer", "connector", "tokenizer"))
+# Folders of a merged or imported run, which move with it: the section and the key that name each.
 Memory = Annotated[Number, Range(0.01, 10**6)]  # units of 10⁹ bytes
 NEEDED = ("model", "objective", "data", "stage", "trainer")  # groups with one option, besides the parts of the model
 # Keys that are not arguments of a constructor: values at the top level, and sections.
@@ -397,9 +399,9 @@ def stored_config(run_dir: Path) -> tuple[dict[str, Any], dict[str, str | None],
     settings, is_own = trust.stored_config(run_dir)
     for key in ("cwd", "run_id"):
         settings.pop(key, None)
-    for part in ("encoder", "llm"):  # of a merged or imported run; they move with the run directory
-        if (base := run_dir / part).is_dir():
-            settings[part]["pretrained"] = str(base.absolute())
+    for folder, part, key in BASES:
+        if (base := run_dir / folder).is_dir():
+            settings[part][key] = str(base.absolute())
     choices = settings.pop("choices")
     return migrated(settings), choices, is_own
 

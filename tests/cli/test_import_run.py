@@ -34,7 +34,8 @@ def test_what_it_refuses(tmp_path: Path, told: Any) -> None:
         ((tmp_path, "out=y"), f"{tmp_path} has no config.json; give a folder that Transformers reads"),
         (
             (tmp_path / "gpt", "out=y"),
-            f"{tmp_path / 'gpt'} is a model of type gpt2, which cannot be imported; those that can are llava",
+            f"{tmp_path / 'gpt'} is a model of type gpt2, which cannot be imported; those that can are llava, "
+            "blip-2, instructblip",
         ),
         (
             (tmp_path / "broken", "out=y"),

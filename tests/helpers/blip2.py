@@ -13,9 +13,11 @@ from transformers import (
     Blip2ForImageTextRetrieval,
     Blip2QFormerConfig,
     Blip2QFormerModel,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
 )
 
-from tests.helpers.parts import IMAGE, SIDE, VOCABULARY
+from tests.helpers.parts import FACTS, IMAGE, SIDE, VOCABULARY
 from vlm.connectors.qformer import QFormer
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, to_blip2
 from vlm.models.composed import Composed
@@ -88,6 +90,20 @@ def retrieval(folder: Path) -> Blip2ForImageTextRetrieval:
         image_token_index=None,
     )
     model = shaken(Blip2ForImageTextRetrieval(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def instructed(folder: Path) -> InstructBlipForConditionalGeneration:
+    """An InstructBLIP, whose Q-Former reads the question, with a Llama."""
+    config = InstructBlipConfig(
+        qformer_config=THEIRS,
+        vision_config=VISION,
+        text_config={"model_type": "llama", **FACTS},
+        num_query_tokens=4,
+        image_token_index=IMAGE_ID,
+    )
+    model = shaken(InstructBlipForConditionalGeneration(config))
     model.save_pretrained(folder)
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.helpers.text import encoder, merging_tokenizer
 from vlm.data.conversations import caption_messages
-from vlm.schema import IGNORE, Sample
+from vlm.schema import IGNORE, Content, Message, Sample
 
 K = 3
 
@@ -31,8 +31,12 @@ def test_a_long_caption_is_cut_as_a_tokenizer_does() -> None:
     assert subject.encode(sample).input_ids == whole.encode(sample).input_ids[:8]
 
 
-def test_instructblip_writes_no_roles() -> None:
+def test_instructblip_writes_no_roles_and_the_image_before_the_bos_token() -> None:
     tokenizer = merging_tokenizer()
     subject = encoder(tokenizer, "instructblip", num_image_tokens=K)
     row = subject.encode(Sample("a/1", [], caption_messages("What is this?", "a star")))
-    assert subject.display(row) == "<bos><image×3>What is this?⟦ a star<eos>⟧"
+    assert subject.display(row) == "<image×3><bos>What is this?⟦ a star<eos>⟧"
+    two: list[Content] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Alike?"}, {"type": "image"}]
+    messages: list[Message] = [{"role": "user", "content": two}]
+    prompt = subject.encode_prompt(Sample("a/2", [], messages))
+    assert subject.display(prompt) == "<image×3><image×3><bos>Alike?<image×3>"

@@ -67,7 +67,7 @@ def run_command(arguments: list[str]) -> None:
     if done.runs_code:
         message += (
             "\nIt has its own modeling file, so Transformers needs trust_remote_code=True. "
-            f"LlavaForConditionalGeneration cannot hold it: {'; '.join(done.obstacles)}."
+            f"{done.nearest} cannot hold it: {'; '.join(done.obstacles)}."
         )
     CONSOLE.print(message, soft_wrap=True, markup=False, highlight=False)
 

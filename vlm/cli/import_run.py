@@ -19,7 +19,8 @@ USAGE = """Make a run directory, for ckpt=, of weights that another program has 
 vlm-import <folder or file> out=<run dir> [<option>=<value> ...]
 
 <folder or file> is one of:
-  a folder of Transformers' LlavaForConditionalGeneration
+  a folder of Transformers' LlavaForConditionalGeneration, Blip2ForConditionalGeneration or
+    InstructBlipForConditionalGeneration
   mm_projector.bin of LLaVA's own code, or its tensors as safetensors
   a checkpoint of BLIP-2 of LAVIS, of which the Q-Former is read
 
@@ -29,6 +30,11 @@ Options:
   data=                  of train.py, with all its keys: what eval.py and vlm-export read
 
 What a folder holds is compared with Transformers on a random image and text before the run directory appears."""
+FOLDERS = {  # the model type of a folder -> the chat templates of what its authors trained
+    "llava": "vicuna_v1 for LLaVA-1.5",
+    "blip-2": "blip2 for BLIP-2 with OPT, t5 for BLIP-2 with Flan-T5",
+    "instructblip": "instructblip for InstructBLIP with Vicuna",
+}
 GROUPS = ("encoder", "connector", "llm", "data")
 
 
@@ -80,14 +86,17 @@ def compose_train(given: Sequence[str], options: Mapping[str, Any]) -> tuple[dic
 
 def reader(source: Path, chat_template: str | None) -> Any:
     """A function of the folder of the run that reads the source. Raises ValueError if it is of no known kind."""
-    from vlm.exchange import from_llava
+    from vlm.exchange import from_blip2, from_llava
 
     if source.is_dir():
         kind = _json(source / "config.json").get("model_type")
-        if kind == "llava":
-            template = _template(source, chat_template)
-            return lambda run: from_llava.read_folder(source, run, chat_template=template)
-        raise ValueError(f"{source} is a model of type {kind}, which cannot be imported; those that can are llava")
+        if kind not in FOLDERS:
+            raise ValueError(
+                f"{source} is a model of type {kind}, which cannot be imported; those that can are {', '.join(FOLDERS)}"
+            )
+        template = _template(source, chat_template, usual=FOLDERS[kind])
+        module = from_llava if kind == "llava" else from_blip2
+        return lambda run: module.read_folder(source, run, chat_template=template)
     if not source.is_file():
         raise ValueError(f"{source} does not exist; give a folder or a file")
     return lambda run: _of_file(_tensors(source))
@@ -132,14 +141,14 @@ def _json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _template(source: Path, asked: str | None) -> str | None:
+def _template(source: Path, asked: str | None, *, usual: str) -> str | None:
     """The name of the chat template, or None for the one of the folder."""
     exported = source / "vlm_export.json"
     if asked is not None or not exported.is_file():
         if asked is None:
             raise ValueError(
-                f"{source} does not say with which chat template it was trained; give chat_template=vicuna_v1 for "
-                "LLaVA-1.5, or another name of docs/labels.md"
+                f"{source} does not say with which chat template it was trained; give chat_template={usual}, or "
+                "another name of docs/labels.md"
             )
         return asked
     found = _json(exported).get("chat_template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -36,10 +37,11 @@ class Instructions:
 
     def __init__(self, pretrained: str, package: str | None) -> None:
         self.pretrained, self.package = pretrained, package
-        self._tokenizer: Any = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.pretrained, self.package, option="connector.tokenizer")
 
     def __call__(self, text: str) -> list[int]:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pretrained, self.package, option="connector.tokenizer")
-        ids = self._tokenizer(text.strip(), add_special_tokens=False).input_ids[2 - MAX_INSTRUCTION :]
-        return [self._tokenizer.cls_token_id, *ids, self._tokenizer.sep_token_id]
+        ids = self.tokenizer(text.strip(), add_special_tokens=False).input_ids[2 - MAX_INSTRUCTION :]
+        return [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]

@@ -83,6 +83,15 @@ def to_blip2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def our_name(theirs: str) -> str | None:
+    """The name in a Q-Former's state dict of a tensor of Transformers' BLIP-2; None for one that it does not have."""
+    module, dot, kind = theirs.rpartition(".")
+    key = re.sub(r"\.\d+\.", ".*.", f"{module}.").rstrip(".") if dot else theirs
+    ours = {stored: name for name, stored in BLIP2.items()}.get(key)
+    block = "".join(re.findall(r"\.(\d+)\.", f"{module}."))
+    return None if ours is None else ours.replace("*", block) + (f".{kind}" if dot else "")
+
+
 def start_from_blip2(state: Mapping[str, Tensor], folder: str, *, num_heads: int, projection: bool) -> None:
     """Copy the weights of a Transformers Q-Former into `state`, the tensors of a module; `position` keeps its values.
 

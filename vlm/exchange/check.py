@@ -61,15 +61,20 @@ class Agreement:
 
 
 def references(
-    model: Composed, data: VLMDataModule, *, num_samples: int, max_new_tokens: int, image_id: int
+    model: Composed, data: VLMDataModule, *, num_samples: int, max_new_tokens: int, image_id: int, with_image: bool
 ) -> list[Reference]:
-    """What the model computes on held-out samples, spread evenly over the validation split; bad ones are left out."""
+    """What the model computes on held-out samples, spread evenly over the validation split.
+
+    Bad ones are left out, and with `with_image` those that have none.
+    """
     found = []
     for index in data.val_indices(num_samples):
         try:
             sample = data.text.answered(data.reader.sample(data.splits["val"], index))
             encoded = data.text.encode_prompt(sample), data.text.encode(sample)
         except BadSample:
+            continue
+        if with_image and not sample.images:
             continue
         found.append(_reference(model, data, sample, *encoded, max_new_tokens=max_new_tokens, image_id=image_id))
     if not found:

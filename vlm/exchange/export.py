@@ -15,8 +15,9 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from vlm import build, config
+from vlm.connectors.qformer import QFormer
 from vlm.data.datamodule import VLMDataModule
-from vlm.exchange import adapter, check, llava, own
+from vlm.exchange import adapter, blip2, check, instructblip, llava, own
 from vlm.exchange.processor import IMAGE_TOKEN, export_generation, export_template, export_tokenizer
 from vlm.models.composed import Composed
 from vlm.training import artifact, run
@@ -24,17 +25,15 @@ from vlm.training import artifact, run
 MERGED_TOLERANCE = 1e-4  # of the largest logit; float32 rounds differently once two matrices are merged
 
 
-KINDS: tuple[Any, ...] = (llava, own)  # the first that holds a model is taken
-
-
 class Exported(NamedTuple):
     """What was written: the class of the model, whether it runs code of its folder, and how far it agrees with the run.
 
-    `obstacles` are what Transformers' own class cannot hold.
+    `obstacles` are what the class of Transformers that is `nearest` to the model cannot hold.
     """
 
     kind: str
     runs_code: bool
+    nearest: str
     obstacles: list[str]
     agreement: check.Agreement
 
@@ -76,10 +75,15 @@ def export(
         raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
     disable_progress_bar()
     with _opened(ckpt, given or {}) as (model, data, settings):
-        kind, obstacles = _kind(ckpt, model)
+        kind, nearest, obstacles = _kind(ckpt, model)
         tokenizer = export_tokenizer(model.tokenizer, num_positions=model.num_positions)
         image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        options: dict[str, Any] = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "image_id": image_id}
+        options: dict[str, Any] = {
+            "num_samples": num_samples,
+            "max_new_tokens": max_new_tokens,
+            "image_id": image_id,
+            "with_image": kind.NEEDS_IMAGE,
+        }
         expected = check.references(model, data, **options)
         if lora == "merge" and manifest["lora"]:
             model.llm.merge_lora()
@@ -91,7 +95,10 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent) as work:
             folder = Path(work) / "done"
-            unused = kind.save(model, settings, folder, image_id=image_id, dtype=getattr(torch, dtype))
+            stop_ids = data.text.stop_ids
+            unused = kind.save(
+                model, settings, folder, image_id=image_id, stop_ids=stop_ids, dtype=getattr(torch, dtype)
+            )
             _write_processor(model, data, folder, kind=kind, tokenizer=tokenizer, unused_ids=unused)
             kept = adapter.write(model.llm, manifest["lora"], folder, kind.language_name) if lora == "keep" else None
             checked: dict[str, Any] = {"std": model.encoder.transform.std, "max_new_tokens": max_new_tokens}
@@ -110,18 +117,21 @@ def export(
             with contextlib.suppress(FileNotFoundError):
                 out.rmdir()
             folder.rename(out)
-    return Exported(kind.NAME, kind.RUNS_CODE, obstacles, agreement)
+    return Exported(kind.NAME, kind.RUNS_CODE, nearest.NAME, obstacles, agreement)
 
 
-def _kind(ckpt: Path, model: Composed) -> tuple[Any, list[str]]:
-    """The first kind that holds the model, and what keeps it from being an earlier kind."""
-    refused: list[str] = []
-    for kind in KINDS:
-        obstacles = list(kind.obstacles(model))
-        if not obstacles:
-            return kind, refused
-        refused = refused or obstacles
-    raise ValueError(f"ckpt={ckpt} cannot be exported: {'; '.join(obstacles)}; train with other options")
+def _kind(ckpt: Path, model: Composed) -> tuple[Any, Any, list[str]]:
+    """The kind that holds the model, Transformers' nearest, and what keeps it from being that."""
+    nearest: Any = llava
+    if isinstance(model.connector, QFormer):
+        nearest = blip2 if model.connector.instructions is None else instructblip
+    obstacles = list(nearest.obstacles(model))
+    if not obstacles:
+        return nearest, nearest, []
+    if without := list(own.obstacles(model)):
+        reasons = without if nearest is llava else obstacles
+        raise ValueError(f"ckpt={ckpt} cannot be exported: {'; '.join(reasons)}; train with other options")
+    return own, nearest, obstacles
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vlm.connectors.qformer_weights import BLIP2
+from vlm.connectors.qformer_weights import our_name
+from vlm.exchange.from_blip2 import qformer_options
 from vlm.exchange.run_folder import Imported
 
 HEAD_DIM = 64  # BERT's; the number of heads is in no tensor
@@ -23,7 +24,6 @@ RENAMED = (  # LAVIS -> Transformers' BLIP-2
     (r"^ln_vision\.", "vision_model.post_layernorm."),
     (r"^(opt|t5|llm)_proj\.", "language_projection."),
 )
-OURS = {theirs: ours for ours, theirs in BLIP2.items()}
 
 
 def is_lavis(state: Mapping[str, Tensor]) -> bool:
@@ -41,20 +41,8 @@ def read_qformer(state: Mapping[str, Tensor]) -> Imported:
         if not IGNORED.match(name):
             ours = _name(name)
             tensors[f"connector.{ours}"] = (tensor[0] if name == "query_tokens" else tensor).float()
-    blocks = sorted({int(found[1]) for name in tensors if (found := re.match(r"connector\.blocks\.(\d+)\.", name))})
-    crossing = [block for block in blocks if f"connector.blocks.{block}.cross.query.weight" in tensors]
-    num_queries, width = tensors["connector.queries"].shape
-    options = {
-        "connector": "qformer",
-        "connector.position": False,
-        "connector.norm": "connector.feature_norm.weight" in tensors,
-        "connector.text": "connector.words.weight" in tensors,
-        "connector.num_queries": num_queries,
-        "connector.width": width,
-        "connector.num_heads": max(1, width // HEAD_DIM),
-        "connector.depth": len(blocks),
-        "connector.cross_attention_every": crossing[1] - crossing[0] if len(crossing) > 1 else len(blocks),
-    }
+    width = tensors["connector.queries"].shape[1]
+    options = qformer_options(tensors, num_heads=max(1, width // HEAD_DIM))
     projected = "connector.project.weight" in tensors
     return Imported(options, tensors, keeps_first=() if projected else ("connector.project.",))
 
@@ -64,9 +52,7 @@ def _name(name: str) -> str:
     theirs = name
     for pattern, replacement in RENAMED:
         theirs = re.sub(pattern, replacement, theirs)
-    module, dot, kind = theirs.rpartition(".")
-    key = re.sub(r"\.\d+\.", ".*.", f"{module}.").rstrip(".") if dot else theirs
-    if key not in OURS:
+    ours = our_name(theirs)
+    if ours is None:
         raise ValueError(f"{name!r:.80} is not a tensor of BLIP-2's Q-Former as LAVIS names it")
-    block = "".join(re.findall(r"\.(\d+)\.", f"{module}."))
-    return OURS[key].replace("*", block) + (f".{kind}" if dot else "")
+    return ours

@@ -45,9 +45,9 @@ def read_folder(folder: Path, run: Path, *, chat_template: str | None) -> Import
         **image_options(processor.image_processor),
     }
 
-    def logits(pixel_values: Tensor, ids: Tensor, image_mask: Tensor) -> Tensor:
+    def logits(pixel_values: Tensor, ids: Tensor, image_mask: Tensor, logits_mask: Tensor) -> Tensor:
         placed = ids.masked_fill(image_mask, config.image_token_id)[None]
-        return model(input_ids=placed, pixel_values=pixel_values).logits[0]
+        return model(input_ids=placed, pixel_values=pixel_values).logits[0, logits_mask]
 
     return Imported(options, tensors, logits)
 
@@ -66,7 +66,7 @@ def image_options(image_processor: Any) -> dict[str, Any]:
     if getattr(image_processor, "do_pad", False):
         resize = "pad"
     else:
-        resize = "crop" if image_processor.do_center_crop else "squash"
+        resize = "crop" if getattr(image_processor, "do_center_crop", False) else "squash"
     return {
         "encoder.mean": list(image_processor.image_mean),
         "encoder.std": list(image_processor.image_std),

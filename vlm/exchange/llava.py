@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -17,11 +17,13 @@ from vlm.connectors.linear import Linear
 from vlm.connectors.mlp import ACTIVATIONS, MLP
 from vlm.encoders.hf import HFEncoder
 from vlm.exchange.processor import export_image_processor
+from vlm.llms.base import LanguageModel
 from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 
 NAME = "LlavaForConditionalGeneration"
 RUNS_CODE = False  # of its own
+NEEDS_IMAGE = False
 ROWS = 64  # a vocabulary that has to grow gets a multiple of so many rows
 
 
@@ -37,7 +39,7 @@ def obstacles(model: Composed) -> Iterator[str]:
     if type(connector) not in (MLP, Linear):
         yield "the connector must be mlp or linear"
     else:
-        if not isinstance(connector.norm, torch.nn.Identity):
+        if not isinstance(connector.norm, nn.Identity):
             yield "connector.norm=true must be false"
         if connector.position is not None and bool(connector.position.any()):
             yield "connector.position=true must be false"
@@ -65,20 +67,20 @@ def base_model(llm: CausalLM) -> Any:
     return getattr(llm.model, llm.model.base_model_prefix)
 
 
-def save(model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, dtype: Any) -> list[int]:
+def save(
+    model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, stop_ids: list[int], dtype: Any
+) -> list[int]:
     """Write config and weights. Returns the rows of the vocabulary that are no tokens, which are never answers."""
     exported: Any = convert(model, image_id=image_id)
     exported.to(dtype).save_pretrained(folder)
-    rows = model.llm.model.get_output_embeddings().weight.shape[0]
-    return [*range(rows, exported.get_output_embeddings().weight.shape[0])]
+    return [*range(num_rows(model.llm), exported.get_output_embeddings().weight.shape[0])]
 
 
 def convert(model: Composed, *, image_id: int) -> LlavaForConditionalGeneration:
     """The same weights in LLaVA's class. A vocabulary without a row for `image_id` gets rows of zeros at its end."""
     tower, llm = model.encoder.published_tower(), model.llm
     text_config = deepcopy(llm.model.config)
-    rows = llm.model.get_input_embeddings().num_embeddings
-    text_config.vocab_size = max(rows, -(-(image_id + 1) // ROWS) * ROWS if image_id >= rows else 0)
+    text_config.vocab_size = rows = num_rows(llm, image_id)
     layers, activation = model.connector.layers, model.connector.activation
     act = (
         next(name for name, function in ACTIVATIONS.items() if function is activation) if len(layers) > 1 else "linear"
@@ -98,13 +100,25 @@ def convert(model: Composed, *, image_id: int) -> LlavaForConditionalGeneration:
     state = {f"model.vision_tower.{name}": tensor for name, tensor in tower.model.state_dict().items()}
     state |= {f"model.multi_modal_projector.{name}": tensor for name, tensor in _projector(layers).items()}
     state |= {language_name(name, base): tensor for name, tensor in without_adapter(llm.model).items()}
-    embeddings = {id(module): name for name, module in llava.named_modules()}
-    for module in (llava.get_input_embeddings(), llava.get_output_embeddings()):
-        name = f"{embeddings[id(module)]}.weight"
-        state[name] = F.pad(state[name], (0, 0, 0, text_config.vocab_size - rows))
-    llava.load_state_dict(state, assign=True)
+    llava.load_state_dict(extended(state, llava, rows), assign=True)
     llava.tie_weights()
     return llava.eval()
+
+
+def num_rows(llm: LanguageModel, image_id: int = -1) -> int:
+    """Rows of the vocabulary; where it has none for `image_id`, more of them."""
+    rows = llm.model.get_input_embeddings().num_embeddings
+    return rows if image_id < rows else -(-(image_id + 1) // ROWS) * ROWS
+
+
+def extended(state: Mapping[str, Tensor], exported: Any, rows: int) -> dict[str, Tensor]:
+    """The tensors of a model, those of its vocabulary with zeros at their end."""
+    found = dict(state)
+    for name, module in exported.named_modules():
+        of_words = isinstance(module, nn.Embedding) and module.num_embeddings == rows
+        if of_words or module is exported.get_output_embeddings():
+            found[f"{name}.weight"] = F.pad(state[f"{name}.weight"], (0, 0, 0, rows - len(state[f"{name}.weight"])))
+    return found
 
 
 def language_name(name: str, base: str) -> str:

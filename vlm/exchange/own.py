@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import LlavaProcessor
 
 from vlm.encoders.hf import HFEncoder
 from vlm.exchange import modeling_vlm
 from vlm.exchange.llava import without_adapter
-from vlm.exchange.processor import export_image_processor
+from vlm.exchange.processor import fixed_processor
 from vlm.llms.causal import CausalLM
 from vlm.models.composed import Composed
 
 NAME = "VLMForConditionalGeneration"
 RUNS_CODE = True
+NEEDS_IMAGE = False
 IMPORT = re.compile(r"^from vlm\.([\w.]+) import", re.MULTILINE)
 SHAPES = re.compile(r"^from jaxtyping import .*\n", re.MULTILINE)  # annotations are never evaluated
 OF_THE_WEIGHTS = ("_target_", "tiles", "weights", "package", "gradient_checkpointing")
+processor = fixed_processor
 COPIED = "# Copied from vlm-template (Apache License 2.0), as it was when this folder was exported.\n"
 
 
@@ -41,6 +42,8 @@ def obstacles(model: Composed) -> Iterator[str]:
         yield "the connector must give tokens to the LLM, as connector=mlp does"
     if type(model.llm) is not CausalLM:
         yield "the LLM must be decoder-only"
+    if getattr(model.connector, "instructions", None) is not None:
+        yield "connector.instruction=true must be false"
     for part in (model.encoder, model.connector):
         if not type(part).__module__.startswith("vlm."):
             yield f"{type(part).__name__} is a class of your own"
@@ -51,7 +54,9 @@ def language_name(name: str, base: str) -> str:
     return f"language_model.{name}"
 
 
-def save(model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, dtype: Any) -> list[int]:
+def save(
+    model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, stop_ids: list[int], dtype: Any
+) -> list[int]:
     """Write config, weights and code; `settings` are those of the run. Returns unused rows of the vocabulary: none."""
     folder.mkdir()
     encoder, connector, llm = model.encoder, model.connector, model.llm
@@ -142,15 +147,3 @@ def _write_code(encoder: type[nn.Module], connector: type[nn.Module], folder: Pa
 
 def _file(module: str) -> str:
     return f"vlm_{module.replace('.', '_')}"
-
-
-def processor(model: Composed, *, tokenizer: Any, template: str) -> LlavaProcessor:
-    """LLaVA's processor; a patch that is larger than the image leaves a fixed number of image tokens."""
-    return LlavaProcessor(
-        image_processor=export_image_processor(model.encoder.transform),
-        tokenizer=tokenizer,
-        patch_size=max(model.encoder.image_size) + 1,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=model.connector.num_tokens,
-        chat_template=template,
-    )

@@ -12,12 +12,14 @@ from transformers import (
     CLIPImageProcessor,
     GenerationConfig,
     LlavaImageProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from vlm.encoders.transform import Transform
 from vlm.llms.base import LanguageModel
+from vlm.models.composed import Composed
 from vlm.text.encode import TextEncoder
 from vlm.text.templates import IMAGE_PLACEHOLDER, OWN_OPTIONS
 
@@ -41,8 +43,18 @@ _MESSAGES = (
     "{%- set messages = vlm.messages -%}"
 )
 
-# After it: the generation prompt without its last spaces, and a space before each text between images.
+# After it: the generation prompt without its last spaces, the bos token after the first images, and a space before each
+# text between images.
 _CUT = "{{- rendered[:-SPACES] if add_generation_prompt else rendered -}}"
+_IMAGES_FIRST = (
+    "{%- if bos_token and rendered.startswith(bos_token) -%}"
+    "{%- set start = namespace(text=bos_token) -%}"
+    "{%- for text in rendered[bos_token | length:].split('IMAGE') -%}"
+    "{{- '' if loop.first else 'IMAGE' -}}"
+    "{%- if text or loop.last -%}{{- start.text + text -}}{%- set start.text = '' -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- else -%}{{- rendered -}}{%- endif -%}"
+)
 _SEPARATED = (
     "{%- if bos_token and rendered.startswith(bos_token) -%}"
     "{{- bos_token -}}{%- set rendered = rendered[bos_token | length:] -%}"
@@ -98,6 +110,8 @@ def export_template(text: TextEncoder, *, own: bool) -> str:
     whole = before + text.template.replace(IMAGE_PLACEHOLDER, IMAGE_TOKEN)
     if spaces := text.num_cut_spaces:
         whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_CUT.replace('SPACES', str(spaces))}"
+    if text.puts_images_first:
+        whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_IMAGES_FIRST.replace('IMAGE', IMAGE_TOKEN)}"
     if text.separates_texts:
         whole = f"{{%- set rendered -%}}{whole}{{%- endset -%}}{_SEPARATED.replace('IMAGE', IMAGE_TOKEN)}"
     return whole
@@ -124,6 +138,18 @@ def export_image_processor(transform: Transform) -> Any:
         return CLIPImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **options)
     options["size"] = {"shortest_edge": min(height, width)}
     return LlavaImageProcessor(do_pad=True, **options) if transform.resize == "pad" else CLIPImageProcessor(**options)
+
+
+def fixed_processor(model: Composed, *, tokenizer: Any, template: str) -> LlavaProcessor:
+    """LLaVA's processor; a patch that is larger than the image leaves a fixed number of image tokens."""
+    return LlavaProcessor(
+        image_processor=export_image_processor(model.encoder.transform),
+        tokenizer=tokenizer,
+        patch_size=max(model.encoder.image_size) + 1,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=model.connector.num_tokens,
+        chat_template=template,
+    )
 
 
 def export_generation(llm: LanguageModel, *, stop_ids: list[int], pad_id: int, unused_ids: list[int]) -> Any:

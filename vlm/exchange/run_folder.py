@@ -28,14 +28,17 @@ class Imported:
     Attributes:
         options: of train.py, for the same parts; base models lie in the folder of the run.
         tensors: the trained ones, by their names in the model.
-        logits: a function of `(pixel_values [N,3,H,W], ids [T], image_mask [T])` that computes logits [T, V] as the
-            program that trained them does; None where there is none to compare with.
+        logits: a function of `(pixel_values [N,3,H,W], ids [T], image_mask [T], logits_mask [T])` that computes logits
+            [M, V] at the positions of `logits_mask`, the last ones, as the program that trained them does; None where
+            there is none to compare with.
+        instruction: ids [1, L] that `logits` gives to the Q-Former.
         keeps_first: prefixes of tensors that are not in `tensors` and keep the values with which they are built.
     """
 
     options: dict[str, Any]
     tensors: dict[str, Tensor]
-    logits: Callable[[Tensor, Tensor, Tensor], Tensor] | None = field(default=None)
+    logits: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = field(default=None)
+    instruction: Tensor | None = None
     keeps_first: tuple[str, ...] = ()
 
 
@@ -66,7 +69,7 @@ def write_run(
         model, manifest = build.build_model(settings)
         assert isinstance(model, Composed)
         tensors = _load(model, imported, source)
-        difference = None if imported.logits is None else _compare(model.eval(), imported.logits, source)
+        difference = None if imported.logits is None else _compare(model.eval(), imported, source)
         stages = [{"name": "import", "run": str(out), "options": {"from": source}}]
         facts = {**_moved(manifest, folder, out), "lora": None, "stages": stages, "code": run.provenance()}
         artifact.save(folder / "artifact", tensors=tensors, manifest=facts, step=0)
@@ -99,7 +102,7 @@ def _load(model: Composed, imported: Imported, source: str) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def _compare(model: Composed, logits: Callable[[Tensor, Tensor, Tensor], Tensor], source: str) -> float:
+def _compare(model: Composed, imported: Imported, source: str) -> float:
     """The largest difference of the logits of a random image and text, as a fraction of the largest logit."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(1, 3, *model.encoder.image_size, generator=generator)
@@ -107,11 +110,14 @@ def _compare(model: Composed, logits: Callable[[Tensor, Tensor, Tensor], Tensor]
     ids = torch.randint(3, len(model.tokenizer) - 1, (num + 12,), generator=generator)  # T
     image_mask = torch.zeros(num + 12, dtype=torch.bool)  # T
     image_mask[4 : 4 + num] = True
-    visual = model.connector(model.encoder(pixel_values))  # 1 K D
+    asked = () if imported.instruction is None else (imported.instruction, imported.instruction >= 0)
+    visual = model.connector(model.encoder(pixel_values), *asked)  # 1 K D
     embeds = model.llm.embed(ids)[None].masked_scatter(image_mask[None, :, None], visual)  # 1 T D
     positions = torch.arange(len(ids))[None]  # 1 T
-    ours = model.llm(embeds, positions >= 0, positions, positions >= 0)  # T V
-    theirs = logits(pixel_values, ids, image_mask)  # T V
+    logits_mask = positions >= 4 + num  # 1 T
+    ours = model.llm(embeds, positions >= 0, positions, logits_mask)  # M V
+    assert imported.logits is not None
+    theirs = imported.logits(pixel_values, ids, image_mask, logits_mask[0])  # M V
     difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not difference <= TOLERANCE * largest:
         raise ValueError(

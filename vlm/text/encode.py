@@ -35,7 +35,7 @@ from vlm.text.spans import (
     skeleton_of,
     with_breaks,
 )
-from vlm.text.templates import ENDS, IMAGE_PLACEHOLDER, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
+from vlm.text.templates import ENDS, IMAGE_PLACEHOLDER, IMAGES_FIRST, OWN_OPTIONS, PLAIN_TEXTS, TEMPLATES, resolve
 from vlm.text.tokenizer import BREAK, breaker, opens_with_space, private_tokenizer, splits_cleanly
 from vlm.text.turns import as_list, as_string, check_turns, texts_of
 
@@ -111,6 +111,7 @@ class TextEncoder:
         self._private = private_tokenizer(tokenizer)
         self._splits = splits_cleanly(self._private)
         self._plain_texts = chat_template in PLAIN_TEXTS and opens_with_space(self._private)
+        self._bos_after_images = tokenizer.bos_token if chat_template in IMAGES_FIRST else None
         self._separator = self._private.encode(row_separator, add_special_tokens=False).ids
         added = self._private.get_added_tokens_decoder().items()
         ids = {token.content: index for index, token in added}
@@ -183,6 +184,11 @@ class TextEncoder:
     def separates_texts(self) -> bool:
         """Whether the texts between images are tokenized separately, each with a space before it."""
         return self._plain_texts
+
+    @property
+    def puts_images_first(self) -> bool:
+        """Whether images that begin a conversation come before its bos token."""
+        return self._bos_after_images is not None
 
     @property
     def num_cut_spaces(self) -> int:
@@ -337,6 +343,7 @@ class TextEncoder:
 
         An end of turn that is plain text is separated likewise. An image, itself a token, needs no BREAK after it.
         """
+        text = self._images_first(text)
         positions = {span.start for span in spans if not text.endswith(IMAGE_PLACEHOLDER, 0, span.start)}
         if self._end_text:
             positions |= {span.end - len(self._end_text) for span in spans}
@@ -345,6 +352,16 @@ class TextEncoder:
             breaks = crossed(self._ids(text)[1], breaks)
         text, spans = with_breaks(text, spans, breaks, BREAK)
         return text, *self._ids(text), spans
+
+    def _images_first(self, text: str) -> str:
+        """The text with its bos token after the images that follow it, if the template is one of IMAGES_FIRST."""
+        bos = self._bos_after_images
+        if not bos or not text.startswith(bos):
+            return text
+        text, num = text.removeprefix(bos), 0
+        while text.startswith(IMAGE_PLACEHOLDER, num):
+            num += len(IMAGE_PLACEHOLDER)
+        return text[:num] + bos + text[num:]
 
     def _ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a rendered text and their character offsets.

@@ -52,7 +52,7 @@ _BLIP2 = (
     "{%- endfor -%}"
 )
 
-# InstructBLIP: the question and the answer after it, without roles.
+# InstructBLIP: the question and the answer after it, without roles; see IMAGES_FIRST.
 _INSTRUCTBLIP = (
     "{{- bos_token or '' -}}"
     "{%- for message in messages -%}"
@@ -221,6 +221,9 @@ TEMPLATES = {name: _CONTENT + body for name, body in _BODIES.items()}
 # Templates whose published training code tokenizes each text between images separately, as LLaVA and FastChat do. The
 # tokenizer adds bos, and with SentencePiece each such text begins with a space ("<s> ▁A", not "<s> A").
 PLAIN_TEXTS = frozenset({"plain", "caption", "vicuna_v1", "minigpt4"})
+
+# Templates whose published code puts the images that begin a conversation before its bos token.
+IMAGES_FIRST = frozenset({"instructblip"})
 
 # The ends of turns that are plain text. The others are special tokens.
 ENDS = {"blip2": "\n", "caption": "\n", "minigpt4": "###"}
