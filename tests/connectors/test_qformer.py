@@ -159,6 +159,33 @@ def test_position_starts_at_zero_where_a_blip2_does_not_need_it(tmp_path: Path) 
     assert torch.equal(with_position.hidden_states(features), start(tmp_path).hidden_states(features))
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_a_run_with_another_llm_gives_its_qformer(tmp_path: Path, text: bool) -> None:
+    """As MiniGPT-4 takes BLIP-2's: all but the projection; whatever else the run has trained does not matter."""
+    ours = shaken(QFormer(**{**TINY, "position": False, "text": True}))
+    tensors = {f"connector.{name}": tensor.contiguous() for name, tensor in ours.state_dict().items()}
+    (tmp_path / "artifact").mkdir()
+    save_file({**tensors, "llm.model.x": torch.ones(1)}, tmp_path / "artifact" / "weights.safetensors")
+    manifest = {"parts": {"connector": {"num_heads": 2}}}
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps(manifest))
+    found = start(tmp_path, llm_width=48, text=text)
+    for name, tensor in found.state_dict().items():
+        if not name.startswith("project."):
+            torch.testing.assert_close(tensor, ours.state_dict()[name], rtol=0, atol=0)
+    torch.testing.assert_close(
+        start(tmp_path, text=text, init_projection=True).project.weight, ours.project.weight, rtol=0, atol=0
+    )
+    with pytest.raises(ValueError, match=r"has num_heads=2, the connector has 4; set connector.num_heads=2$"):
+        start(tmp_path, num_heads=4)
+    with pytest.raises(
+        ValueError, match=r"language_projection.weight has shape \[32, 16\], the connector needs \[48, 1"
+    ):
+        start(tmp_path, llm_width=48, init_projection=True)
+    save_file({"connector.position": torch.ones(5, 24)}, tmp_path / "artifact" / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"was trained with connector.position=true, which only ckpt= reads; take a"):
+        start(tmp_path)
+
+
 def test_projection_of_a_checkpoint_is_read_only_on_demand(tmp_path: Path) -> None:
     reference = captioner(tmp_path)
     torch.manual_seed(0)

@@ -64,7 +64,8 @@ class QFormer(nn.Module):
         tokenizer: folder or hub id of a BERT, whose tokenizer splits that text.
         dropout: of the embeddings, the attention weights and the output of each layer, as in BERT.
         init: random weights, or those of a BERT (arXiv 1810.04805; without cross-attention) or a BLIP-2.
-        init_from: folder or hub id of that checkpoint of Transformers (safetensors).
+        init_from: folder or hub id of that checkpoint of Transformers (safetensors); of a BLIP-2 also a run, whose
+            LLM may be another one.
         package: a Python package that contains checkpoint and tokenizer; if it is installed, no network is needed.
         init_projection: also load the BLIP-2's projection, which fits only the LLM that it was trained with.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.

@@ -1,10 +1,10 @@
-"""Q-Former weights from and to Transformers' BLIP-2 (arXiv 2301.12597), and from BERT (arXiv 1810.04805)."""
+"""Q-Former weights from and to Transformers' BLIP-2 (arXiv 2301.12597), from runs, and from BERT (arXiv 1810.04805)."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -59,6 +59,7 @@ BERT_HEAD = {
     "norm.bias": "cls.predictions.transform.LayerNorm.bias",
     "word_bias": "cls.predictions.bias",
 }
+RUN = Path("artifact/weights.safetensors")  # in the directory of a run
 REMEDIES = {  # part of the name of a tensor that does not fit -> what to set; the first match counts
     "project": "set connector.init_projection=false",
     "text_feed": "set connector.text=false or choose a checkpoint with its text path",
@@ -95,7 +96,8 @@ def our_name(theirs: str) -> str | None:
 def start_from_blip2(state: Mapping[str, Tensor], folder: str, *, num_heads: int, projection: bool) -> None:
     """Copy the weights of a Transformers Q-Former into `state`, the tensors of a module; `position` keeps its values.
 
-    A Blip2QFormerModel alone has the blocks and the norm before them; all other tensors then keep their values. Raises
+    `folder` may also be a run with a Q-Former, whose LLM may be another one if its `projection` is not read. A
+    Blip2QFormerModel alone has the blocks and the norm before them; all other tensors then keep their values. Raises
     ValueError, with both numbers and the option to change, if the checkpoint does not fit.
     """
     checkpoint = _Checkpoint(folder)
@@ -139,7 +141,7 @@ def start_head_from_bert(state: Mapping[str, Tensor], folder: str) -> None:
         _copy(state[name], checkpoint.read(stored))
 
 
-def _names(state: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, str]:
+def _names(state: Iterable[str], table: Mapping[str, str]) -> dict[str, str]:
     """Name in `state` -> name in Transformers, for all tensors in `table`."""
     names = {}
     for name in state:
@@ -156,18 +158,30 @@ def _copy(target: Tensor, tensor: Tensor) -> None:
 
 
 class _Checkpoint:
-    """The tensors of a folder's safetensors files, read one at a time because a BLIP-2 also holds an LLM."""
+    """The tensors of a folder's safetensors files, read one at a time because a BLIP-2 also holds an LLM.
+
+    Those of a run's connector have the names and shapes of BLIP-2's.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.shapes: dict[str, list[int]] = {}
         self._files: dict[str, tuple[Path, str]] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
+        self._is_run = (Path(folder) / RUN).is_file()
+        for path in [Path(folder) / RUN] if self._is_run else sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118, not a dictionary
                     name = re.sub("gamma$", "weight", re.sub("beta$", "bias", stored))  # BERT's first release
-                    self.shapes[name] = file.get_slice(stored).get_shape()
+                    if self._is_run:
+                        ours = stored.removeprefix("connector.")
+                        name = _names([ours], BLIP2).get(ours, stored)
+                    self.shapes[name] = self._added(name) + file.get_slice(stored).get_shape()
                     self._files[name] = (path, stored)
+        if "connector.position" in self.shapes:
+            raise ValueError(
+                f"connector.init_from={folder} was trained with connector.position=true, which only ckpt= reads; take "
+                "a run with connector.position=false"
+            )
         if not self.shapes:
             raise ValueError(
                 f"connector.init_from={folder} has no tensors in *.safetensors; download the checkpoint and set "
@@ -177,7 +191,12 @@ class _Checkpoint:
     def read(self, name: str) -> Tensor:
         path, stored = self._files[name]
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(stored)
+            tensor = file.get_tensor(stored)
+        return tensor.reshape(*self._added(name), *tensor.shape)
+
+    def _added(self, name: str) -> list[int]:
+        """The axes that a tensor has in BLIP-2 and not in a run."""
+        return [1] if self._is_run and name == "query_tokens" else []
 
     def check(self, state: Mapping[str, Tensor], names: Mapping[str, str], *, num_heads: int) -> None:
         """Raise ValueError on the first difference in options, names or shapes between the checkpoint and `state`."""
@@ -208,8 +227,10 @@ class _Checkpoint:
 
     def _num_heads(self) -> dict[str, int]:
         """The number of heads, if the folder has a config; it does not follow from the shapes."""
-        path = Path(self.folder) / "config.json"
+        path = Path(self.folder) / ("artifact/manifest.json" if self._is_run else "config.json")
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if self._is_run:
+            return {key: value for key, value in config["parts"]["connector"].items() if key == "num_heads"}
         heads = config.get("qformer_config", config).get("num_attention_heads")
         return {} if heads is None else {"num_heads": heads}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -54,6 +55,7 @@ class VLMDataModule(pl.LightningDataModule):
         max_length: maximum tokens of a row, visual tokens included.
         train_on, system_prompt, too_long: see `TextEncoder`.
         plain_answers: write answers in lower case without punctuation, as BLIP trains on captions.
+        split_answers: give a random number of the first words of an answer with the question, in training only.
         num_val_samples: number of samples that each validation reads (None: all).
         on_bad_sample: `raise` at the first sample that cannot be read, or `skip` it.
         max_bad_ratio: with `skip`, the ratio of bad samples above which the run stops; above 0 it allows at least one.
@@ -91,6 +93,7 @@ class VLMDataModule(pl.LightningDataModule):
         system_prompt: str | None = None,
         too_long: TooLong = "drop",
         plain_answers: bool = False,
+        split_answers: bool = False,
         num_val_samples: Samples | None = 128,
         on_bad_sample: Literal["raise", "skip"] = "skip",
         max_bad_ratio: Ratio = 0.01,
@@ -136,7 +139,8 @@ class VLMDataModule(pl.LightningDataModule):
                 f"data.system_prompt={quoted(system_prompt)} has <image>, but a system prompt has no image; write "
                 r"\<image> for the word, or leave it out"
             )
-        self.train_on, self.too_long, self.plain_answers = train_on, too_long, plain_answers
+        self.train_on, self.too_long = train_on, too_long
+        self.plain_answers, self.split_answers = plain_answers, split_answers
         self.system_prompt = None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>")
         self.augment = None if augment is None else Augment(**augment)
         self.num_val_samples, self.seed, self.epochs = num_val_samples, seed, epochs
@@ -327,7 +331,7 @@ class VLMDataModule(pl.LightningDataModule):
         return Rows(
             source=source,
             split=split,
-            reader=self.reader,
+            reader=replace(self.reader, split_answers=self.split_answers and split == "train"),
             max_bad=max(1, int(self.max_bad_ratio * len(source))) if self.max_bad_ratio else 0,
             bad_samples_file=self.bad_samples_file,
             augment=self.augment if split == "train" else None,

@@ -9,8 +9,9 @@ from PIL.Image import Image
 
 from vlm.data.collate import Row, make_row
 from vlm.data.reading import Reading, applied
+from vlm.data.split import digest
 from vlm.quote import one_line
-from vlm.schema import BadSample, Content, Form, Sample, Source, VisualSpec
+from vlm.schema import BadSample, Content, Form, Message, Sample, Source, VisualSpec
 from vlm.text.encode import TextEncoder
 from vlm.text.row import Encoded
 from vlm.text.turns import check_placeholders
@@ -24,7 +25,7 @@ class SampleReader:
 
     A text that the chat template refuses is a defect too; the preflight reports a template that refuses all samples.
     `max_answers` is the number of answers that the LLM can learn per row (None: any number). With `plain_answers`,
-    answers are written as BLIP trains on captions.
+    answers are written as BLIP trains on captions, and with `split_answers` they begin in the question.
     """
 
     text: TextEncoder
@@ -33,6 +34,7 @@ class SampleReader:
     max_answers: int | None = None
     form: Form = "conversation"
     plain_answers: bool = False
+    split_answers: bool = False
 
     def sample(self, source: Source, index: int) -> Sample:
         """Sample `index` of the source, read and checked."""
@@ -47,17 +49,15 @@ class SampleReader:
         return self._written(sample)
 
     def _written(self, sample: Sample) -> Sample:
-        if not self.plain_answers:
-            return sample
-        return replace(
-            sample,
-            messages=[
+        if self.plain_answers:
+            messages: list[Message] = [
                 {**message, "content": [plain(item) for item in message["content"]]}
                 if message["role"] == "assistant"
                 else message
                 for message in sample.messages
-            ],
-        )
+            ]
+            sample = replace(sample, messages=messages)
+        return split_answer(sample) if self.split_answers else sample
 
     def check(self, sample: Sample) -> None:
         """Raise BadSample for images that are not 8-bit RGB, for more or fewer images than placeholders, and for text
@@ -116,6 +116,23 @@ def plain(item: Content) -> Content:
     """A text as BLIP trains on it: lower case, no punctuation but commas, hyphens and apostrophes, 50 words at most."""
     words = re.sub(r"[.!\"()*#:;~]", " ", item.get("text", "").lower()).split()
     return item if item["type"] == "image" else {**item, "text": " ".join(words[:MAX_PLAIN_WORDS])}
+
+
+def split_answer(sample: Sample) -> Sample:
+    """The sample with the first words of its last answer at the end of the question: from none to all but one of them.
+
+    Their number follows from the sample's id, as if drawn evenly (prefix language modeling, arXiv 1910.10683).
+    """
+    *before, question, answer = sample.messages
+    words = "".join(item["text"] for item in answer["content"] if item["type"] == "text").split()
+    num = digest(sample.id) % max(1, len(words))
+    if num == 0:
+        return sample
+    asks = any(item["type"] == "text" for item in question["content"])
+    given: Content = {"type": "text", "text": " " * asks + " ".join(words[:num])}
+    learned: Content = {"type": "text", "text": " ".join(words[num:])}
+    question, answer = {**question, "content": [*question["content"], given]}, {**answer, "content": [learned]}
+    return replace(sample, messages=[*before, question, answer])
 
 
 def read(source: Source, index: int, *, reading: Reading, outline: bool = False) -> Sample:
