@@ -56,8 +56,7 @@ def test_options_that_it_refuses(run: Path, tmp_path: Path, told: Any, capfd: py
     [
         (
             {"lora": {"r": 2, "tokens": "after_image"}},
-            "was trained with stage.lora.tokens=after_image, and an exported LoRA acts on all tokens; train with "
-            "stage.lora.tokens=all",
+            "was trained with stage.lora.tokens=after_image, which the model itself must apply; leave out lora=keep",
         ),
         (
             {"quantization": "nf4"},
@@ -70,7 +69,7 @@ def test_what_no_export_holds(run: Path, tmp_path: Path, told: Any, changes: dic
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     before = {*tmp_path.rglob("*")}
-    assert export(tmp_path, f"out={tmp_path / 'out'}") == 2
+    assert export(tmp_path, f"out={tmp_path / 'out'}", "lora=keep") == 2
     assert told() == f"Error: ckpt={tmp_path} {message}"
     assert {*tmp_path.rglob("*")} == before
 

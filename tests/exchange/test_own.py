@@ -22,11 +22,18 @@ FORMS = {
         *(*HF, tower("clip_vision_model"), "connector=qformer"),
         *(f"connector.{option}" for option in QFORMER.split()),
     ],
-    "lora": ["encoder=efficientnet_lite0", "encoder.weights=random", "stage=instruct", "stage.lr.llm=0.1"],
+    "lora": [
+        *("encoder=efficientnet_lite0", "encoder.weights=random", "encoder.image_size=64"),
+        *("stage=instruct", "stage.lr.llm=0.1"),
+    ],
+    "after_image": [
+        *("encoder=tiny", "encoder.image_size=32", "stage=instruct", "stage.lr.llm=0.1"),
+        *("stage.lora.tokens=after_image", "data.text_replay=0"),
+    ],
 }
 
 
-SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("qformer", "lora")]
+SLOW = [pytest.param(form, marks=pytest.mark.slow) for form in ("qformer", "lora", "after_image")]
 
 
 @pytest.mark.parametrize("form", ["mlp", *SLOW])
@@ -48,6 +55,10 @@ def test_a_folder_with_its_own_code_answers_as_the_run_does(
         with pytest.raises(ValueError, match="trust_remote_code"):
             answers(out, [], QUESTION)
     assert found == [trained.answer(images, QUESTION, max_new_tokens=12) for images in asked]
+    if form in ("lora", "after_image"):
+        with trained.model.without_adapter():
+            without = [trained.answer(images, QUESTION, max_new_tokens=12) for images in asked]
+        assert [one != other for one, other in zip(found, without, strict=True)] == [True] * 3 + [form == "lora"]
     tensors = load_file(out / "model.safetensors")
     for name, tensor in weights(run).items():
         if name.startswith("connector."):

@@ -65,14 +65,15 @@ def export(
             f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, whose weights no export writes; train "
             "with llm.quantization=none"
         )
-    tokens = (manifest["lora"] or {}).get("tokens", "all")
-    if tokens != "all":
-        raise ValueError(
-            f"ckpt={ckpt} was trained with stage.lora.tokens={tokens}, and an exported LoRA acts on all tokens; train "
-            "with stage.lora.tokens=all"
-        )
     if lora == "keep" and not manifest["lora"]:
         raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
+    tokens = (manifest["lora"] or {}).get("tokens", "all")
+    if lora == "keep" and tokens != "all":
+        raise ValueError(
+            f"ckpt={ckpt} was trained with stage.lora.tokens={tokens}, which the model itself must apply; leave out "
+            "lora=keep"
+        )
+    merged = bool(lora == "merge" and manifest["lora"] and tokens == "all")
     disable_progress_bar()
     with _opened(ckpt, given or {}) as (model, data, settings):
         kind, nearest, obstacles = _kind(ckpt, model)
@@ -85,10 +86,10 @@ def export(
             "with_image": kind.NEEDS_IMAGE,
         }
         expected = check.references(model, data, **options)
-        if lora == "merge" and manifest["lora"]:
+        if merged:
             model.llm.merge_lora()
         if dtype == "bfloat16":
-            if lora == "merge" and manifest["lora"]:
+            if merged:
                 _check_merged(expected, check.references(model, data, **options))
             _round(model)
             expected = check.references(model, data, **options)
@@ -107,7 +108,7 @@ def export(
             facts = {
                 "run": str(ckpt),
                 "chat_template": model.chat_template,
-                "lora": kept or ("merged" if manifest["lora"] else None),
+                "lora": kept or ("merged" if merged else "in the model" if manifest["lora"] else None),
                 "dtype": dtype,
                 "check": asdict(agreement),
                 "code": run.provenance(),
@@ -126,6 +127,8 @@ def _kind(ckpt: Path, model: Composed) -> tuple[Any, Any, list[str]]:
     if isinstance(model.connector, QFormer):
         nearest = blip2 if model.connector.instructions is None else instructblip
     obstacles = list(nearest.obstacles(model))
+    if (tokens := model.llm.adapted.tokens) != "all":
+        obstacles.append(f"stage.lora.tokens={tokens} must be all")
     if not obstacles:
         return nearest, nearest, []
     if without := list(own.obstacles(model)):

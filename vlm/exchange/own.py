@@ -66,11 +66,13 @@ def save(
         "grid": list(encoder.grid),
         "output_rms": 1.0,  # of the first weights alone
     }
+    adapter = _adapter(llm)
     config = modeling_vlm.VLMConfig(
         encoder=_encoder_options(encoder, settings["encoder"]),
         connector={**_without_weights(settings["connector"]), **sizes},
         text_config=llm.model.config.to_dict(),
         image_token_id=image_id,
+        adapter=_adapter_facts(llm, adapter),
         tie_word_embeddings=bool(llm.model.config.tie_word_embeddings),
         architectures=[NAME],
         dtype=dtype,
@@ -83,6 +85,8 @@ def save(
     state = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state |= {f"connector.{name}": tensor for name, tensor in connector.state_dict().items()}
     state |= {f"language_model.{name}": tensor for name, tensor in without_adapter(llm.model).items()}
+    for number, (down, up) in enumerate(adapter.values()):
+        state |= {f"adapters.{number}.down.weight": down, f"adapters.{number}.up.weight": up}
     typed = _cast(state, dtype)
     for part, module in (("encoder", encoder), ("connector", connector)):
         computed = {f"{part}.{name}": buffer for name, buffer in module.named_buffers()}
@@ -91,6 +95,22 @@ def save(
     save_torch_state_dict(typed, folder, shared_tensors_to_discard=[f"language_model.{head}.weight"])
     _write_code(type(encoder), type(connector), folder)
     return []
+
+
+def _adapter(llm: CausalLM) -> dict[str, tuple[Tensor, Tensor]]:
+    """The matrices of a LoRA that cannot be apart from the model, because it acts on some tokens only, by layer."""
+    state, a = llm.model.state_dict(), ".lora_A.default.weight"
+    layers = [name.removesuffix(a) for name in state if name.endswith(a) and llm.adapted.tokens != "all"]
+    return {name: (state[f"{name}{a}"], state[f"{name}{a.replace('A', 'B')}"]) for name in layers}
+
+
+def _adapter_facts(llm: CausalLM, adapter: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any] | None:
+    if not adapter:
+        return None
+    layers = [(name, down.shape[1], len(up)) for name, (down, up) in adapter.items()]
+    first = llm.model.get_submodule(next(iter(adapter)))
+    scales = {"r": first.r["default"], "scale": first.scaling["default"]}
+    return {"tokens": llm.adapted.tokens, **scales, "layers": layers}
 
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
