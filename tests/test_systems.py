@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from tests.helpers.configs import DOCUMENTS
 from vlm import config
 from vlm.launch.entry import CONF
 from vlm.launch.overrides import override
@@ -131,6 +132,34 @@ def test_llavas_two_stages(experiment: str) -> None:
     )
     assert instruct["data"]["batch_size"] * (16 if is_next else 8) == (64 if is_next else 128)
     assert instruct["trainer"]["max_steps"] == (-(-748000 // 64) if is_next else -(-665298 // 128))
+
+
+def test_flamingos_parameters() -> None:
+    """By the authors' helpers.py: 24 gated blocks, a resampler of 6; and two tokens, for which they count a table."""
+    width, visual, inner = 2048, 1024, 8 * 64
+    block = 2 * width * inner + 2 * visual * inner + 8 * width**2 + 4 * width + 2
+    resampler = 64 * visual + 6 * (4 * visual * inner + 8 * visual**2 + 6 * visual) + 2 * visual
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        settings = without_weights(config.plain(compose("train", ["experiment=flamingo_3b", *DOCUMENTS, "run_dir=x"])))
+    config.check(settings)
+    assert trained(settings) == {"connector": 24 * block + resampler, "llm": 2 * 2 * width}
+    header = Path(CONF, "experiment", "flamingo_3b.yaml").read_text().partition("defaults:")[0].replace("\n#", "")
+    row = next(
+        line
+        for line in Path(CONF).parent.joinpath("docs", "systems.md").read_text().splitlines()
+        if "flamingo_3b" in line
+    )
+    for number in (24 * block + resampler, 24 * block + resampler + 50280 * width):  # ours without the rows; theirs
+        assert f"{number:,}" in header
+    assert f"{24 * block + resampler + 4 * width:,}" in row
+    of, data = settings["stage"], settings["data"]
+    assert (of["lr"], of["schedule"]) == ({"encoder": None, "connector": 1e-4, "llm": 1e-4}, "constant")
+    assert of["warmup_ratio"] * settings["trainer"]["max_steps"] == pytest.approx(1875, abs=1)
+    assert settings["trainer"]["max_steps"] == -(-480 * 125_000 // (32 * 64))
+    assert (data["batch_size"], data["weights"]) == (32 + 64, {"documents": 1, "pairs": 2})
+    documents = data["sources"]["documents"]
+    assert (documents["max_images"], documents["min_similarity"], documents["keep_single_image"]) == (6, 0.24, 0.5)
 
 
 def test_minigpt4s_two_stages() -> None:

@@ -88,6 +88,7 @@ def build_reader(cfg: Mapping[str, Any], model: Model) -> SampleReader:
         tile_rows=spec.tile_rows,
         row_separator=spec.row_separator,
         num_packed=spec.num_packed,
+        image_token=spec.image_token,
         train_on="last_assistant",
         system_prompt=None if system_prompt is None else system_prompt.replace(r"\<image>", "<image>"),
     )

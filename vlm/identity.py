@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 SAMPLE = 1024  # values per tensor in a fingerprint
+ADDED = "added_tokens."  # prefix of the names of what is no pretrained tensor
 # Keys of a config that do not describe the architecture, or that the manifest has elsewhere.
 IGNORED_KEYS = {
     *("pretrained", "package", "weights", "trust_remote_code", "gradient_checkpointing"),
@@ -45,9 +46,12 @@ def fingerprint(module: nn.Module) -> str:
     """A hash of tensor names, shapes and 1,024 evenly spaced values per tensor, equal for float32 and bfloat16.
 
     It takes less than a second for billions of parameters. Of tensors on the meta device only name and shape count.
+    Rows of tokens that are added to an LLM do not count.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(ADDED):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta and tensor.numel():
             flat = tensor.detach().flatten()

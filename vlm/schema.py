@@ -180,6 +180,7 @@ class VisualSpec:
     kept_patches: Callable[[tuple[int, int]], tuple[int, int]] | None = None
     num_packed: Callable[[tuple[int, int]], int] | None = None  # number of placeholders of an image of this size
     max_packed: int = 0  # the most that an image can have
+    image_token: str | None = None  # a special token of the tokenizer that marks the place of each image
     instruction: Callable[[str], list[int]] | None = None  # the ids of a question, for a connector that reads it
 
 

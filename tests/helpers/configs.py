@@ -10,6 +10,11 @@ from vlm.launch.configs import CONF, OF_EVAL
 GROUPS = sorted(path.name for path in Path(CONF).iterdir() if path.is_dir() and path.name not in OF_EVAL)
 COMPOSED = ["llm=tiny", "encoder=tiny", "run_dir=x"]
 FILES = ["data.annotations=a.json", "data.images=b"]
+DOCUMENTS = [
+    "data.sources.documents.annotations=a.json",
+    "data.sources.documents.images=b",
+    "data.sources.pairs.shards=c.tar",
+]
 WITHOUT_LLM = {"stage=pretrain", "experiment=blip2_stage1", "experiment=blip2_stage1_small"}  # their model has none
 
 
@@ -17,10 +22,12 @@ NEEDED = {
     ("data", "captions"): FILES,
     ("data", "image_folder"): ["data.root=a"],
     ("data", "interleaved"): FILES,
+    ("data", "flamingo"): DOCUMENTS,
     ("data", "instruct"): FILES,
     ("data", "webdataset"): ["data.shards=a.tar"],
     ("experiment", "minigpt4_7b"): [*FILES, "connector.init_from=x"],
     ("experiment", "blip2_stage1"): FILES,
+    ("experiment", "flamingo_3b"): DOCUMENTS,
     **{("experiment", name): FILES for name in ("blip2_opt_2_7b", "blip2_flan_t5_xl", "instructblip_vicuna_7b")},
     ("model", "qformer_pretraining"): ["stage=pretrain"],
     ("objective", "representation_learning"): ["stage=pretrain"],

@@ -19,6 +19,7 @@ MORE_SPECIAL = [  # of other families; the last ids, so that those of the bytes 
     *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("[INST]", "[/INST]"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    "<|endofchunk|>",
 ]
 CORPUS = [
     "A red circle and two blue squares.\n\nWhere is the star?  In the top left corner.",

@@ -50,6 +50,8 @@ def merge(
             f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, and a LoRA cannot be merged into "
             "quantized weights; use it as it is"
         )
+    if added := manifest["bases"].get("llm", {}).get("added_tokens"):
+        raise ValueError(f"ckpt={ckpt} has llm.added_tokens={added}, which cannot be merged; use the run as it is")
     if out.exists():
         raise ValueError(f"out={out} exists already; choose another folder")
     config.enter_folder_of(ckpt)

@@ -23,6 +23,7 @@ vlm-import <folder or file> out=<run dir> [<option>=<value> ...]
     InstructBlipForConditionalGeneration
   mm_projector.bin of LLaVA's own code, or its tensors as safetensors
   a checkpoint of BLIP-2 of LAVIS, of which the Q-Former is read
+  a checkpoint of OpenFlamingo: its resampler, gated blocks and added tokens
 
 Options:
   chat_template=<name>   the chat template of the training, such as vicuna_v1 (a folder of vlm-export has it)
@@ -103,8 +104,10 @@ def reader(source: Path, chat_template: str | None) -> Any:
 
 
 def _of_file(state: Mapping[str, Any]) -> Imported:
-    from vlm.exchange import from_lavis, from_llava
+    from vlm.exchange import from_lavis, from_llava, from_open_flamingo
 
+    if from_open_flamingo.is_open_flamingo(state):
+        return from_open_flamingo.read_flamingo(state)
     return from_lavis.read_qformer(state) if from_lavis.is_lavis(state) else from_llava.read_projector(state)
 
 

@@ -7,7 +7,7 @@ I largest number of images in a row, H heads, W head_dim, L queries of a row (to
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,18 +31,90 @@ POSITION_SCALE = 0.5  # of the learned vector per visual token at the start, rel
 SQUARED_RELU_SECOND_MOMENT = 1.5  # E[relu(z)⁴] for z ~ N(0, 1): half of E[z⁴] = 3
 
 
-class CrossAttention(nn.Module):
+class AttendedLayers(nn.Module):
+    """A connector whose gated blocks run before layers of the LLM and attend to the visual tokens.
+
+    Forward pre-hooks run the blocks. The LLM's modules and names do not change; the blocks belong to this module.
+    Outside `attending_to` they do nothing. A token attends to the last image before it, or with `all_previous_images`
+    to all of them.
+
+    Attributes:
+        every: distance between the layers that have a block.
+        blocks: filled by `attach`.
+        make_block: makes one; a block has `project` and `forward` as `GatedBlock`, and an `attention_gate`.
+    """
+
+    fusion: ClassVar[str] = "layers"
+
+    every: int
+    all_previous_images: bool
+    blocks: nn.ModuleList
+    make_block: Callable[[], Any]
+    _context: VisualContext | None = None
+
+    def attended(self, layers: Sequence[nn.Module]) -> Sequence[nn.Module]:
+        """The layers that have a block before them."""
+        return layers[:: self.every]
+
+    def normed(self, visual: Float[Tensor, "n k e"]) -> Float[Tensor, "n k e"]:
+        """The visual tokens as the blocks take them."""
+        return visual
+
+    def attach(self, layers: Sequence[nn.Module]) -> None:
+        """Create the blocks and hook them before layers of the LLM."""
+        if self.every > len(layers):
+            raise ValueError(
+                f"connector.every={self.every} but the LLM has {len(layers)} layers; "
+                f"set connector.every= to {len(layers)} or less"
+            )
+        for layer in self.attended(layers):
+            with next(self.parameters()).device:  # may be the meta device
+                block = self.make_block()
+            self.blocks.append(block)
+            layer.register_forward_pre_hook(partial(self._pre_hook, block))
+
+    @contextmanager
+    def attending_to(self, visual: Float[Tensor, "n k e"], batch: Batch) -> Iterator[None]:
+        """Context in which the LLM attends to the images of `batch`, also while it generates."""
+        self._context = VisualContext.of(self.normed(visual), batch, all_previous_images=self.all_previous_images)
+        try:
+            yield
+        finally:
+            self._context = None
+
+    def _pre_hook(self, block: Any, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The input of a layer after its block; None leaves it unchanged."""
+        hidden = args[0]  # R T D
+        # A layer that is checkpointed with its hooks runs again in the backward pass, after `attending_to` has ended.
+        # Its input is the same tensor then, so the context is stored on it.
+        stored = getattr(hidden, CONTEXT, None) if ModuleTracker().is_bw else None
+        context: VisualContext | None = self._context or stored
+        if context is None:
+            return None
+        if torch.is_grad_enabled():
+            setattr(hidden, CONTEXT, context)
+        elif context.differentiable:
+            raise ValueError(
+                "a layer checkpointed with use_reentrant=True loses the gradient of the visual tokens; "
+                "set use_reentrant=False"
+            )
+        # All beams of a row have the same keys, so they are joined to the queries of one row. The hidden states of a
+        # bfloat16 LLM are cast for the block and back, which changes no value while the gates are zero.
+        queries = hidden.to(block.attention_gate.dtype).reshape(len(context.visual), -1, hidden.shape[2])  # B L D
+        added = block(queries, *context.keys_and_values(block), context.visible(*hidden.shape[:2]))  # B L D
+        return (added.reshape(hidden.shape).to(hidden.dtype), *args[1:])
+
+
+class CrossAttention(AttendedLayers):
     """features [N,P,Dv] -> visual [N,K,D], to which gated blocks before the LLM's layers attend.
 
         features ── resampler ──► visual ──────┬───────────────────────────┐
                                                ▼                           ▼
         embeds ───────────────────────────► block ──► layers 0, 1, … ──► block ──► layers `every`, … ──► logits
 
-    A forward pre-hook runs a block before every n-th layer, from the first. The LLM's modules and names do not change;
-    the blocks belong to this module. Their gates start at zero, so the LLM's output is unchanged at the start. A token
-    attends to the last image before it; a token without one is not changed, as in Llama 3.2, so the LLM's output for
-    text alone stays the same. Outside `attending_to` the blocks do nothing. A learned vector per visual token gives its
-    position, because attention ignores the order.
+    A block runs before every n-th layer, from the first. The gates start at zero, so the LLM's output is unchanged at
+    the start. A token without an image before it is not changed, as in Llama 3.2, so the LLM's output for text alone
+    stays the same. A learned vector per visual token gives its position, because attention ignores the order.
 
     Parameters: the resampler's, K·D for the learned vectors, and for each block 4·D·H·W for attention, 2·ff_mult·D² for
     the feed-forward layer, 4·D for the norms and 2·D for the gates.
@@ -54,8 +126,6 @@ class CrossAttention(nn.Module):
         num_queries, depth: visual tokens per image and number of blocks of the resampler.
         num_heads, head_dim, ff_mult: of attention and feed-forward in all blocks, also in the resampler's.
     """
-
-    fusion: ClassVar[str] = "layers"
 
     def __init__(
         self,
@@ -90,7 +160,7 @@ class CrossAttention(nn.Module):
         self.num_tokens = num_queries
         self.every, self.all_previous_images = every, all_previous_images
         self.blocks = nn.ModuleList()  # filled by `attach`
-        self._make_block = partial(
+        self.make_block = partial(
             GatedBlock,
             width=llm_width,
             num_heads=num_heads,
@@ -98,56 +168,13 @@ class CrossAttention(nn.Module):
             ff_mult=ff_mult,
             output_rms=output_rms,
         )
-        self._context: VisualContext | None = None
 
     def forward(self, features: Float[Tensor, "n p dv"]) -> Float[Tensor, "n k d"]:
         return self.resampler(features) + self.places  # N K D
 
-    def attach(self, layers: Sequence[nn.Module]) -> None:
-        """Create the blocks and hook them before every n-th layer of the LLM."""
-        if self.every > len(layers):
-            raise ValueError(
-                f"connector.every={self.every} but the LLM has {len(layers)} layers; "
-                f"set connector.every= to {len(layers)} or less"
-            )
-        for layer in layers[:: self.every]:
-            with next(self.resampler.parameters()).device:  # may be the meta device
-                block = self._make_block()
-            self.blocks.append(block)
-            layer.register_forward_pre_hook(partial(self._pre_hook, block))
-
-    @contextmanager
-    def attending_to(self, visual: Float[Tensor, "n k d"], batch: Batch) -> Iterator[None]:
-        """Context in which the LLM attends to the images of `batch`, also while it generates."""
-        # Visual tokens have the scale of embeddings; the blocks are initialized for inputs of scale 1.
-        normed = F.layer_norm(visual, visual.shape[2:])  # N K D
-        self._context = VisualContext.of(normed, batch, all_previous_images=self.all_previous_images)
-        try:
-            yield
-        finally:
-            self._context = None
-
-    def _pre_hook(self, block: GatedBlock, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The input of a layer after its block; None leaves it unchanged."""
-        hidden = args[0]  # R T D
-        # A layer that is checkpointed with its hooks runs again in the backward pass, after `attending_to` has ended.
-        # Its input is the same tensor then, so the context is stored on it.
-        stored = getattr(hidden, CONTEXT, None) if ModuleTracker().is_bw else None
-        context: VisualContext | None = self._context or stored
-        if context is None:
-            return None
-        if torch.is_grad_enabled():
-            setattr(hidden, CONTEXT, context)
-        elif context.differentiable:
-            raise ValueError(
-                "a layer checkpointed with use_reentrant=True loses the gradient of the visual tokens; "
-                "set use_reentrant=False"
-            )
-        # All beams of a row have the same keys, so they are joined to the queries of one row. The hidden states of a
-        # bfloat16 LLM are cast for the block and back, which changes no value while the gates are zero.
-        queries = hidden.to(block.attention_gate.dtype).reshape(len(context.visual), -1, hidden.shape[2])  # B L D
-        added = block(queries, *context.keys_and_values(block), context.visible(*hidden.shape[:2]))  # B L D
-        return (added.reshape(hidden.shape).to(hidden.dtype), *args[1:])
+    def normed(self, visual: Float[Tensor, "n k d"]) -> Float[Tensor, "n k d"]:
+        """Visual tokens have the scale of embeddings; the blocks are initialized for inputs of scale 1."""
+        return F.layer_norm(visual, visual.shape[2:])  # N K D
 
 
 @dataclass(frozen=True)
@@ -161,7 +188,7 @@ class VisualContext:
     num_images: Int[Tensor, "b 1"]
     all_previous_images: bool
     differentiable: bool  # gradients were enabled in `attending_to`
-    cache: dict[GatedBlock, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cache: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, visual: Float[Tensor, "n k d"], batch: Batch, *, all_previous_images: bool) -> VisualContext:
@@ -205,7 +232,7 @@ class VisualContext:
         visible = self.image <= before if self.all_previous_images else self.image == before  # B L S
         return visible & (self.image > hidden)
 
-    def keys_and_values(self, block: GatedBlock) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, block: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of the block, cached without gradients: they cost more than the rest of a generated token."""
         if torch.is_grad_enabled():
             return block.project(self.visual)
@@ -239,7 +266,7 @@ class GatedBlock(nn.Module):
 
     def project(self, visual: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
         """Keys and values of the visual tokens."""
-        return self._heads(self.k(visual)), self._heads(self.v(visual))
+        return split_heads(self.k(visual), self.num_heads), split_heads(self.v(visual), self.num_heads)
 
     def forward(
         self,
@@ -249,17 +276,29 @@ class GatedBlock(nn.Module):
         visible: Bool[Tensor, "b l s"],
     ) -> Float[Tensor, "b l d"]:
         has_image = visible.any(2, keepdim=True)  # B L 1
-        queries = self._heads(self.q(self.attention_norm(hidden)))  # B H L W
-        # Queries without an image attend to everything, for a finite gradient; then their output is set to 0.
-        mask = (visible | ~has_image)[:, None]  # B 1 L S
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
-        attended = attended.transpose(1, 2).flatten(2) * has_image  # B L H·W
+        queries = split_heads(self.q(self.attention_norm(hidden)), self.num_heads)  # B H L W
+        attended = attend(queries, keys, values, visible)  # B L H·W
         hidden = hidden + (GATE_SCALE * self.attention_gate).tanh() * self.out(attended)  # B L D
         inner = F.relu(self.ff_in(self.ff_norm(hidden))).square() * has_image  # B L ff_mult·D
         return hidden + (GATE_SCALE * self.ff_gate).tanh() * self.ff_out(inner)  # B L D
 
-    def _heads(self, x: Float[Tensor, "b t e"]) -> Float[Tensor, "b h t w"]:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+def split_heads(x: Float[Tensor, "b t e"], num_heads: int) -> Float[Tensor, "b h t w"]:
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(
+    queries: Float[Tensor, "b h l w"],
+    keys: Float[Tensor, "b h s w"],
+    values: Float[Tensor, "b h s w"],
+    visible: Bool[Tensor, "b l s"],
+) -> Float[Tensor, "b l e"]:
+    """What each query gets of the visual tokens that it may attend to, all heads in one vector; 0 if it has none."""
+    has_image = visible.any(2, keepdim=True)  # B L 1
+    # Queries without an image attend to everything, for a finite gradient; then their output is set to 0.
+    mask = (visible | ~has_image)[:, None]  # B 1 L S
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # B H L W
+    return attended.transpose(1, 2).flatten(2) * has_image  # B L H·W
 
 
 def _linear(fan_in: int, fan_out: int, *, gain: float = 1.0) -> nn.Linear:

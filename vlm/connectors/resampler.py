@@ -43,6 +43,7 @@ class PerceiverResampler(nn.Module):
         ff_mult: hidden width of the feed-forward layer divided by `width`.
         width: of the latents; None is the encoder's. Another width adds a linear projection before the blocks.
         qk_norm: layer norm on each head's queries and keys.
+        gelu: GELU in place of ReLU.
         position: add a learned position embedding per patch to the keys, not to the values, as in DETR (arXiv
             2005.12872): the features of a ConvNet hold little of the position. The features get a norm without
             parameters first, and each query starts with attention to one patch.
@@ -60,6 +61,7 @@ class PerceiverResampler(nn.Module):
         ff_mult: int = 4,
         width: int | None = None,
         qk_norm: bool = False,
+        gelu: bool = False,
         position: bool = True,
     ) -> None:
         super().__init__()
@@ -71,7 +73,7 @@ class PerceiverResampler(nn.Module):
         self.widen = nn.Identity() if width is None else nn.Linear(vision_width, width, bias=False)
         self.position = nn.Parameter(torch.randn(num_patches, self.width)) if position else None
         sizes = {"num_heads": num_heads, "head_dim": head_dim, "ff_mult": ff_mult}
-        blocks = [ResamplerBlock(width=self.width, qk_norm=qk_norm, **sizes) for _ in range(depth)]
+        blocks = [ResamplerBlock(width=self.width, qk_norm=qk_norm, gelu=gelu, **sizes) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(self.width)
         if self.position is not None:
@@ -90,10 +92,12 @@ class PerceiverResampler(nn.Module):
 class ResamplerBlock(nn.Module):
     """The latents attend to the features and to each other; then a feed-forward layer; both with a residual."""
 
-    def __init__(self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, qk_norm: bool) -> None:
+    def __init__(
+        self, *, width: int, num_heads: int, head_dim: int, ff_mult: int, qk_norm: bool, gelu: bool = False
+    ) -> None:
         super().__init__()
         inner = num_heads * head_dim
-        self.num_heads = num_heads
+        self.num_heads, self.activation = num_heads, F.gelu if gelu else F.relu
         self.features_norm = nn.LayerNorm(width)
         self.latents_norm = nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, inner, bias=False) for _ in range(3))
@@ -119,7 +123,7 @@ class ResamplerBlock(nn.Module):
         k = self.k_norm(self._heads(self.k(keys)))  # N H P+K C
         attended = F.scaled_dot_product_attention(q, k, self._heads(self.v(values)))  # N H K C
         latents = latents + self.out(attended.transpose(1, 2).flatten(2))  # N K W
-        return latents + self.ff_out(F.relu(self.ff_in(self.ff_norm(latents))))  # N K W
+        return latents + self.ff_out(self.activation(self.ff_in(self.ff_norm(latents))))  # N K W
 
     def _heads(self, vectors: Float[Tensor, "n s a"]) -> Float[Tensor, "n h s c"]:
         return vectors.unflatten(2, (self.num_heads, -1)).transpose(1, 2)

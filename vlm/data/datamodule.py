@@ -170,6 +170,7 @@ class VLMDataModule(pl.LightningDataModule):
             tile_rows=spec.tile_rows,
             row_separator=spec.row_separator,
             num_packed=spec.num_packed,
+            image_token=spec.image_token,
             train_on=self.train_on,
             system_prompt=self.system_prompt,
             too_long=self.too_long,

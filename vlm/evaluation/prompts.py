@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,9 @@ Shots = Literal["fixed", "random", "nearest"]
 class Prompts:
     """`prompts.samples([i])` is question i of a benchmark as a conversation that ends with the question.
 
-    `shots[i]` names the demonstrations before question i, indices into the questions of `demonstrations`.
+    `shots[i]` names the demonstrations before question i, indices into the questions of `demonstrations`. With
+    `shuffled_answers` their answers are permuted at random, a control; with `without_images` their images are left out,
+    as OpenFlamingo (arXiv 2308.01390) asks with "zero" shots.
     """
 
     def __init__(
@@ -32,19 +34,26 @@ class Prompts:
         benchmark: Benchmark,
         demonstrations: Benchmark | None = None,
         shots: Sequence[Sequence[int]] = (),
+        shuffled_answers: bool = False,
+        without_images: bool = False,
         reading: Reading | None = None,
     ) -> None:
         self.benchmark, self.demonstrations, self.shots = benchmark, demonstrations, shots
+        self._shuffled_answers, self._without_images = shuffled_answers, without_images
         self._reading = reading or Reading()
 
     def outline(self, index: int) -> Sample:
         """A question without its images."""
         question = self.benchmark.questions[index]
         messages: list[Message] = []
-        for number in self._shots_of(index):
-            shown = self._demonstration(number)
-            answer = Message(role="assistant", content=[{"type": "text", "text": self.demonstrations.answer(shown)}])  # type: ignore[union-attr]
-            messages += [*self.demonstrations.messages(shown), answer]  # type: ignore[union-attr]
+        demonstrations: Any = self.demonstrations
+        shown = [demonstrations.questions[number] for number in self._shots_of(index)]
+        answers = [demonstrations.answer(each) for each in shown]
+        if self._shuffled_answers:
+            random.Random(question.id).shuffle(answers)
+        for each, answer in zip(shown, answers, strict=True):
+            messages += [*map(self._shown, demonstrations.messages(each))]
+            messages.append(Message(role="assistant", content=[{"type": "text", "text": answer}]))
         return Sample(id=question.id, images=[], messages=[*messages, *self.benchmark.messages(question)])
 
     def samples(self, indices: Sequence[int]) -> list[Sample | BadSample]:
@@ -63,7 +72,7 @@ class Prompts:
                 try:
                     shown = [
                         image
-                        for number in self._shots_of(index)
+                        for number in (() if self._without_images else self._shots_of(index))
                         for image in images(self.demonstrations, self._demonstration(number))  # type: ignore[arg-type]
                     ]
                     asked = images(self.benchmark, self.benchmark.questions[index])
@@ -71,6 +80,12 @@ class Prompts:
                 except BadSample as error:
                     found.append(error)
         return found
+
+    def _shown(self, message: Message) -> Message:
+        """A message of a demonstration."""
+        if not self._without_images:
+            return message
+        return {**message, "content": [piece for piece in message["content"] if piece["type"] != "image"]}
 
     def _shots_of(self, index: int) -> Sequence[int]:
         return self.shots[index] if self.shots else ()
@@ -83,7 +98,7 @@ class Prompts:
 def choose_shots(
     benchmark: Benchmark, demonstrations: Benchmark, *, num_shots: int, shots: Literal["fixed", "random"], seed: int
 ) -> list[list[int]]:
-    """The demonstrations of each question: drawn without replacement, never about an image of the question.
+    """The demonstrations of each question: of its task, drawn without replacement, never about an image of it.
 
     Raises ValueError if there are too few demonstrations with answers.
     """
@@ -118,11 +133,15 @@ def nearest_shots(
 
 
 def first_other(order: Sequence[int], question: Question, demonstrations: Benchmark, num: int) -> list[int]:
-    """The first `num` demonstrations of an order that have an answer and no image of the question."""
+    """The first `num` demonstrations of an order that have an answer, the question's task, and none of its images.
+
+    A benchmark of several tasks, such as `names`, has the task of a question in its `meta`.
+    """
     found = []
     for number in order:
         shown = demonstrations.questions[number]
-        if shown.references and not {*shown.images} & {*question.images}:
+        same_task = shown.meta.get("task") == question.meta.get("task")
+        if shown.references and same_task and not {*shown.images} & {*question.images}:
             found.append(number)
             if len(found) == num:
                 return found

@@ -65,6 +65,10 @@ def export(
             f"ckpt={ckpt} was trained with an LLM in {manifest['quantization']}, whose weights no export writes; train "
             "with llm.quantization=none"
         )
+    if added := manifest["bases"].get("llm", {}).get("added_tokens"):
+        raise ValueError(
+            f"ckpt={ckpt} has llm.added_tokens={added}, for which no export has a place; use the run as it is"
+        )
     if lora == "keep" and not manifest["lora"]:
         raise ValueError(f"ckpt={ckpt} has no LoRA to keep apart; leave out lora=keep")
     tokens = (manifest["lora"] or {}).get("tokens", "all")

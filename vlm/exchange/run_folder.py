@@ -83,11 +83,12 @@ def write_run(
 
 
 def _load(model: Composed, imported: Imported, source: str) -> dict[str, Tensor]:
-    """Copy all tensors of the connector and return them.
+    """Copy all tensors of the connector, and of tokens that are added to the LLM, and return them.
 
     Raises ValueError where one is missing, superfluous or of another shape.
     """
-    expected = {f"connector.{name}": tensor for name, tensor in model.connector.state_dict().items()}
+    new = ("connector.", "llm.added_tokens.")
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(new)}
     first = {name: tensor for name, tensor in expected.items() if name.startswith(imported.keeps_first or ("\0",))}
     tensors = {**first, **imported.tensors}
     for name in sorted({*expected, *tensors}):

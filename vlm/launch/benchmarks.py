@@ -32,6 +32,8 @@ SHARED: dict[str, Any] = {  # options of every benchmark, given for one or, as b
     "num_samples": Samples | None,
     "num_shots": Annotated[int, Range(0, 256)],
     "shots": Shots,
+    "shuffled_answers": bool,
+    "shots_without_images": bool,
     "seed": Seed,
     "prompt": str,
     "max_new_tokens": MaxNewTokens,
@@ -65,6 +67,8 @@ class Asked:
     num_samples: int | None = None
     num_shots: int = 0
     shots: Literal["fixed", "random", "nearest"] = "fixed"
+    shuffled_answers: bool = False
+    shots_without_images: bool = False
     seed: int = 0
 
     @property
@@ -92,7 +96,12 @@ class Asked:
                     self.benchmark, self.demonstrations, num_shots=self.num_shots, shots=self.shots, seed=self.seed
                 )
         return Prompts(
-            benchmark=self.benchmark, demonstrations=self.demonstrations, shots=shots, reading=respondent.reading
+            benchmark=self.benchmark,
+            demonstrations=self.demonstrations,
+            shots=shots,
+            shuffled_answers=self.shuffled_answers,
+            without_images=self.shots_without_images,
+            reading=respondent.reading,
         )
 
     def key(self, who: Who) -> str:
@@ -101,6 +110,7 @@ class Asked:
         texts = [(question.id, benchmark.ask(question), question.choices) for question in benchmark.questions]
         parts = [harness.VERSION, type(benchmark).__qualname__, benchmark.version, benchmark.method]
         asked = [self.indices, self.num_shots, self.shots, self.seed, benchmark.max_new_tokens]
+        asked += [name for name in ("shuffled_answers", "shots_without_images") if getattr(self, name)]
         identity = json.dumps(who.identity, sort_keys=True, default=str)
         return hashed(*parts, *asked, self.options.get("demonstrations"), identity, texts)
 
@@ -156,7 +166,8 @@ def _bind(name: str, options: Mapping[str, Any]) -> Asked:
                 f"{full}.demonstrations.<key>= to the options that read them, such as those of the training split"
             )
         demonstrations = _benchmark(f"{full}.demonstrations", {**own, **other}, shared)
-    fixed = {key: value for key, value in shared.items() if key in ("num_samples", "num_shots", "shots", "seed")}
+    asked = ("num_samples", "num_shots", "shots", "shuffled_answers", "shots_without_images", "seed")
+    fixed = {key: value for key, value in shared.items() if key in asked}
     return Asked(name=name, benchmark=benchmark, options=dict(options), demonstrations=demonstrations, **fixed)
 
 
@@ -229,6 +240,8 @@ def ask(
         "generation": {"method": asked.benchmark.method, "max_new_tokens": asked.benchmark.max_new_tokens},
         "num_shots": asked.num_shots,
         "shots": asked.shots if asked.num_shots else None,
+        "shuffled_answers": asked.shuffled_answers,
+        "shots_without_images": asked.shots_without_images,
         "options": asked.options,
         "harness": harness.VERSION,
         "version": asked.benchmark.version,

@@ -59,7 +59,7 @@ def changes(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if can_recompute:
         yield recompute
     trained: dict[str, Any] = {}
-    if state not in ("frozen", "lora"):
+    if state == "full" or (isinstance(state, Mapping) and "last_n" in state):
         trained = {f"stage.{part}": "lora", f"stage.lr.{part}": LORA_LR}
         yield trained
         if can_recompute:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from vlm.llms.adapted import AdaptedTokens, Tokens
+from vlm.llms.added_tokens import AddedTokens
 from vlm.llms.bytes import byte_tokenizer
 from vlm.llms.loading import build, load
 from vlm.llms.quantization import Quantization, check_quantization
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module, ABC):
             penalties).
         gradient_checkpointing: recompute layers in the backward pass instead of storing their activations.
         trust_remote_code: run code that comes with the weights; set it only if you trust its author.
+        added_tokens: special tokens beside the vocabulary, whose rows can be trained while the LLM is frozen.
 
     Random or meta weights come with a byte tokenizer instead of the pretrained one.
     """
@@ -68,6 +70,7 @@ class LanguageModel(nn.Module, ABC):
         generation: Literal["greedy", "checkpoint"] = "greedy",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        added_tokens: list[Name] | None = None,
     ) -> None:
         super().__init__()
         check_quantization(quantization, weights=weights)
@@ -82,18 +85,26 @@ class LanguageModel(nn.Module, ABC):
         else:
             device = "meta" if weights == "meta" else "cpu"
             self.model = build(self.auto_class, config, pretrained=pretrained, device=device, **common)
-            self.tokenizer = byte_tokenizer()
+            self.tokenizer = byte_tokenizer(without=added_tokens or ())
             rows, tokens = self.model.get_input_embeddings().num_embeddings, len(self.tokenizer)
             if rows < tokens:
                 raise ValueError(
                     f"llm.config.vocab_size={rows} is less than the {tokens} tokens of the byte tokenizer; set it to "
                     f"at least {tokens}"
                 )
+        self.added_tokens: AddedTokens | None = None
+        if added_tokens:
+            self.added_tokens = AddedTokens(added_tokens, model=self.model, embed_rms=self.embed_rms)
+            self.use_tokenizer(self.tokenizer)
         self.model.eval()
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if attention == "auto":
             self.auto_attention()
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Use a tokenizer, to which the added tokens are added."""
+        self.tokenizer = tokenizer if self.added_tokens is None else self.added_tokens.add_to(tokenizer)
 
     def auto_attention(self) -> None:
         """Replace PyTorch's attention where there is a faster one for this model and machine."""
@@ -189,7 +200,7 @@ class LanguageModel(nn.Module, ABC):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Context in which the model has the generation config of the option `generation`.
+        """Context in which the model has the generation config of the option `generation`, and counts the added tokens.
 
         A config passed to Transformers' `generate` would be completed from the checkpoint's.
         """
@@ -198,8 +209,10 @@ class LanguageModel(nn.Module, ABC):
             start = published.decoder_start_token_id
             start = getattr(self.model.config, "decoder_start_token_id", None) if start is None else start
             self.model.generation_config = GenerationConfig(do_sample=False, num_beams=1, decoder_start_token_id=start)
+        counted = nullcontext() if self.added_tokens is None else self.added_tokens.counted(self.model.config)
         try:
-            yield
+            with counted:
+                yield
         finally:
             self.model.generation_config = published
 

@@ -24,6 +24,7 @@ from vlm.text.templates import TEMPLATES
 
 RANDOM_WEIGHTS_SEED = 0  # a random encoder or LLM is the same in every run, like a pretrained one
 SIZES = ("vision_width", "llm_width", "grid", "output_rms")  # arguments of a connector that come from encoder and LLM
+ONLY_ADDED = {"only": ["added_tokens"]}  # the state of an LLM that is frozen but for the rows of its added tokens
 
 
 class Composed(Model, PredictsTokens, Generates, AnswersText):
@@ -40,7 +41,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     parts = {  # noqa: RUF012
         "encoder": ("frozen", "full", "last_n"),
         "connector": ("frozen", "full", "only"),
-        "llm": ("frozen", "full", "lora", "last_n"),
+        "llm": ("frozen", "full", "lora", "last_n", "only"),
     }
     pretrained = ("encoder", "llm")
     layer_decay_part = "encoder"
@@ -159,7 +160,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         return self.llm(self.llm.embed(batch.input_ids), batch.llm_mask, batch.position_ids, batch.logits_mask)  # M V
 
     def text_parameters(self) -> Iterator[nn.Parameter]:
-        return self.llm.parameters()
+        return self.llm.model.parameters()
 
     def without_adapter(self) -> AbstractContextManager[None]:
         return self.llm.without_adapter()
@@ -204,6 +205,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
             image_size=self.encoder.image_size,
             transform=transform,
             instruction=getattr(self.connector, "instructions", None),
+            image_token=getattr(self.connector, "image_token", None),
         )
         if not self.tiles.grids:
             return spec
@@ -259,13 +261,14 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
                 "input such as connector=mlp"
             )
         quantization, state = options.get("quantization", "none"), cfg["stage"].get("llm")
-        if quantization != "none" and state not in ("frozen", "lora"):
+        if quantization != "none" and not _keeps_llm(state):
             raise ValueError(
                 f"stage.llm={state} cannot train weights quantized by llm.quantization={quantization}; "
                 "set stage.llm=lora or llm.quantization=none"
             )
         check_quantization(quantization, weights=options["weights"])
         _check_adapted_tokens(cfg, llm, connector)
+        _check_added_tokens(cfg)
         if (template := options.get("chat_template")) is not None and template not in TEMPLATES:
             raise ValueError(unknown_key(f"llm.chat_template={template}", TEMPLATES, asked=template))
 
@@ -273,7 +276,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
     def build(cls, cfg: Mapping[str, Any], *, bf16: bool) -> Model:
         """As `Model.build`; the connector gets the sizes of encoder and LLM."""
         # Trainable parameters are loaded in float32, so that no value is rounded. With LoRA the LLM itself is frozen.
-        llm_in_bf16 = bf16 and cfg["stage"]["llm"] in ("frozen", "lora")
+        llm_in_bf16 = bf16 and _keeps_llm(cfg["stage"]["llm"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_WEIGHTS_SEED)
             options, tiles = split_tiles(cfg["encoder"])
@@ -298,19 +301,21 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
         return bind("model", cfg["model"], {**parts, **from_options})()
 
     def identity(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """As `Model.identity`, with the layer, transform and tiles of the encoder."""
+        """As `Model.identity`, with the layer, transform and tiles of the encoder and the added tokens of the LLM."""
         identity = super().identity(cfg)
         identity["parts"]["encoder"] = {
             **identity_of_encoder(self.encoder, cfg["encoder"]),
             "tiles": asdict(self.tiles),
         }
+        if self.llm.added_tokens is not None:
+            identity["bases"]["llm"]["added_tokens"] = list(self.llm.added_tokens.names)
         return identity
 
     def load_tokenizer(self, cfg: Mapping[str, Any]) -> None:
         llm = cfg["llm"]
         if llm["weights"] == "pretrained":
-            self.llm.tokenizer = load_tokenizer(
-                llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"]
+            self.llm.use_tokenizer(
+                load_tokenizer(llm["pretrained"], package=llm["package"], trust=llm["trust_remote_code"])
             )
 
     @classmethod
@@ -327,7 +332,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     def use_local_tokenizer(self, cfg: Mapping[str, Any]) -> str:
         if (found := local_tokenizer(cfg["llm"])) is not None:
-            self.llm.tokenizer = found
+            self.llm.use_tokenizer(found)
             return "the LLM's own tokenizer"
         # The byte tokenizer gives texts several times as long, and has no chat template.
         self.chat_template = self.chat_template or "chatml"
@@ -365,6 +370,26 @@ def _check_adapted_tokens(cfg: Mapping[str, Any], llm: Any, connector: Any) -> N
         raise ValueError(
             f"{option} leaves texts without an image to the untouched llm, so that data.text_replay={replay} trains "
             "nothing; set data.text_replay=0"
+        )
+
+
+def _keeps_llm(state: Any) -> bool:
+    """Whether a stage changes no weight of the pretrained LLM."""
+    return state in ("frozen", "lora", ONLY_ADDED)
+
+
+def _check_added_tokens(cfg: Mapping[str, Any]) -> None:
+    """Raise ValueError if `stage.llm` trains added tokens that are not there, or leaves new ones random."""
+    state, added = cfg["stage"].get("llm"), cfg["llm"].get("added_tokens")
+    if state == ONLY_ADDED and not added:
+        raise ValueError(
+            "stage.llm={only: [added_tokens]} trains the rows of llm.added_tokens, and there are none; set "
+            "llm.added_tokens=[<token>] or stage.llm=frozen"
+        )
+    if added and state == "frozen" and cfg.get("ckpt") is None:
+        raise ValueError(
+            f"llm.added_tokens={added} have new rows, which stage.llm=frozen leaves random; set "
+            "stage.llm={only: [added_tokens]} and stage.lr.llm"
         )
 
 

@@ -65,6 +65,7 @@ class TextEncoder:
         tile_rows: (width, height) of an image -> number of tiles in each row; None without tiles.
         row_separator: the text between two rows of tiles.
         num_packed: (width, height) of an image -> number of its placeholders, where the tiles do not tell it.
+        image_token: a special token that marks the place of each image, before its placeholders if it has any.
         train_on: supervise the tokens of every `assistant` turn, of the `last_assistant` turn only, or `all` tokens
             except visual ones (including what the template writes).
         system_prompt: the system message of each conversation that has none.
@@ -88,6 +89,7 @@ class TextEncoder:
         tile_rows: Callable[[Size], list[int]] | None = None,
         row_separator: str = "",
         num_packed: Callable[[Size], int] | None = None,
+        image_token: str | None = None,
         train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
         system_prompt: str | None = None,
         too_long: TooLong = "drop",
@@ -117,6 +119,12 @@ class TextEncoder:
         ids = {token.content: index for index, token in added}
         self._image_id, self._break_id = ids[IMAGE_PLACEHOLDER], ids[BREAK]
         self._special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        if image_token is not None and image_token not in self._special:
+            raise ValueError(
+                f"connector.image_token={image_token!r} is not a special token of the llm's tokenizer; add it to "
+                "llm.added_tokens, or set connector.image_token=null"
+            )
+        self._image_ids = [] if image_token is None else [self._special[image_token]]
         self._end_text = ENDS.get(chat_template or "")
         self._end_ids = self._ids_after_text(self._end_text) if self._end_text else []
         self._skeletons: dict[tuple[object, ...], Skeleton | None] = {}
@@ -492,13 +500,13 @@ class TextEncoder:
         return row
 
     def _placeholders(self, image: int, sizes: Sequence[Size]) -> tuple[list[int], list[bool]]:
-        """The ids of an image, with separators between rows of tiles, and which of the ids are placeholders."""
+        """The ids of an image, with its token and separators between rows of tiles; which of them are placeholders."""
         if self.num_packed is not None:
             num = self.num_packed(sizes[image])
-            return [self.pad_id] * num, [True] * num
+            return [*self._image_ids, *[self.pad_id] * num], [*[False] * len(self._image_ids), *[True] * num]
         rows = [1] if self.tile_rows is None else self.tile_rows(sizes[image])
-        ids: list[int] = []
-        visual: list[bool] = []
+        ids = list(self._image_ids)
+        visual = [False] * len(ids)
         for number, num_tiles in enumerate(rows):
             separator = self._separator if number else []
             num_visual = num_tiles * self.num_image_tokens

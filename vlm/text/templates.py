@@ -52,6 +52,15 @@ _BLIP2 = (
     "{%- endfor -%}"
 )
 
+# Flamingo: texts end with a token that the LLM learns (`llm.added_tokens`), and nothing else is written between images
+# and texts. OpenFlamingo writes an eos token after the last one, without a loss.
+_FLAMINGO = (
+    "{{- bos_token or '' -}}"
+    "{%- for message in messages -%}"
+    "{{- render(message['content']) + ('<|endofchunk|>' if message['role'] == 'assistant' else '') -}}"
+    "{%- endfor -%}"
+)
+
 # InstructBLIP: the question and the answer after it, without roles; see IMAGES_FIRST.
 _INSTRUCTBLIP = (
     "{{- bos_token or '' -}}"
@@ -202,6 +211,7 @@ _BODIES = {
     "plain": _PLAIN,
     "blip2": _BLIP2,
     "caption": _CAPTION,
+    "flamingo": _FLAMINGO,
     "instructblip": _INSTRUCTBLIP,
     "chatml": _CHATML,
     "smollm2": _SMOLLM2,

@@ -95,9 +95,9 @@ def check_rates(
 def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, Any]], lora: Mapping[str, Any]) -> None:
     """Freeze every parameter, then unfreeze those that the stage names for each part.
 
-    `lora` adds an adapter to the part, unless it has one from an earlier stage, and trains only the adapter;
-    `{last_n: N}` trains the last N blocks, and `{only: [names]}` these modules of the part. Raises ValueError for
-    another state, if N exceeds the number of blocks, or if the part has no such module.
+    `lora` adds an adapter to the part, unless it has one from an earlier stage, and trains only the adapter and the
+    rows of added tokens; `{last_n: N}` trains the last N blocks, and `{only: [names]}` these modules of the part.
+    Raises ValueError for another state, if N exceeds the number of blocks, or if the part has no such module.
     """
     check_states(states, type(model))
     model.requires_grad_(False)
@@ -110,6 +110,8 @@ def set_trainable(model: Model, states: Mapping[str, str | Mapping[str, Any]], l
                 module.add_lora(**lora)
             for name in lora_names(module):
                 module.get_parameter(name).requires_grad_(True)
+            if (added := getattr(module, "added_tokens", None)) is not None:
+                added.requires_grad_(True)
         elif isinstance(state, Mapping):
             for trained in _modules(model, part, state):
                 trained.requires_grad_(True)

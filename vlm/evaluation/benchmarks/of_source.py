@@ -39,6 +39,7 @@ class OfSource(Benchmark):
                 references=tuple(references(sample)),
                 images=tuple(f"{sample.id}#{number}" for number in range(sample.num_images)),
                 type=sample.meta.get("type"),
+                meta={key: value for key, value in sample.meta.items() if key == "task"},
             )
 
     def image(self, name: str) -> Image.Image:
