@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,7 +60,7 @@ class Flamingo(AttendedLayers):
         ff_mult: Annotated[int, Range(1, 64)] = 4,
     ) -> None:
         super().__init__()
-        sizes = {"num_heads": num_heads, "head_dim": head_dim, "ff_mult": ff_mult}
+        sizes: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "ff_mult": ff_mult}
         self.resampler = PerceiverResampler(
             vision_width=vision_width,
             num_patches=grid[0] * grid[1],

@@ -72,7 +72,7 @@ class AddedTokens(nn.Module):
     def _known_ids(self, embedding: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The ids for the LLM's own table, which has no row for larger ones."""
         self._ids = args[0]
-        return (self._ids.clamp(max=embedding.weight.shape[0] - 1), *args[1:])  # type: ignore[union-attr,index]
+        return (self._ids.clamp(max=embedding.weight.shape[0] - 1), *args[1:])  # type: ignore[index]
 
     def _with_own_rows(self, _: nn.Module, __: Any, embeds: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         numbers = self._ids - self.first_id
