@@ -96,7 +96,7 @@ def test_there_and_back_each_tensor_of_the_artifact_is_the_same(tmp_path: Path) 
     assert (
         vlm.load(tmp_path / "back", device="cpu", dtype="float32").answer(image, "What?", max_new_tokens=12) == expected
     )
-    assert answers(tmp_path / "out", [image], "What?") == expected
+    assert answers(tmp_path / "out", [[image]], "What?") == [expected]
     options = ["num_samples=2", "batch_size=2", "trainer=cpu"]
     assert evaluate(f"ckpt={tmp_path / 'back'}", *options, f"out={tmp_path / 'eval'}") == 0
 

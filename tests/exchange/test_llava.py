@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,8 @@ def trained(run: Path) -> TrainedModel:
 
 @pytest.fixture(scope="module")
 def out(run: Path) -> Path:
-    """Checked in a fresh process, one of them."""
     out = run.parent / "exports" / "llava"
-    fresh = run.parent.name.startswith("clip")
-    with nullcontext() if fresh else one_process():
+    with one_process():
         assert export(f"ckpt={run}", "to=hf", f"out={out}", "samples=2") == 0
     return out
 
@@ -58,7 +55,7 @@ def test_transformers_alone_answers_as_the_run_does(
     asked = [[noise(50, 90, seed)] for seed in range(3)]
     asked = [*asked, [asked[0][0], asked[1][0]], []]
     expected = [trained.answer(images, QUESTION, max_new_tokens=12) for images in asked]
-    assert [answers(out, images, QUESTION) for images in asked] == expected
+    assert answers(out, asked, QUESTION) == expected
     assert len(set(expected)) >= NUM_DIFFERENT[request.node.callspec.params["run"]]
     model, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert type(model) is LlavaForConditionalGeneration
@@ -111,8 +108,8 @@ def test_an_adapter_is_merged_or_kept(adapted: Path) -> None:
         out.mkdir()  # an empty folder is taken
         with one_process():
             assert export(adapted, f"out={out}", f"lora={option}", "samples=2") == 0
-    assert answers(merged, [image], QUESTION) == answers(kept, [image], QUESTION, adapter="adapter") == expected
-    assert answers(kept, [image], QUESTION) == without != expected
+    assert answers(merged, [[image]], QUESTION) == answers(kept, [[image]], QUESTION, adapter="adapter") == [expected]
+    assert answers(kept, [[image]], QUESTION) == [without] != [expected]
     assert json.loads((kept / "vlm_export.json").read_text())["lora"] == "adapter"
     assert not (merged / "adapter").exists()
 

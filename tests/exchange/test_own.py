@@ -51,9 +51,9 @@ def test_a_folder_with_its_own_code_answers_as_the_run_does(
     asked = [[noise(50, 90, 1)], [noise(90, 50, 2)], [noise(90, 50, 2), noise(60, 60, 3)], []]
     adapter = "adapter" if keep else None
     with one_process():
-        found = [answers(out, each, QUESTION, adapter=adapter, trust_remote_code=True) for each in asked]
+        found = answers(out, asked, QUESTION, adapter=adapter, trust_remote_code=True)
         with pytest.raises(ValueError, match="trust_remote_code"):
-            answers(out, [], QUESTION)
+            answers(out, [[]], QUESTION)
     assert found == [trained.answer(images, QUESTION, max_new_tokens=12) for images in asked]
     if form in ("lora", "after_image"):
         with trained.model.without_adapter():

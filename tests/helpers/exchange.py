@@ -74,28 +74,31 @@ def check_usage(program: Callable[..., int], first_line: str, capsys: pytest.Cap
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Have an export reload in this process, which saves the seconds of a start; other tests start one."""
+    """Have an export reload in this process, which saves the seconds of a start; one test starts one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "reload", reload.answer)
         yield
 
 
 def answers(
-    folder: Path, images: list[Any], question: str, *, adapter: str | None = None, trust_remote_code: bool = False
-) -> str:
-    """The greedy answer of an exported folder, with nothing but Transformers' auto classes."""
+    folder: Path, asked: list[list[Any]], question: str, *, adapter: str | None = None, trust_remote_code: bool = False
+) -> list[str]:
+    """The greedy answers of an exported folder about lists of images, with nothing but Transformers' auto classes."""
     trust = {"trust_remote_code": trust_remote_code}
     processor = AutoProcessor.from_pretrained(folder, **trust)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **trust)
     if adapter:
         model.load_adapter(folder / adapter)
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    ids = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(ids, skip_special_tokens=True).strip()
+    found = []
+    for images in asked:
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :]
+        found.append(processor.decode(ids, skip_special_tokens=True).strip())
+    return found
