@@ -141,7 +141,8 @@ ZERO = {
         "overfit_batches",
     ),
     *("rest", "project", "mlp", "resampler", "heads", "objective"),  # learning rates
-    *("shapes", "stamps", "emoji"),  # weights of a mixture
+    *("shapes", "stamps", "emoji", "documents", "pairs"),  # weights of a mixture
+    "num_shots",
     *("limit_test_batches", "limit_predict_batches", "reload_dataloaders_every_n_epochs"),
 }
 

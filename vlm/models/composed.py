@@ -133,7 +133,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @contextmanager
     def fused(
-        self, visual: Float[Tensor, "*visual d"], embeds: Float[Tensor, "b t d"], batch: Batch
+        self, visual: Float[Tensor, "*visual e"], embeds: Float[Tensor, "b t d"], batch: Batch
     ) -> Iterator[Float[Tensor, "b t d"]]:
         """Context that yields the LLM's input embeddings: with visual tokens, or while its layers attend to these."""
         if self.connector.fusion == "tokens":

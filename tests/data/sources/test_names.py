@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlm.data.sources.names import Names
+from vlm.data.sources.names import INITIALS, Names
 from vlm.data.sources.shapes_scene import COLORS
 from vlm.evaluation.benchmarks import names
 from vlm.evaluation.prompts import Prompts, choose_shots
@@ -57,6 +57,19 @@ def test_a_task_of_several_samples() -> None:
     assert [len(pairs) for pairs in tasks.values()] == [2, 2, 2]
     with pytest.raises(ValueError, match=r"data.num_names=8 is more than the 7 colors; set it lower"):
         Names(split="val", num_names=8)
+
+
+def test_the_same_task_as_text() -> None:
+    """The letter of a color is in the place of its image."""
+    options: dict[str, Any] = {"split": "train", "letters": True, "image_size": 32}
+    for index in range(6):
+        drawn, written = Names(**options)[index], Names(**options, as_text=True)[index]
+        assert (len(drawn.images), written.num_images) == (9, 0)
+        assert words(drawn) == words(written)
+        letters = [m["content"][0]["text"] for m in written.messages if m["role"] == "user"]
+        named = {COLORS[name]: letter for name, letter in INITIALS.items()}
+        assert letters == [named[color(image)] for image in drawn.images]
+        assert {len(word) for word in words(drawn)} == {1}
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from string import ascii_lowercase
 from typing import Annotated
 
 from vlm.data.sources.shapes_scene import COLORS, SHAPES, Thing, draw
-from vlm.ranges import Range, Ratio, Samples, Seed
-from vlm.schema import Message, Sample, Source, Split
+from vlm.ranges import Range, Samples, Seed
+from vlm.schema import Content, Message, Sample, Source, Split
 
 # Common nouns, each of which is one token of most LLMs.
 WORDS = (
@@ -22,6 +23,7 @@ WORDS = (
     "window wolf wood"
 )
 VAL_ONE_IN = 5  # one word in five is held out
+INITIALS = dict(zip(COLORS, "ROYGBPK", strict=True))  # as in RGB and CMYK
 
 
 class Names(Source):
@@ -34,8 +36,8 @@ class Names(Source):
         num_names: colors of a task.
         num_shots: demonstrations before the question.
         num_tasks: different tasks of the split, taken in turn; None gives each sample a task of its own.
-        own_names_ratio: ratio of the training samples in which the colors have their own names, so that the model
-            learns to see them.
+        letters: the words are single letters, of both splits.
+        as_text: the letter of its color (`INITIALS`) stands in the place of each image: the same task for an LLM alone.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class Names(Source):
         num_names: Annotated[int, Range(1, len(COLORS))] = 2,
         num_shots: Annotated[int, Range(0, 256)] = 8,
         num_tasks: Samples | None = None,
-        own_names_ratio: Ratio = 0.0,
+        letters: bool = False,
+        as_text: bool = False,
         num_train: Samples = 1_000_000,
         num_val: Samples = 256,
     ) -> None:
@@ -55,11 +58,13 @@ class Names(Source):
             raise ValueError(f"data.num_names={num_names} is more than the {len(COLORS)} colors; set it lower")
         self.split, self.seed, self.image_size = split, seed, image_size
         self.num_names, self.num_shots, self.num_tasks = num_names, num_shots, num_tasks
-        self.own_names_ratio = own_names_ratio if split == "train" else 0.0
+        self.as_text = as_text
         self.num_samples = num_train if split == "train" else num_val
         words = WORDS.split()
         held_out = set(random.Random("held-out words").sample(words, len(words) // VAL_ONE_IN))
         self.words = [word for word in words if (word in held_out) == (split == "val")]
+        if letters:
+            self.words = list(ascii_lowercase)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -72,18 +77,17 @@ class Names(Source):
         rng = random.Random(f"names/{self.seed}/{self.split}/task {task}")
         named = rng.sample(list(COLORS), self.num_names)
         words = dict(zip(named, rng.sample(self.words, self.num_names), strict=True))
-        if rng.random() < self.own_names_ratio:
-            words = {color: color for color in named}
         rng = random.Random(name)
         colors = list(self._colors(named, rng))
         things = [Thing(rng.randrange(3), rng.randrange(3), rng.choice(SHAPES), color) for color in colors]
         messages: list[Message] = []
         for color in colors:
-            messages.append({"role": "user", "content": [{"type": "image"}]})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": f" {words[color]}"}]})
+            shown: Content = {"type": "text", "text": INITIALS[color]} if self.as_text else {"type": "image"}
+            messages.append({"role": "user", "content": [shown]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": words[color]}]})
         return Sample(
             id=name,
-            images=[draw([thing], rng=rng, size=self.image_size) for thing in things],
+            images=[] if self.as_text else [draw([thing], rng=rng, size=self.image_size) for thing in things],
             messages=messages,
             meta={"task": str(task)},
         )

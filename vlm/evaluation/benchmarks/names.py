@@ -12,10 +12,10 @@ from vlm.ranges import Range, Samples, Seed
 
 
 class Names(OfSource):
-    """Images of one shape, taken in turn from `num_tasks` tasks whose words training never shows.
+    """Images of one shape, in turn of `num_tasks` tasks; training never shows their words, unless these are letters.
 
-    Demonstrations are other images of the question's task. Without them a model cannot know its words; a model that
-    repeats one of the words that they show is right in one of `num_names` cases.
+    `letters` and `as_text` are those of the source. Demonstrations are other images of the task. Without them
+    a model cannot know its words; a model that repeats one that they show is right in one of `num_names` cases.
     """
 
     demonstrations: ClassVar[dict[str, Any]] = {"num_questions": 2048}
@@ -27,6 +27,8 @@ class Names(OfSource):
         num_names: Annotated[int, Range(1, 7)] = 2,
         num_tasks: Samples = 64,
         num_questions: Samples = 256,
+        letters: bool = False,
+        as_text: bool = False,
         image_size: Annotated[int, Range(8, 4_096)] = 224,
         scorer: Scorer | None = None,
     ) -> None:
@@ -37,6 +39,8 @@ class Names(OfSource):
             num_names=num_names,
             num_shots=0,
             num_tasks=num_tasks,
+            letters=letters,
+            as_text=as_text,
             num_val=num_questions,
         )
         super().__init__(source=source, scorer=scorer or ExactMatch(), max_new_tokens=8)
