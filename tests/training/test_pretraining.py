@@ -59,14 +59,19 @@ def test_resumed(first: Path, tmp_path: Path) -> None:
     assert_same_run(run, first)
 
 
-def test_the_second_stage_takes_over_the_queries(first: Path, tmp_path: Path) -> None:
-    run = tmp_path / "second"
+@pytest.fixture(scope="module")
+def second(first: Path) -> Path:
+    run = first.parent / "second"
     assert train(*SECOND, f"ckpt={first}", f"run_dir={run}") == 0
-    before, after = weights(first), weights(run)
+    return run
+
+
+def test_the_second_stage_takes_over_the_queries(first: Path, second: Path) -> None:
+    before, after = weights(first), weights(second)
     kept = {name for name in before if re.match(r"connector\.(?!words|word_positions|.*text_feed)", name)}
     assert {name for name in after if not name.startswith("connector.project.")} == kept
     assert all(torch.equal(before[name], after[name]) for name in kept), "at a rate of 0"
-    manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+    manifest = json.loads((second / "artifact" / "manifest.json").read_text())
     assert [stage["name"] for stage in manifest["stages"]] == ["pretrain", "align"]
 
 
@@ -106,9 +111,7 @@ def test_a_second_stage_with_other_parts(
     assert said in told()
 
 
-def test_a_text_path_is_not_made_up(first: Path, tmp_path: Path, told: Callable[[], str]) -> None:
-    second = tmp_path / "second"
-    assert train(*SECOND, f"ckpt={first}", f"run_dir={second}") == 0
+def test_a_text_path_is_not_made_up(second: Path, tmp_path: Path, told: Callable[[], str]) -> None:
     assert train(*PAIRS, f"ckpt={second}", f"run_dir={tmp_path / 'refused'}") == 2
     assert "was trained with parts.connector.text = False, here it is True; use the same parts" in told()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -25,7 +26,7 @@ from vlm.models.composed import Composed
 
 NAME = "Blip2ForConditionalGeneration"
 RUNS_CODE = False  # of its own
-NEEDS_IMAGE = True
+NEEDS_IMAGE = True  # in each prompt
 VISION = (  # names in timm's vision transformers -> in Transformers' Blip2VisionModel, replaced in turn
     ("cls_token", "embeddings.class_embedding"),
     ("pos_embed", "embeddings.position_embedding"),
@@ -57,7 +58,7 @@ def obstacles_of_parts(model: Composed) -> Iterator[str]:
     if type(connector) is not QFormer:
         yield "the connector must be qformer"
     else:
-        if connector.position is not None and bool(connector.position.any()):
+        if connector.position is not None:
             yield "connector.position=true must be false"
         if isinstance(connector.feature_norm, nn.Identity):
             yield "connector.norm=false must be true"
@@ -132,47 +133,45 @@ def language_name(name: str, base: str) -> str:
 def save(
     model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, stop_ids: list[int], dtype: Any
 ) -> list[int]:
-    """Write config and weights. Returns the rows of the vocabulary that are no tokens, which are never answers."""
-    exported: Any = convert(model, image_id=image_id, stop_ids=stop_ids)
-    exported.to(dtype).save_pretrained(folder)
-    return [*range(num_rows(model.llm), exported.get_output_embeddings().weight.shape[0])]
+    """Write config and weights, without the Q-Former's text path, which BLIP-2's class lacks.
 
-
-def convert(model: Composed, *, image_id: int, stop_ids: list[int]) -> Blip2ForConditionalGeneration:
-    """The same weights in BLIP-2's class; the text path of the Q-Former, which it lacks, is left out."""
-    return assemble(
+    Returns the rows of the vocabulary that are no tokens. Their logits are 0: this class suppresses no tokens.
+    """
+    text_path = QFormer.can_be_dropped["text"]
+    kept = {name: t for name, t in model.connector.state_dict().items() if not re.match(text_path, name)}
+    exported = assemble(
         model,
         (Blip2Config, Blip2ForConditionalGeneration),
-        to_blip2({name: t for name, t in model.connector.state_dict().items() if not _is_of_text(name)}),
+        connector=to_blip2(kept),
+        qformer={},
         image_id=image_id,
         stop_ids=stop_ids,
     )
-
-
-def _is_of_text(name: str) -> bool:
-    return name.startswith(("words.", "word_positions.")) or ".text_feed." in name
+    exported.to(dtype).save_pretrained(folder)
+    return [*range(num_rows(model.llm), exported.get_output_embeddings().weight.shape[0])]
 
 
 def assemble(
     model: Composed,
     classes: tuple[Any, Any],
-    connector: Mapping[str, Tensor],
     *,
+    connector: Mapping[str, Tensor],
+    qformer: Mapping[str, Any],
     image_id: int,
     stop_ids: list[int],
-    qformer: Mapping[str, Any] | None = None,
 ) -> Any:
     """A model of these classes (config and model) with the tensors of the `connector`, and options of its `qformer`.
 
-    Both generate with the LLM's own generation config, which Transformers makes of the LLM's config.
+    It generates with the LLM's own generation config, which Transformers makes of the LLM's config: so that has the
+    `stop_ids`.
     """
     text_config = deepcopy(model.llm.model.config)
     text_config.vocab_size = rows = num_rows(model.llm, image_id)
     text_config.eos_token_id = stop_ids
     config = classes[0](
         vision_config=vision_options(model.encoder),
-        qformer_config={**qformer_options(model.connector), **(qformer or {})},
-        text_config=text_config.to_dict(),
+        qformer_config={**qformer_options(model.connector), **qformer},
+        text_config=text_config,
         num_query_tokens=model.connector.num_tokens,
         image_token_index=image_id,
     )
@@ -180,7 +179,7 @@ def assemble(
         exported = classes[1](config)
     state = {f"vision_model.{name}": tensor for name, tensor in vision_state(model.encoder).items()}
     state |= connector
-    state |= {language_name(name, ""): tensor for name, tensor in without_adapter(model.llm.model).items()}
+    state |= {f"language_model.{name}": tensor for name, tensor in without_adapter(model.llm.model).items()}
     exported.load_state_dict(extended(state, exported, rows), assign=True)
     exported.tie_weights()
     return exported.eval()

@@ -33,14 +33,14 @@ def obstacles(model: Composed) -> Iterator[str]:
 def save(
     model: Composed, settings: Mapping[str, Any], folder: Path, *, image_id: int, stop_ids: list[int], dtype: Any
 ) -> list[int]:
-    """Write config and weights. Returns the rows of the vocabulary that are no tokens, which are never answers."""
+    """Write config and weights. Returns the rows of the vocabulary that are no tokens, as `vlm.exchange.blip2.save`."""
     exported = blip2.assemble(
         model,
         (InstructBlipConfig, InstructBlipForConditionalGeneration),
-        {from_blip2(name): tensor for name, tensor in to_blip2(model.connector.state_dict()).items()},
+        connector={from_blip2(name): tensor for name, tensor in to_blip2(model.connector.state_dict()).items()},
+        qformer={"vocab_size": TEXT_VOCABULARY},
         image_id=image_id,
         stop_ids=stop_ids,
-        qformer={"vocab_size": TEXT_VOCABULARY},
     )
     exported.to(dtype).save_pretrained(folder)
     return [*range(num_rows(model.llm), exported.get_output_embeddings().weight.shape[0])]
