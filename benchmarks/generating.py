@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import IMAGE_ID, LLM, NUM_VISUAL, PAD_ID, SIDE, autocast, ours, theirs
+from benchmarks.models import DEVICE, IMAGE_ID, LLM, NUM_VISUAL, PAD_ID, SIDE, autocast, ours, theirs
 from benchmarks.turns import Timing, in_turns, print_table
 
 NUM_IMAGES, BATCH_SIZE, NUM_TOKENS = 64, 16, 32
@@ -20,7 +20,7 @@ NEVER = LLM["vocab_size"]  # the token that ends an answer: none, because random
 
 
 def images() -> torch.Tensor:
-    return torch.randn(NUM_IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    return torch.randn(NUM_IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def with_vlm() -> Iterator[Any]:
@@ -28,7 +28,7 @@ def with_vlm() -> Iterator[Any]:
     from vlm.schema import Batch, Sample
 
     keep_freed_memory()
-    model, pixels = ours().eval(), images()
+    model, pixels = ours().eval().to(DEVICE), images()
     ids = torch.tensor([*BEFORE, *[PAD_ID] * NUM_VISUAL, *AFTER]).expand(BATCH_SIZE, -1)
     image_mask = torch.zeros_like(ids, dtype=torch.bool)
     image_mask[:, len(BEFORE) : len(BEFORE) + NUM_VISUAL] = True
@@ -51,7 +51,7 @@ def with_vlm() -> Iterator[Any]:
     while True:
         answers = []
         for start in range(0, NUM_IMAGES, BATCH_SIZE):
-            batch = Batch(pixel_values=pixels[start : start + BATCH_SIZE], **shared)
+            batch = Batch(pixel_values=pixels[start : start + BATCH_SIZE], **shared).to(torch.device(DEVICE))
             with autocast():
                 answers.append(model.generate(batch, stop_ids=[NEVER], max_new_tokens=NUM_TOKENS))
         yield first_tokens(answers)
@@ -59,7 +59,7 @@ def with_vlm() -> Iterator[Any]:
 
 def with_transformers() -> Iterator[Any]:
     model, pixels = theirs().eval(), images()
-    ids = torch.tensor([*BEFORE, *[IMAGE_ID] * NUM_VISUAL, *AFTER]).expand(BATCH_SIZE, -1)
+    ids = torch.tensor([*BEFORE, *[IMAGE_ID] * NUM_VISUAL, *AFTER], device=DEVICE).expand(BATCH_SIZE, -1)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = NEVER
     yield None
     while True:

@@ -1,5 +1,6 @@
-"""The model of the speed benchmarks with random weights, here and in Transformers: CLIP-B/16, MLP, SmolLM2-135M.
+"""The model of the speed benchmarks with random weights, here and in Transformers.
 
+On a CPU it is CLIP-B/16 at 224 pixels, an MLP and SmolLM2-135M, on a GPU CLIP-L/14 at 336 pixels and TinyLlama-1.1B.
 Both compute in the precision that `trainer.precision=auto` has on this machine.
 """
 
@@ -17,9 +18,12 @@ from vlm.models.composed import Composed
 from vlm.training.optim import cast_frozen, set_trainable
 from vlm.training.run import native_precision
 
-PRECISION = native_precision("cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+PRECISION = native_precision("auto")
 BF16 = PRECISION == "bf16-mixed"
-SIDE, NUM_VISUAL, IMAGE_ID, PAD_ID = 224, 196, 49151, 0
+SIDE, PATCH = (336, 14) if ON_GPU else (224, 16)
+NUM_VISUAL, IMAGE_ID, PAD_ID = (SIDE // PATCH) ** 2, 31_999 if ON_GPU else 49_151, 0
 VISION: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 768,
@@ -28,7 +32,7 @@ VISION: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "image_size": SIDE,
-    "patch_size": 16,
+    "patch_size": PATCH,
     "hidden_act": "quick_gelu",
 }
 LLM: dict[str, Any] = {
@@ -44,13 +48,30 @@ LLM: dict[str, Any] = {
     "tie_word_embeddings": True,
     "pad_token_id": PAD_ID,
 }
+if ON_GPU:
+    VISION |= {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "projection_dim": 768,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    LLM |= {
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
 LORA = {"r": 16, "alpha": 32, "dropout": 0.0}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def autocast() -> torch.autocast:
     """Context in which products have the precision of the benchmarks."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=BF16)
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=BF16)
 
 
 def ours(*, lora: bool = False) -> Composed:
@@ -76,12 +97,13 @@ def theirs(*, lora: bool = False) -> Any:
         text_config=LlamaConfig(**LLM),
         image_token_index=IMAGE_ID,
         vision_feature_layer=-2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=LLM["tie_word_embeddings"],
     )
     model = LlavaForConditionalGeneration(config)
     core = model.model
     core.vision_tower.load_state_dict(mine.encoder.tower.state_dict(), strict=False)  # LLaVA keeps an unused last block
     core.language_model.load_state_dict(mine.llm.model.model.state_dict())
+    model.lm_head.load_state_dict(mine.llm.model.lm_head.state_dict())
     model.tie_weights()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if BF16 else torch.float32)
@@ -100,4 +122,4 @@ def theirs(*, lora: bool = False) -> Any:
             if "lora_" in name:
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
-    return model
+    return model.to(DEVICE)

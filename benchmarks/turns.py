@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
+import torch
+
 # Does one piece of work at each `next` and yields what must agree between the ways, such as a loss.
 Way = Callable[[], Iterator[Any]]
 
@@ -102,7 +104,14 @@ def _serve(way: Way, pipe: Connection) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         value = next(work)
         spent = time.perf_counter() - wall, time.process_time() - cpu
-        pipe.send((*spent, value, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+        pipe.send((*spent, value, peak_memory_gb()))
+
+
+def peak_memory_gb() -> float:
+    """Of this process: the peak of its tensors on a GPU if it uses one, else of all its memory, in 10⁹ bytes."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def in_thread(run: Callable[[Callable[[float], None]], Any]) -> Iterator[float]:
