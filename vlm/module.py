@@ -222,13 +222,14 @@ class VLMModule(pl.LightningModule):
         return {name: evaluator for name, evaluator in self.evaluators.items() if evaluator.at == at}
 
     def evaluate_at_end(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics and samples of the evaluators with `at="end"`; every rank must call this."""
+        """Metrics of the evaluators with `at="end"`, and the samples of all; every rank must call this."""
         metrics: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
         self.model.to(self.trainer.strategy.root_device).eval()  # Lightning has moved it to the CPU
         with self.trainer.precision_plugin.forward_context():
-            for evaluator in self._due("end").values():
-                metrics |= evaluator.finish(self.context)
+            for evaluator in self.evaluators.values():
+                if evaluator.at == "end":
+                    metrics |= evaluator.finish(self.context)
                 samples += evaluator.samples
         return metrics, samples
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.helpers.programs import QUICK, train
 from tests.helpers.text import say
 from vlm.evaluation.answers import MAX_CONSTANTS, mean_scores, scores_without_image
 from vlm.evaluation.intervals import wilson
@@ -110,3 +112,15 @@ def test_of_many_captions_the_most_frequent_are_tried() -> None:
     assert constants(samples, Noting()) == {"exact_match_constant": 2 / len(samples)}
     assert len(tried) <= MAX_CONSTANTS + 1  # and what the other half has most often
     assert "149" in tried
+
+
+def test_answers_at_every_validation(tmp_path: Path) -> None:
+    options = ["trainer.max_steps=4", "evaluators.answers.at=validation", f"run_dir={tmp_path / 'run'}"]
+    assert train(*(line for line in QUICK if line != "trainer.max_steps=2"), *options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "val/exact_match" in line]
+    assert [line["step"] for line in scored] == [2, 4]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val/num_answers"] == scored[-1]["val/num_answers"] == 2
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["id"] for sample in samples}) == len(samples) == 2

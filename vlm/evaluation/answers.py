@@ -37,9 +37,9 @@ class Answers(Evaluator):
         num_samples: number of validation samples, evenly spread over the split; None is all.
         batch_size: prompts per batch.
         max_new_tokens: largest number of tokens of an answer.
+        at: `end` of the run, or every `validation` too, which shows when each type of question is learned.
     """
 
-    at: ClassVar[Literal["validation", "end"]] = "end"
     needs: ClassVar[tuple[type, ...]] = (Generates,)
 
     def __init__(
@@ -49,13 +49,15 @@ class Answers(Evaluator):
         num_samples: Samples | None = 256,
         batch_size: BatchSize = 32,
         max_new_tokens: MaxNewTokens = 64,
+        at: Literal["validation", "end"] = "end",
     ) -> None:
-        self.scorer = scorer
+        self.scorer, self.at = scorer, at
         self.num_samples, self.batch_size, self.max_new_tokens = num_samples, batch_size, max_new_tokens
 
     def finish(self, context: Context) -> dict[str, float]:
         indices = context.data.val_indices(self.num_samples)
-        samples, self.samples = self.answered(context, indices)  # the same on every rank
+        with context.autocast():
+            samples, self.samples = self.answered(context, indices)  # the same on every rank
         metrics = mean_scores(self.samples, self.scorer) | scores_without_image(samples, self.scorer)
         return {f"val/{name}": value for name, value in metrics.items()}
 

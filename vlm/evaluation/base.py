@@ -44,7 +44,7 @@ class Evaluator:
         samples: records of the last `finish`, for samples.jsonl.
     """
 
-    at: ClassVar[Literal["validation", "end"]]
+    at: Literal["validation", "end"]
     needs: ClassVar[tuple[type, ...]] = ()
     samples: Sequence[dict[str, Any]] = ()
 

@@ -35,7 +35,7 @@ class Forgetting(Evaluator):
         max: the run stops, with its artifact saved, if the forgetting is above it; None never stops.
     """
 
-    at: ClassVar[Literal["validation", "end"]] = "validation"
+    at: Literal["validation", "end"] = "validation"
     needs: ClassVar[tuple[type, ...]] = (AnswersText,)
 
     def __init__(self, *, max: Annotated[Number, Range(-1_000, 1_000)] | None = None) -> None:

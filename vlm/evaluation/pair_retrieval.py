@@ -48,7 +48,7 @@ class PairRetrieval(Evaluator):
         batch_size: pairs that are matched together.
     """
 
-    at: ClassVar[Literal["validation", "end"]] = "validation"
+    at: Literal["validation", "end"] = "validation"
     needs: ClassVar[tuple[type, ...]] = (EmbedsPairs, MatchesPairs)
 
     def __init__(self, *, num_reranked: Samples = 128, batch_size: BatchSize = 64) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain, compress, pairwise
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class VisualGain(Evaluator):
     cannot be swapped are counted as `val/num_not_compared`. If no row can be compared, there is no gain.
     """
 
-    at: ClassVar[Literal["validation", "end"]] = "validation"
+    at: Literal["validation", "end"] = "validation"
 
     def missing(self, data: VLMDataModule, *, num_ranks: int) -> dict[str, str]:
         # The batches of all ranks: a rank with nothing to compare still takes part.

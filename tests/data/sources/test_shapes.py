@@ -283,6 +283,24 @@ def test_a_conversation_has_as_many_questions_as_fit_a_scene() -> None:
     assert 1 <= min(numbers) < 6
 
 
+def test_beyond_one_question_of_each_type_come_more_positions() -> None:
+    source = Shapes(split="train", task="instruct", image_size=30, num_questions=12)
+    found = [source._questions(number, random.Random(number)) for number in range(1_000)]
+    positions = []
+    for things, questions in found:
+        cells = {words: cell for type_, words, cell in questions if type_ == "position"}
+        assert len(cells) == sum(question.type == "position" for question in questions)  # none is asked twice
+        alike = Counter((thing.shape, thing.color) for thing in things)
+        assert cells.items() <= {((t.shape, t.color), (t.row, t.column)) for t in things}
+        assert set(cells) == {named for named, number in alike.items() if number == 1}
+        positions += [QUESTIONS["en"]["position"](*words, cell) for words, cell in cells.items()]
+    assert len(positions) > 1.8 * len(found)
+    halves = positions[::2], positions[1::2]
+    assert (guessed(*halves) + guessed(*halves[::-1])) / len(positions) < 1 / 9 + 0.02
+    seven = Shapes(split="train", task="instruct", image_size=30, num_questions=7)
+    assert max(len(seven._questions(number, random.Random(number))[1]) for number in range(50)) == 7
+
+
 def test_the_first_question_holds_the_image() -> None:
     sample = Shapes(split="train", task="instruct")[0]
     marks = [item["type"] == "image" for message in sample.messages for item in message["content"]]

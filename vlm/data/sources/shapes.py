@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Annotated, Literal
 
-from vlm.data.sources.shapes_questions import Asked, ask, wanted, wanted_in_turn
+from vlm.data.sources.shapes_questions import Asked, ask, more_positions, wanted, wanted_in_turn
 from vlm.data.sources.shapes_scene import COLORS, SHAPES, Thing, draw, split_of
 from vlm.data.sources.shapes_text import CAPTIONS, PROMPTS, QUESTIONS
 from vlm.ranges import Range, Samples, Seed
@@ -23,8 +23,9 @@ class Shapes(Source):
     """Scenes of 1 to `max_objects` objects in different cells: `num_train` for training and `num_val` for validation.
 
     `task` is `caption` (all objects in reading order), `instruct` (questions with short answers), or `mixed` (one of
-    the two at random). A training conversation has up to `num_questions` questions about its scene. Validation has one,
-    because an earlier answer could reveal the next. `Sample.meta["type"]` is `caption` or the type of the question. All
+    the two at random). A training conversation has up to `num_questions` questions about its scene: one of each type,
+    and beyond these the positions of other objects, which take the most questions to learn. Validation has one, because
+    an earlier answer could reveal the next. `Sample.meta["type"]` is `caption` or the type of the question. All
     answers to a type of question are equally frequent, whatever its words (see `shapes_questions`).
     """
 
@@ -92,7 +93,10 @@ class Shapes(Source):
             answers = wanted_in_turn(index, name=f"shapes/{self.seed}/{self.split}", max_objects=self.max_objects)
         else:
             answers = wanted(rng, max_objects=self.max_objects, num_questions=self.num_questions)
-        return ask(answers, rng, split=self.split, max_objects=self.max_objects)
+        things, asked = ask(answers, rng, split=self.split, max_objects=self.max_objects)
+        if self.num_questions > len(QUESTIONS[self.language]):
+            asked += more_positions(things, asked, rng)[: self.num_questions - len(asked)]
+        return things, asked
 
 
 def _messages(turns: list[tuple[str, str]]) -> list[Message]:

@@ -103,6 +103,17 @@ def ask(
             words, parts = TYPES[first].example(answers[first], rng)
 
 
+def more_positions(things: list[Thing], asked: Sequence[Asked], rng: random.Random) -> list[Asked]:
+    """The positions of the objects that can be named and were not asked about, in random order.
+
+    All cells are equally frequent answers, because scenes do not prefer one.
+    """
+    named = [question.words for question in asked if question.type == "position"]
+    others = [Asked("position", (t.shape, t.color), (t.row, t.column)) for t in _unique(things)]
+    rng.shuffle(others)
+    return [question for question in others if question.words not in named]
+
+
 def _possible(max_objects: int) -> list[str]:
     return [type_ for type_ in TYPES if type_ != "relation" or max_objects > 1]
 
