@@ -56,7 +56,7 @@ class Axis:
 
 
 def lines(title: str, x_title: str, y_title: str, series: Sequence[Series]) -> str:
-    """Curves; empty where no series has a point."""
+    """Curves, with their names above; empty where no series has a point."""
     shown = [each for each in series if each.points]
     if not shown:
         return ""
@@ -70,6 +70,10 @@ def lines(title: str, x_title: str, y_title: str, series: Sequence[Series]) -> s
         )
         if len(each.points) == 1:
             body.append(_dot(x(each.points[0][0]), y(each.points[0][1]), each.color, 2.5))
+    left = 40
+    for each in (each for each in shown if each.name):
+        body.append(_text(left, TOP - 3, each.name, color=each.color))
+        left += 6 * len(each.name) + 8  # as wide as the text, about
     return _svg(WIDTH, HEIGHT, body)
 
 
