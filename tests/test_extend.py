@@ -58,7 +58,7 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     for text in (plan, trained):  # every part with its own state and rate, and the objective's one number
         assert re.search(r"backbone +│ +│ full +│ 0.003 +│", text)
         assert re.search(r"objective +│ contrastive +│ full +│ 0.03 +│ +1 │ +1 │", text)
-    assert "mine.single_stream.SingleStream" in shown
+    assert "mine.joint_stream.JointStream" in shown
     assert "train/temperature" in (folder / "runs/pairs/metrics.jsonl").read_text()
     metrics = json.loads((folder / "runs/pairs/metrics.json").read_text())
     assert metrics["status"] == "finished"
@@ -92,16 +92,16 @@ def test_the_commands_in_their_order(folder: Path) -> None:
     ("options", "said"),
     [
         (
-            "model=single_stream stage=pairs data=squares objective=language_modeling",
+            "model=joint_stream stage=pairs data=squares objective=language_modeling",
             "objective=LanguageModeling needs a model that predicts the next tokens of a row",
         ),
         ("connector=soft_pool connector._target_=mine.retrieval.Retrieval", "is not allowed; name a class of"),
         (
-            "model=single_stream stage=pairs data=squares stage.lr.objective=null",
+            "model=joint_stream stage=pairs data=squares stage.lr.objective=null",
             "1 parameters of the objective are trained but have no learning rate, first log_scale; set stage.lr.obj",
         ),
-        ("model=single_stream data=squares", "there is no option stage.encoder"),
-        ("model=single_stream stage=pairs data=squares encoder=tiny", "encoder"),
+        ("model=joint_stream data=squares", "there is no option stage.encoder"),
+        ("model=joint_stream stage=pairs data=squares encoder=tiny", "encoder"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(

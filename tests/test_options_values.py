@@ -143,6 +143,9 @@ ZERO = {
     *("rest", "project", "mlp", "resampler", "heads", "objective"),  # learning rates
     *("shapes", "stamps", "emoji", "documents", "pairs"),  # weights of a mixture
     "num_shots",
+    *("text", "image", "co_attention", "stream", "cells", "classes"),
+    *("mask_ratio", "swap_ratio", "transport_weight"),
+    *("word", "feature", "class", "matching"),  # weights of tasks
     *("limit_test_batches", "limit_predict_batches", "reload_dataloaders_every_n_epochs"),
 }
 

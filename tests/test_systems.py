@@ -182,3 +182,55 @@ def test_minigpt4s_two_stages() -> None:
         "<Img></Img> Please provide a detailed description of the picture.",
         "<Img></Img> Could you describe the contents of this image for me?",
     ]
+
+
+def block(width: int, inner: int) -> int:
+    """A transformer layer of BERT."""
+    return 4 * (width * width + width) + width * inner + inner + inner * width + width + 4 * width
+
+
+def bert(width: int, depth: int) -> int:
+    """BERT without the embeddings of token types, with the row of [DEC]."""
+    return (30523 + 512 + 2) * width + depth * block(width, 4 * width)
+
+
+def head(width: int, outputs: int) -> int:
+    """A linear layer with its norm, then the prediction."""
+    return width * width + 3 * width + outputs
+
+
+def co_attention(text: int, image: int, inner: int) -> int:
+    queries = (text * inner + inner) + (image * inner + inner)
+    keys_and_values = 2 * (text * inner + inner) + 2 * (image * inner + inner)
+    out = (inner * text + text) + (inner * image + image)
+    feeds = 2 * 4 * text * text + 4 * text + text + 2 * image * image + 2 * image
+    return queries + keys_and_values + out + feeds + 2 * 2 * (text + image)
+
+
+STREAMS = {
+    "vilbert": {
+        "text": bert(768, 12),
+        "image": (2048 + 1 + 5 + 1 + 2) * 1024 + 6 * block(1024, 1024),
+        "co_attention": 6 * co_attention(768, 1024, 1024),
+        "heads": head(768, 30523) + head(1024, 1025 * 1000) + (768 + 1 + 1024 + 1) * 1024 + 2 * 1025,
+    },
+    "uniter": {
+        "stream": bert(768, 12),
+        "cells": 2048 + (2048 + 1 + 7 + 1 + 6 + 1) * 768,
+        "heads": head(768, 30523) + head(768, 769 * 1000) + head(768, 2048) + 769 * 768 + 2 * 769,
+    },
+}
+
+
+@pytest.mark.parametrize("experiment", STREAMS)
+def test_streams(experiment: str) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONF, version_base="1.3"):
+        words = [f"experiment={experiment}", "data.annotations=a.json", "data.images=b", "run_dir=x"]
+        settings = without_weights(config.plain(compose("train", words)))
+    config.check(settings)
+    counts = trained(settings)
+    assert counts == STREAMS[experiment]
+    page = Path(CONF).parent.joinpath("docs", "systems.md").read_text()
+    row = next(line for line in page.splitlines() if f"`{experiment}`" in line)
+    assert f"{sum(counts.values()):,}" in row

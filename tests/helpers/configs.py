@@ -15,7 +15,13 @@ DOCUMENTS = [
     "data.sources.documents.images=b",
     "data.sources.pairs.shards=c.tar",
 ]
-WITHOUT_LLM = {"stage=pretrain", "experiment=blip2_stage1", "experiment=blip2_stage1_small"}  # their model has none
+PAIRS = ("dual_stream", "single_stream")  # models of pairs, also names of stages
+WITHOUT_LLM = {  # their model has none
+    *(f"stage={name}" for name in ("pretrain", *PAIRS)),
+    *(f"experiment={name}" for name in ("blip2_stage1", "blip2_stage1_small", "vilbert", "vilbert_small")),
+    *("experiment=uniter", "experiment=uniter_small"),
+}
+CONVNET = ["encoder=efficientnet_lite0"]  # models of pairs need its classifier
 
 
 NEEDED = {
@@ -32,6 +38,13 @@ NEEDED = {
     ("model", "qformer_pretraining"): ["stage=pretrain"],
     ("objective", "representation_learning"): ["stage=pretrain"],
     ("evaluators", "pair_retrieval"): ["stage=pretrain"],
+    **{("experiment", name): [*FILES, *CONVNET] for name in ("vilbert", "uniter")},
+    **{("experiment", name): CONVNET for name in ("vilbert_small", "uniter_small")},
+    **{("stage", name): CONVNET for name in PAIRS},
+    **{("model", name): [*CONVNET, f"stage={name}"] for name in PAIRS},
+    ("objective", "masked_pairs"): [*CONVNET, "stage=dual_stream"],
+    ("objective", "conditional_masking"): [*CONVNET, "stage=single_stream"],
+    **{("evaluators", name): [*CONVNET, "stage=dual_stream"] for name in ("masked_words", "pair_matching")},
     ("encoder", "hf"): ["encoder.pretrained=x"],
     ("encoder", "timm"): ["encoder.name=x"],
     ("llm", "hf"): ["llm.pretrained=x"],

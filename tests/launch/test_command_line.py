@@ -125,7 +125,11 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
             "data.system_prompt=a ${b}",
             "data.system_prompt: Interpolation key 'b' not found; write \\${ for the characters",
         ),
-        ("stage=null", "a run cannot do without it; choose stage= one of align, full, instruct, pretrain, vision_tune"),
+        (
+            "stage=null",
+            "a run cannot do without it; choose stage= one of align, dual_stream, full, instruct, "
+            "pretrain, single_stream, vision_tune",
+        ),
         ("~encoder", "~encoder is refused because a run cannot do without it; choose encoder= one of clip_"),
         ("stage=[align,instruct]", "stage=[align,instruct] is refused because a run has one of them"),
         ("stage=align,instruct", "stage=align,instruct names several options; give one, or add -m for a run of each"),

@@ -20,8 +20,9 @@ from vlm.module import VLMModule
 from vlm.options import parameters
 from vlm.training import run
 
-# `pretrain` brings a model of its own, see test_pretraining.py.
-STAGES = sorted(path.stem for path in (Path(CONF) / "stage").glob("[!_]*.yaml") if path.stem != "pretrain")
+# The others bring a model of their own, see test_pretraining.py and test_fusion.py.
+OWN_MODEL = ("pretrain", "dual_stream", "single_stream")
+STAGES = sorted({path.stem for path in (Path(CONF) / "stage").glob("[!_]*.yaml")} - {*OWN_MODEL})
 MATRICES = [f"self_attn.{matrix}_proj" for matrix in "qkvo"] + [
     f"mlp.{matrix}_proj" for matrix in ("gate", "up", "down")
 ]

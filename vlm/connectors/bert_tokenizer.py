@@ -23,8 +23,8 @@ def load_tokenizer(pretrained: str, package: str | None, *, option: str) -> Any:
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "eos_token": tokenizer.sep_token})
     if len(tokenizer) != TEXT_VOCABULARY:
         raise ValueError(
-            f"the tokenizer of {option}={pretrained} has {len(tokenizer):,} tokens, and the Q-Former has "
-            f"{TEXT_VOCABULARY:,}; set {option} to a BERT (uncased)"
+            f"the tokenizer of {option}={pretrained} has {len(tokenizer):,} tokens, but "
+            f"{TEXT_VOCABULARY:,} are needed; set {option} to a BERT (uncased)"
         )
     return tokenizer
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vlm.connectors.bert_layers import NORM_EPS, Attention, FeedForward
 from vlm.connectors.bert_tokenizer import Instructions
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_from_bert, start_from_blip2
 from vlm.hub import download_checkpoint, local_checkpoint
@@ -25,7 +26,6 @@ from vlm.ranges import Depth, Heads, Name, RatioBelowOne, Width
 MAX_TEXT_LENGTH = 512  # as BERT
 CROSS_LOGITS_STD = 0.3  # at the start, about BERT's; sharper random attention learns slower
 LOCAL_ATTENTION = 2.5  # scale of the logit of a query's own patch; most of the attention is then on it
-NORM_EPS = 1e-12  # BERT's
 FEATURE_NORM_EPS = 1e-6  # as in the last norm of BLIP-2's encoders
 
 
@@ -269,11 +269,11 @@ class _Block(nn.Module):
 
     def __init__(self, *, width: int, num_heads: int, vision_width: int | None, text: bool, dropout: float) -> None:
         super().__init__()
-        attention: Any = partial(_Attention, width, num_heads=num_heads, dropout=dropout)
+        attention: Any = partial(Attention, width, num_heads=num_heads, dropout=dropout)
         self.attention = attention(source_width=width)
         self.cross = None if vision_width is None else attention(source_width=vision_width)
-        self.query_feed = _FeedForward(width, dropout=dropout)
-        self.text_feed = _FeedForward(width, dropout=dropout) if text else None
+        self.query_feed = FeedForward(width, dropout=dropout)
+        self.text_feed = FeedForward(width, dropout=dropout) if text else None
 
     def forward(
         self,
@@ -294,39 +294,3 @@ class _Block(nn.Module):
             assert self.text_feed is not None
             outputs.append(self.text_feed(text))  # N T W
         return torch.cat(outputs, dim=1)  # N S W
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, *, source_width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-        self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-
-    def forward(
-        self, states: Tensor, source: Tensor, position: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        located = source if position is None else source + position
-        query, key, value = (
-            each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # N heads · W/heads
-            for each in (self.query(states), self.key(located), self.value(source))
-        )
-        mask = None if mask is None else mask[:, None]  # N 1 S S
-        dropout = self.dropout.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.norm(states + self.dropout(self.out(attended.transpose(1, 2).flatten(2))))  # N S W
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return self.norm(states + self.dropout(self.down(F.gelu(self.up(states)))))  # N S W

@@ -51,6 +51,9 @@ BERT = {
     "blocks.*.text_feed.up": "encoder.layer.*.intermediate.dense",
     "blocks.*.text_feed.down": "encoder.layer.*.output.dense",
     "blocks.*.text_feed.norm": "encoder.layer.*.output.LayerNorm",
+    "blocks.*.feed.up": "encoder.layer.*.intermediate.dense",
+    "blocks.*.feed.down": "encoder.layer.*.output.dense",
+    "blocks.*.feed.norm": "encoder.layer.*.output.LayerNorm",
 }
 BERT_HEAD = {
     "transform.weight": "cls.predictions.transform.dense.weight",
@@ -116,13 +119,13 @@ def start_from_blip2(state: Mapping[str, Tensor], folder: str, *, num_heads: int
         _copy(state[name], tensor[0] if name == "queries" else tensor)
 
 
-def start_from_bert(state: Mapping[str, Tensor], folder: str, *, num_heads: int) -> None:
+def start_from_bert(state: Mapping[str, Tensor], folder: str, *, num_heads: int, part: str = "connector") -> None:
     """Copy the weights of a Transformers BERT into `state`; queries, cross-attention and projection keep their values.
 
-    Its feed-forward layers are copied for the queries and for the text. The embedding of token type 0, which BERT adds
-    to every token, is added to the position embeddings. Raises as `start_from_blip2`.
+    A Q-Former gets its feed-forward layers for the queries and for the text. The embedding of token type 0, which BERT
+    adds to every token, is added to the position embeddings. Raises as `start_from_blip2`, with options of `part`.
     """
-    checkpoint = _Checkpoint(folder)
+    checkpoint = _Checkpoint(folder, part)
     root = "bert." if any(name.startswith("bert.") for name in checkpoint.shapes) else ""
     names = {name: root + stored for name, stored in _names(state, BERT).items()}
     checkpoint.check(state, names, num_heads=num_heads)
@@ -163,8 +166,8 @@ class _Checkpoint:
     Those of a run's connector have the names and shapes of BLIP-2's.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, part: str = "connector") -> None:
+        self.folder, self.part = folder, part
         self.shapes: dict[str, list[int]] = {}
         self._files: dict[str, tuple[Path, str]] = {}
         self._is_run = (Path(folder) / RUN).is_file()
@@ -184,8 +187,8 @@ class _Checkpoint:
             )
         if not self.shapes:
             raise ValueError(
-                f"connector.init_from={folder} has no tensors in *.safetensors; download the checkpoint and set "
-                "connector.init_from=<its folder>"
+                f"{part}.init_from={folder} has no tensors in *.safetensors; download the checkpoint and set "
+                f"{part}.init_from=<its folder>"
             )
 
     def read(self, name: str) -> Tensor:
@@ -206,23 +209,24 @@ class _Checkpoint:
         for option, value in (_options(self.shapes, layers) | self._num_heads()).items():
             if options.get(option, value) != value:
                 raise ValueError(
-                    f"connector.init_from={self.folder} has {option}={value}, the connector has {options[option]}; "
-                    f"set connector.{option}={value}"
+                    f"{self.part}.init_from={self.folder} has {option}={value}, the {self.part} has {options[option]}; "
+                    f"set {self.part}.{option}={value}"
                 )
         missing = [stored for stored in expected if stored not in self.shapes]
         for name, stored in names.items():
-            remedy = next(text for part, text in REMEDIES.items() if part in name)
+            known = REMEDIES if self.part == "connector" else {"": REMEDIES[""]}
+            remedy = next(text for key, text in known.items() if key in name)
             if stored in missing:
                 raise ValueError(
-                    f"connector.init_from={self.folder} lacks {len(missing)} of {len(expected)} tensors, first "
+                    f"{self.part}.init_from={self.folder} lacks {len(missing)} of {len(expected)} tensors, first "
                     f"{missing[0]!r}; {remedy}"
                 )
             rows, *rest = self.shapes[stored]
             without_dec = name == "words.weight" and rows + 1 == TEXT_VOCABULARY
             if [rows + without_dec, *rest] != expected[stored]:
                 raise ValueError(
-                    f"connector.init_from={self.folder}: {stored} has shape {self.shapes[stored]}, the connector needs "
-                    f"{expected[stored]}; {remedy}"
+                    f"{self.part}.init_from={self.folder}: {stored} has shape {self.shapes[stored]}, the {self.part} "
+                    f"needs {expected[stored]}; {remedy}"
                 )
 
     def _num_heads(self) -> dict[str, int]:

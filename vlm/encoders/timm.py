@@ -130,7 +130,7 @@ class TimmEncoder(nn.Module):
             self.model = timm.create_model(name, **headless)
         else:
             with report:
-                self.model = _pretrained(name, options, headless, pretrained=pretrained, package=package)
+                self.model = pretrained_model(name, options, headless, pretrained=pretrained, package=package)
         self.model.prune_intermediate_layers(self._layers, prune_norm=True, prune_head=True)
         missing = report.missing & self.model.state_dict().keys()  # ignores pruned layers
         check_match(self.model, str(pretrained), "encoder", missing=missing, unused=report.unexpected)
@@ -235,7 +235,7 @@ def _check_patches(skeleton: nn.Module, image_size: tuple[int, int]) -> None:
         )
 
 
-def _pretrained(
+def pretrained_model(
     name: str, options: dict[str, Any], headless: dict[str, Any], *, pretrained: str | None, package: str | None
 ) -> nn.Module:
     """The model with pretrained weights: from the package if it is installed, else from the folder or hub id."""

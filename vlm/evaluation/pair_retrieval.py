@@ -19,7 +19,7 @@ from torch import distributed as dist
 from vlm.evaluation.base import Context, Evaluator
 from vlm.evaluation.benchmarks.retrieval import AT, chance
 from vlm.evaluation.intervals import wilson
-from vlm.models.base import EmbedsPairs, MatchesPairs
+from vlm.models.base import MatchesPairs
 from vlm.ranges import BatchSize, Samples
 from vlm.schema import Batch, LossOutput, Message, Sample
 
@@ -43,13 +43,16 @@ class PairRetrieval(Evaluator):
     matching; the others count as worse. `…_contrastive` is without matching, `…_chance` for a random order, and `…_low`
     and `…_high` are Wilson's 95 % interval. A tie counts as a miss.
 
+    A model that matches but embeds nothing (ViLBERT, UNITER) matches each text with each image, and has no
+    `…_contrastive`.
+
     Args:
         num_reranked: candidates per query that matching orders; BLIP-2 takes 128.
         batch_size: pairs that are matched together.
     """
 
     at: Literal["validation", "end"] = "validation"
-    needs: ClassVar[tuple[type, ...]] = (EmbedsPairs, MatchesPairs)
+    needs: ClassVar[tuple[type, ...]] = (MatchesPairs,)
 
     def __init__(self, *, num_reranked: Samples = 128, batch_size: BatchSize = 64) -> None:
         self.num_reranked, self.batch_size = num_reranked, batch_size
@@ -64,8 +67,12 @@ class PairRetrieval(Evaluator):
         own.owners += [len(own.features) + row for row, of_image in enumerate(texts) for _ in of_image]
         flat = [*chain.from_iterable(texts)]
         own.texts += flat
-        own.text_embeds += model.embed_texts(*_padded(flat, context.device)).cpu()
-        own.image_embeds += model.embed_images(features).cpu()
+        if hasattr(model, "embed_images"):
+            own.text_embeds += model.embed_texts(*_padded(flat, context.device)).cpu()
+            own.image_embeds += model.embed_images(features).cpu()
+        else:  # all cosines are equal
+            own.text_embeds += [torch.zeros(1)] * len(flat)
+            own.image_embeds += [torch.zeros(1, 1)] * len(features)
         own.features += features.cpu()
 
     @staticmethod
@@ -91,7 +98,8 @@ class PairRetrieval(Evaluator):
         right = torch.zeros_like(cosines, dtype=torch.bool)  # I T
         for image, text in zip(owners, texts, strict=True):
             right[image] |= torch.tensor([other == text for other in texts])
-        num = self.num_reranked
+        embeds = hasattr(context.model, "embed_images")
+        num = self.num_reranked if embeds else max(cosines.shape)
         candidates = (_best(cosines, num, axis=1), _best(cosines, num, axis=0))  # I T each
         first = starts[dist.get_rank() if len(ranks) > 1 else 0]
         pairs = [
@@ -105,7 +113,7 @@ class PairRetrieval(Evaluator):
         for axis, direction in ((1, "image_to_text"), (0, "text_to_image")):
             ordered = scores.masked_fill(~candidates[1 - axis], -torch.inf)
             metrics |= _metrics(direction, *(each if axis else each.T for each in (ordered, cosines, right)))
-        return metrics
+        return metrics if embeds else {name: metrics[name] for name in metrics if not name.endswith("_contrastive")}
 
     def _match(
         self, context: Context, pairs: Sequence[tuple[int, int]], texts: Sequence[tuple[int, ...]], first: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -238,6 +238,54 @@ class DescribesImages(Protocol):
         self, features: Float[Tensor, "b p dv"], batch: Batch
     ) -> tuple[Float[Tensor, "b k e"], Float[Tensor, "m v"]]:
         """The embeddings of the images, and logits at the positions before supervised tokens, in one pass."""
+        ...
+
+
+class Fused(NamedTuple):
+    """What a model of pairs makes of its rows; the widths are the model's."""
+
+    words: Float[Tensor, "b t w"]  # states of the tokens
+    cells: Float[Tensor, "b p c"]  # states of the image's cells
+    pair: Float[Tensor, "b e"]  # of the whole
+
+
+class FusesPairs(Protocol):
+    """Reads an image and a text together, with words or cells of them masked. A row has one image and one text."""
+
+    num_cells: int
+
+    def masked_features(
+        self, pixel_values: Float[Tensor, "n 3 h w"], hidden: Bool[Tensor, "n p"] | None
+    ) -> Float[Tensor, "n p dv"]:
+        """The features of images without their hidden cells; no feature depends on the pixels of these."""
+        ...
+
+    def cell_classes(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p y"]:
+        """Logits of the classes in each cell, from a frozen classifier."""
+        ...
+
+    def fuse(self, features: Float[Tensor, "b p dv"], ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Fused:
+        """The states of tokens and cells after both have seen each other; `mask` is False at padding."""
+        ...
+
+    def predict_words(self, states: Float[Tensor, "m w"]) -> Float[Tensor, "m v"]:
+        """Logits of the words at masked tokens."""
+        ...
+
+    def predict_classes(self, states: Float[Tensor, "m c"]) -> Float[Tensor, "m y"]:
+        """Logits of the classes of masked cells."""
+        ...
+
+    def match_pair(self, pair: Float[Tensor, "b e"]) -> Float[Tensor, "b 2"]:
+        """Logits of "no" and "yes" to whether image and text belong together."""
+        ...
+
+
+class PredictsFeatures(Protocol):
+    """Predicts the features of masked cells."""
+
+    def predict_features(self, states: Float[Tensor, "m c"]) -> Float[Tensor, "m dv"]:
+        """The features that `masked_features` gives where nothing is hidden."""
         ...
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm.connectors.bert_layers import NORM_EPS
 from vlm.connectors.bert_tokenizer import load_tokenizer
-from vlm.connectors.qformer import MAX_TEXT_LENGTH, NORM_EPS, QFormer
+from vlm.connectors.qformer import MAX_TEXT_LENGTH, QFormer
 from vlm.connectors.qformer_weights import TEXT_VOCABULARY, start_head_from_bert
 from vlm.hub import local_checkpoint
 from vlm.llms.bytes import byte_tokenizer

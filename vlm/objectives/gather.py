@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,3 +55,9 @@ def from_rank_zero(tensor: Tensor) -> Tensor:
     if num_ranks() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all ranks, padded on the right to the longest."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])

@@ -6,7 +6,6 @@ Axes: B rows of this rank, C rows of all ranks, K embeddings per image, E their 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from vlm.models.base import DescribesImages, EmbedsPairs, MatchesPairs
 from vlm.objectives.base import Objective
-from vlm.objectives.gather import from_rank_zero, num_ranks, of_all_ranks
+from vlm.objectives.gather import from_rank_zero, joined, num_ranks, of_all_ranks
 from vlm.ranges import Positive, RatioBelowOne
 from vlm.schema import Batch, Form, LossOutput, Sample
 
@@ -102,7 +101,7 @@ class RepresentationLearning(Objective):
     ) -> tuple[Float[Tensor, ""], Bool[Tensor, " r"]]:
         """The summed loss of up to three rows per pair, and whether each row is classified correctly."""
         all_features = torch.cat(of_all_ranks(features))  # C P Dv
-        all_ids = _joined(of_all_ranks(batch.input_ids))  # C T
+        all_ids = joined(of_all_ranks(batch.input_ids))  # C T
         all_lengths = torch.cat(of_all_ranks(batch.attention_mask.sum(1)))  # C
         ids = F.pad(batch.input_ids, (0, all_ids.shape[1] - batch.input_ids.shape[1]))  # B T
         lengths = batch.attention_mask.sum(1)  # B
@@ -148,9 +147,3 @@ def draw_one(weights: Float[Tensor, "r c"], uniform: Float[Tensor, " r"]) -> Int
     """One column of each row, with probability proportional to its weight; `uniform` are numbers in [0, 1)."""
     cumulative = weights.double().cumsum(1)  # R C
     return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]  # R
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all ranks, padded on the right to the longest."""
-    longest = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])

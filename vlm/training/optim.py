@@ -46,7 +46,7 @@ def _name_of(state: Mapping[str, Any]) -> str | None:
 
 def _choices(allowed: Sequence[str]) -> str:
     words = [STATE_WORDS.get(state, state) for state in allowed]
-    return " or ".join([", ".join(words[:-1]), words[-1]])
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def check_lora(lora: Any, part: Any) -> None:
