@@ -136,7 +136,7 @@ def test_every_option_that_takes_a_path_is_known_by_its_name() -> None:
         ("logger=[csv,foo]", "there is no option logger=foo; choose one of csv, none, tensorboard, wandb"),
         (
             "llm.config.vocab_size=9",
-            "llm.config.vocab_size=9 is less than the 272 tokens of the byte tokenizer; set it",
+            "llm.config.vocab_size=9 is less than the 273 tokens of the byte tokenizer; set it",
         ),
         ("trainer=5", "trainer=5 is refused because it is not the name of an option; choose trainer= one of auto, "),
         ("logger={}", "logger={} is refused because it is not the name of an option; choose logger= one of csv, none"),

@@ -105,7 +105,7 @@ def test_the_next_stage_starts_from_a_run(aligned, instructed: Path) -> None:
     assert manifest["lora"]["r"] == 16
     assert {name.split(".")[0] for name in manifest["tensors"]} == {"connector", "llm"}
     assert all("lora_" in name for name in manifest["tensors"] if name.startswith("llm."))
-    assert files(instructed) == FILES
+    assert {name for name in files(instructed) if not name.startswith("eval/")} == FILES  # another test evaluates it
     assert [record["type"] for record in read(instructed / "samples.jsonl")] == ["count", "comparison"]
 
 

@@ -30,6 +30,7 @@ PUBLISHED = {
     "opt_2_7b": 2_651_596_800,
     "opt_6_7b": 6_658_473_984,
     "phi4_mini": 3_836_021_760,
+    "pythia_1_4b": 1_414_647_808,
     "qwen3_0_6b": 596_049_920,
     "qwen3_4b": 4_022_468_096,
     "qwen3_8b": 8_190_735_360,
@@ -43,6 +44,7 @@ NAMED = sorted({*PUBLISHED, "tiny"})
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LINEARS = {
     **dict.fromkeys(("llama", "mistral", "qwen3", "gemma3_text"), SEPARATE),
+    "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "t5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),

@@ -42,6 +42,7 @@ FAMILY = {
     "lmsys/vicuna-7b-v1.5": "vicuna_v1",
     "lmsys/vicuna-13b-v1.5": "vicuna_v1",
     "google/gemma-3-270m": "plain",
+    "EleutherAI/pythia-1.4b": "plain",
     "facebook/opt-2.7b": "plain",
     "facebook/opt-6.7b": "plain",
     "google/flan-t5-xl": "t5",

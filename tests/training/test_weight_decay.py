@@ -47,6 +47,10 @@ SPARED: dict[str, set[str]] = {
         *(f"resampler.{name}" for name in resampler(2)),
         *(f"blocks.{block}.{name}" for block in (0, 1) for name in GATED),
     },
+    "flamingo": {
+        *(resampler(6) - {"resampler.position", "project.bias"}),  # it has neither
+        *(f"blocks.{block}.{name}" for block in range(4) for name in GATED),
+    },
     "linear": {"position", "layers.0.bias"} | norms("norm"),
     "mlp": PERCEPTRON,
     "pixel_shuffle": PERCEPTRON,
@@ -83,7 +87,7 @@ def model_of(**parts: nn.Module) -> nn.Module:
 def test_what_decays_in_a_connector(option: str) -> None:
     changes: dict[str, Any] = {"depth": 4, "width": 16, "num_heads": 2, "text": True} if option == "qformer" else {}
     connector = build_connector(option, **changes)
-    if option == "cross_attention":
+    if option in ("cross_attention", "flamingo"):
         connector.attach([nn.Identity() for _ in range(4)])  # type: ignore[operator]
     without, decayed = spared(model_of(connector=connector), "connector")
     assert without == SPARED[option]
