@@ -198,7 +198,8 @@ def test_labels_of_random_conversations(kind, template, request):
     @example(subjects[1], [say("user", "Hi"), say("assistant", "\n\nok")])
     @example(subjects[0], [say("user", "Hi"), say("assistant", ""), say("user", ""), say("assistant", " ok ")])
     def check(subject, messages):
-        if template in ("caption", "flamingo", "instructblip"):  # they write nothing between an empty question and its neighbors
+        # These write nothing between an empty question and its neighbors.
+        if template in ("caption", "flamingo", "instructblip"):
             messages = [say("user", *texts_of(m), "?") if m["role"] == "user" else m for m in messages]
         check_labels(subject, template, messages)
 

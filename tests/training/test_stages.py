@@ -97,7 +97,7 @@ def test_what_trains_is_float32_on_a_bfloat16_base() -> None:
 @pytest.mark.parametrize(
     ("states", "text"),
     [
-        ({"llm": "half"}, "stage.llm='half' is not a state of the llm; choose frozen, full, lora, \\{last_n: N\\} or \\{only: "),
+        ({"llm": "half"}, "stage.llm='half' is not a state of the llm; choose frozen, full, lora, \\{last_n: N\\}"),
         ({"encoder": "lora"}, "stage.encoder='lora' is not a state of the encoder"),
         ({"encoder": {"first_n": 1}}, r"stage.encoder=\{'first_n': 1\} is not a state of the encoder"),
         ({"encoder": {"last_n": 3}}, "stage.encoder.last_n=3 but the encoder has 2 blocks; set it from 1 to 2"),
