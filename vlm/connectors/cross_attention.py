@@ -241,7 +241,31 @@ class VisualContext:
         return self.cache[block]
 
 
-class GatedBlock(nn.Module):
+class AttendingBlock(nn.Module):
+    """What the blocks have in common: attention from the LLM's hidden states to the visual tokens."""
+
+    num_heads: int
+    attention_norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+
+    def project(self, visual: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
+        """Keys and values of the visual tokens."""
+        return split_heads(self.k(visual), self.num_heads), split_heads(self.v(visual), self.num_heads)
+
+    def attended(
+        self,
+        hidden: Float[Tensor, "b l d"],
+        keys: Float[Tensor, "b h s w"],
+        values: Float[Tensor, "b h s w"],
+        visible: Bool[Tensor, "b l s"],
+    ) -> Float[Tensor, "b l e"]:
+        queries = split_heads(self.q(self.attention_norm(hidden)), self.num_heads)  # B H L W
+        return attend(queries, keys, values, visible)  # B L H·W
+
+
+class GatedBlock(AttendingBlock):
     """Attention to the visual tokens, then a feed-forward layer, each added through tanh gates that start at zero.
 
     While a gate is zero, only the gate gets a gradient. There is one gate per channel, as in Idefics: the gated output
@@ -264,10 +288,6 @@ class GatedBlock(nn.Module):
         self.ff_out = _linear(ff_mult * width, width, gain=output_rms / math.sqrt(SQUARED_RELU_SECOND_MOMENT))
         self.ff_gate = nn.Parameter(torch.zeros(width))
 
-    def project(self, visual: Float[Tensor, "b s d"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
-        """Keys and values of the visual tokens."""
-        return split_heads(self.k(visual), self.num_heads), split_heads(self.v(visual), self.num_heads)
-
     def forward(
         self,
         hidden: Float[Tensor, "b l d"],
@@ -276,8 +296,7 @@ class GatedBlock(nn.Module):
         visible: Bool[Tensor, "b l s"],
     ) -> Float[Tensor, "b l d"]:
         has_image = visible.any(2, keepdim=True)  # B L 1
-        queries = split_heads(self.q(self.attention_norm(hidden)), self.num_heads)  # B H L W
-        attended = attend(queries, keys, values, visible)  # B L H·W
+        attended = self.attended(hidden, keys, values, visible)  # B L H·W
         hidden = hidden + (GATE_SCALE * self.attention_gate).tanh() * self.out(attended)  # B L D
         inner = F.relu(self.ff_in(self.ff_norm(hidden))).square() * has_image  # B L ff_mult·D
         return hidden + (GATE_SCALE * self.ff_gate).tanh() * self.ff_out(inner)  # B L D

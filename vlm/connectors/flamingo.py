@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.connectors.cross_attention import AttendedLayers, attend, split_heads
+from vlm.connectors.cross_attention import AttendedLayers, AttendingBlock
 from vlm.connectors.resampler import PerceiverResampler
 from vlm.ranges import Depth, Heads, Name, Range, Width
 
@@ -85,7 +85,7 @@ class Flamingo(AttendedLayers):
         return self.resampler(features)  # N K Dv
 
 
-class FlamingoBlock(nn.Module):
+class FlamingoBlock(AttendingBlock):
     """Attention to the visual tokens, then a feed-forward layer, each added through one tanh gate that starts at 0."""
 
     def __init__(self, *, width: int, visual_width: int, num_heads: int, head_dim: int, ff_mult: int) -> None:
@@ -103,10 +103,6 @@ class FlamingoBlock(nn.Module):
         self.ff_out = nn.Linear(ff_mult * width, width, bias=False)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def project(self, visual: Float[Tensor, "b s dv"]) -> tuple[Float[Tensor, "b h s w"], Float[Tensor, "b h s w"]]:
-        """Keys and values of the visual tokens."""
-        return split_heads(self.k(visual), self.num_heads), split_heads(self.v(visual), self.num_heads)
-
     def forward(
         self,
         hidden: Float[Tensor, "b l d"],
@@ -114,7 +110,6 @@ class FlamingoBlock(nn.Module):
         values: Float[Tensor, "b h s w"],
         visible: Bool[Tensor, "b l s"],
     ) -> Float[Tensor, "b l d"]:
-        queries = split_heads(self.q(self.attention_norm(hidden)), self.num_heads)  # B H L W
-        attended = attend(queries, keys, values, visible)  # B L H·W
+        attended = self.attended(hidden, keys, values, visible)  # B L H·W
         hidden = hidden + self.attention_gate.tanh() * self.out(attended)  # B L D
         return hidden + self.ff_gate.tanh() * self.ff_out(F.gelu(self.ff_in(self.ff_norm(hidden))))  # B L D

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -85,6 +85,13 @@ class Model(nn.Module, ABC):
         Raises ValueError if a required group is missing.
         """
         return [part for part in cls.parts if part in cfg]
+
+    @staticmethod
+    def required(groups: Iterable[str], cfg: Mapping[str, Any]) -> list[str]:
+        """These groups. Raises ValueError if `cfg` lacks one of them."""
+        if missing := [group for group in groups if group not in cfg]:
+            raise ValueError(f"the config has no {missing[0]}; choose one of the options in conf/{missing[0]}")
+        return list(groups)
 
     @abstractmethod
     def visual_spec(self) -> VisualSpec:

@@ -227,9 +227,7 @@ class Composed(Model, PredictsTokens, Generates, AnswersText):
 
     @classmethod
     def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
-        if missing := [part for part in cls.parts if part not in cfg]:
-            raise ValueError(f"the config has no {missing[0]}; choose one of the options in conf/{missing[0]}")
-        return list(cls.parts)
+        return cls.required(cls.parts, cfg)
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:

@@ -136,9 +136,7 @@ class PairModel(Model, FusesPairs, MatchesPairs):
 
     @classmethod
     def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
-        if "encoder" not in cfg:
-            raise ValueError("the config has no encoder; choose one of the options in conf/encoder")
-        return ["encoder"]
+        return cls.required(["encoder"], cfg)
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:

@@ -142,10 +142,7 @@ class QFormerPretraining(Model, EmbedsPairs, MatchesPairs, DescribesImages):
 
     @classmethod
     def groups(cls, cfg: Mapping[str, Any]) -> list[str]:
-        groups = ["encoder", "connector"]
-        if missing := [part for part in groups if part not in cfg]:
-            raise ValueError(f"the config has no {missing[0]}; choose one of the options in conf/{missing[0]}")
-        return groups
+        return cls.required(("encoder", "connector"), cfg)
 
     @classmethod
     def check(cls, cfg: Mapping[str, Any]) -> None:
